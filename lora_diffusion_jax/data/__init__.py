@@ -1,0 +1,1 @@
+"""Data sets, the deterministic batch order, and augmentation."""

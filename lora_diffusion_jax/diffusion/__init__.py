@@ -1,0 +1,1 @@
+"""Noise schedules, preconditioning, losses and samplers above the seam denoise(x, sigma)."""

@@ -1,0 +1,226 @@
+"""Adapters: m low-rank pairs beside a layer, mixed by composition weights.
+
+    y = W x + b + sum_i omega_i(condition) (B_i A_i x + sum_r bias_{i r})
+
+with A_i: r x d_in ~ N(0, 1/r^2), B_i: d_out x r and bias zero at the start, so that the layer begins
+as it was. There is no alpha / r factor: the scale is 1.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.lora.composition import ConditionMLP, TimeTable, class_weights
+
+LAYER_TYPES = (nn.Dense, nn.DenseGeneral, nn.Conv)
+
+
+def _down(layer: nn.Module, width: int, rank: int) -> nn.Module:
+    """The map d_in -> m * r, which sees the same inputs as the layer: same axes, window, stride."""
+    init = nn.initializers.normal(1 / rank)
+    common = {
+        "use_bias": False,
+        "kernel_init": init,
+        "dtype": layer.dtype,
+        "param_dtype": layer.param_dtype,
+        "precision": layer.precision,
+        "name": "down",
+    }
+    if isinstance(layer, nn.Dense):
+        return nn.Dense(width, **common)
+    if isinstance(layer, nn.DenseGeneral):
+        return nn.DenseGeneral(width, axis=layer.axis, **common)
+    window = ("kernel_size", "strides", "padding", "input_dilation", "kernel_dilation")
+    return nn.Conv(width, **{k: getattr(layer, k) for k in window}, **common)
+
+
+def _up(layer: nn.Module) -> nn.Module:
+    """The map m * r -> d_out, zero at the start."""
+    return nn.DenseGeneral(
+        layer.features,
+        use_bias=False,
+        kernel_init=nn.initializers.zeros,
+        dtype=layer.dtype,
+        param_dtype=layer.param_dtype,
+        precision=layer.precision,
+        name="up",
+    )
+
+
+def check_layer(layer: nn.Module, path: str) -> None:
+    """Raises UserError for a layer that a low-rank pair cannot stand beside."""
+    if not isinstance(layer, LAYER_TYPES):
+        raise UserError(
+            f"LoRA site '{path}' is a {type(layer).__name__}; adapters go beside Dense, DenseGeneral "
+            "and Conv layers. Narrow the site pattern."
+        )
+    grouped = isinstance(layer, nn.Conv) and layer.feature_group_count != 1
+    batched = isinstance(layer, nn.DenseGeneral) and layer.batch_dims != ()
+    masked = isinstance(layer, nn.Conv) and layer.mask is not None
+    if grouped or batched or masked:
+        raise UserError(
+            f"LoRA site '{path}' is a {type(layer).__name__} with "
+            f"{'feature groups' if grouped else 'batch_dims' if batched else 'a mask'}, for which a "
+            "shared low-rank pair is not defined. Leave it out of the site pattern."
+        )
+
+
+class LowRankAdapter(nn.Module):
+    """Base of the adapters: a down/up pair of m * r channels, scaled by the composition weights.
+
+    Called as adapter(layer, x, condition) -> what to add to the layer's output. The inner channel is
+    basis * rank + r. Subclasses define `num_bases` and `compose(condition) -> omega [B, m]`.
+    The weights are sown as ('intermediates', 'omega').
+
+    Attributes:
+        rank: r of each basis.
+        use_bias: whether a bias per inner channel, [m * r, d_out], is mixed in with the same weights.
+    """
+
+    rank: int = 4
+    use_bias: bool = False
+
+    @property
+    def num_bases(self) -> int:
+        """Number m of low-rank pairs."""
+        raise NotImplementedError
+
+    def compose(self, condition: Any) -> Float[Array, "B bases"]:
+        """Composition weights for a condition."""
+        raise NotImplementedError
+
+    def validate(self) -> None:
+        """Raises UserError unless the sizes are positive whole numbers."""
+        for name, value in (("rank", self.rank), ("bases", self.num_bases)):
+            if not isinstance(value, int) or value < 1:
+                raise UserError(
+                    f"LoRA {name} is {value!r}; it must be a whole number of at least 1 "
+                    "(use lora.mode=baseline for a network without LoRA)."
+                )
+
+    @nn.compact
+    def __call__(self, layer: nn.Module, x: Array, condition: Any) -> Array:
+        width = self.num_bases * self.rank
+        omega = self.compose(condition)  # [B or 1, m]
+        self.sow("intermediates", "omega", omega)
+        weights = jnp.repeat(omega, self.rank, axis=-1)  # [B or 1, m * r]
+        hidden = _down(layer, width, self.rank)(x)
+        if weights.shape[0] not in (1, hidden.shape[0]):
+            raise UserError(
+                f"The LoRA condition has {weights.shape[0]} rows for a batch of {hidden.shape[0]} at "
+                f"'{'/'.join(self.path)}'; it must be [1, E] or one row per sample."
+            )
+        shape = (weights.shape[0],) + (1,) * (hidden.ndim - 2) + (width,)
+        delta = _up(layer)(hidden * weights.reshape(shape).astype(hidden.dtype))
+        if self.use_bias:
+            delta = delta + self._mixed_bias(weights, delta, hidden.ndim)
+        return delta
+
+    def _mixed_bias(self, weights: Array, delta: Array, hidden_ndim: int) -> Array:
+        features = delta.shape[hidden_ndim - 1 :]
+        bias = self.param("bias", nn.initializers.zeros, (weights.shape[-1], int(np.prod(features))))
+        mixed = (weights @ bias).astype(delta.dtype)
+        return mixed.reshape((weights.shape[0],) + (1,) * (hidden_ndim - 2) + features)
+
+
+class UCLoRA(LowRankAdapter):
+    """UC-LoRA: weights from an MLP of its own on the network's condition embedding.
+
+    Attributes:
+        bases: number m of low-rank pairs.
+        widths: hidden widths of the MLP.
+    """
+
+    use_bias: bool = True
+    bases: int = 18
+    widths: Sequence[int] = (128, 64)
+
+    @property
+    def num_bases(self) -> int:
+        """Number m of low-rank pairs."""
+        return self.bases
+
+    def compose(self, condition: Float[Array, "B E"]) -> Float[Array, "B bases"]:
+        """The MLP's output for the embedding."""
+        return ConditionMLP(self.bases, tuple(self.widths), name="composition")(condition)
+
+    def validate(self) -> None:
+        """Raises UserError unless the sizes are positive whole numbers."""
+        super().validate()
+        if any(not isinstance(w, int) or w < 1 for w in self.widths):
+            raise UserError(
+                f"LoRA widths are {tuple(self.widths)}; hidden widths must be whole numbers of at least 1."
+            )
+
+
+class TimeLoRA(LowRankAdapter):
+    """TimeLoRA: weights from a learned table over discrete times; the condition is the time [B].
+
+    Attributes:
+        bases: number m of low-rank pairs, anchored at equally spaced times.
+        num_timesteps: T; times lie in [0, T].
+    """
+
+    bases: int = 11
+    num_timesteps: int = 4000
+
+    @property
+    def num_bases(self) -> int:
+        """Number m of low-rank pairs."""
+        return self.bases
+
+    def compose(self, condition: Float[Array, "B"]) -> Float[Array, "B bases"]:
+        """The table's rows at the times, interpolated between two."""
+        return TimeTable(self.bases, self.num_timesteps, name="composition")(condition)
+
+
+class ClassLoRA(LowRankAdapter):
+    """ClassLoRA: one pair per class, weighted by the label (ids [B] or one-hot [B, classes]).
+
+    Attributes:
+        num_classes: number of classes, and of pairs.
+    """
+
+    num_classes: int = 10
+
+    @property
+    def num_bases(self) -> int:
+        """Number of low-rank pairs: one per class."""
+        return self.num_classes
+
+    def compose(self, condition: jax.Array) -> Float[Array, "B num_classes"]:
+        """The label itself."""
+        return class_weights(condition, self.num_classes)
+
+
+class SumOfAdapters(nn.Module):
+    """Several adapters on the same sites, each with its own condition (TimeLoRA and ClassLoRA, say).
+
+    Attributes:
+        adapters: name -> adapter; the condition is a mapping with the same names.
+    """
+
+    adapters: Mapping[str, LowRankAdapter]
+
+    def validate(self) -> None:
+        """Raises UserError if an adapter's sizes are unusable."""
+        for adapter in self.adapters.values():
+            adapter.validate()
+
+    @nn.compact
+    def __call__(self, layer: nn.Module, x: Array, condition: Mapping[str, Any]) -> Array:
+        if set(condition) != set(self.adapters):
+            raise UserError(
+                f"The LoRA condition has the parts {sorted(condition)}, the adapters are "
+                f"{sorted(self.adapters)}; give one condition per adapter."
+            )
+        return sum(
+            adapter.clone(parent=self, name=name)(layer, x, condition[name])
+            for name, adapter in self.adapters.items()
+        )

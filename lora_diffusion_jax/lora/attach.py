@@ -1,0 +1,158 @@
+"""Attaching adapters to the layers of any linen module, from outside, by method interception."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+
+from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.lora.adapter import LAYER_TYPES, check_layer
+
+NAME = "lora"  # of the parameter subtree below each site
+
+
+class _Call:
+    """What one forward call of an adapted module sees and keeps; made anew for each call."""
+
+    def __init__(self, wrapper: "Adapted", condition: Any) -> None:
+        self.wrapper = wrapper
+        self.condition = condition
+        self.tapped = condition is not None
+        self.adapters: dict[int, tuple[nn.Module, nn.Module]] = {}
+        self.candidates: set[str] = set()
+        self.sites: set[str] = set()
+        self.paths: set[str] = set()
+
+    def intercept(
+        self, next_fun: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext
+    ) -> Any:
+        """The interceptor: taps the condition, and adds the adapter's output at the sites."""
+        module = context.module
+        parts = module.path[len(self.wrapper.path) :]
+        if context.method_name != "__call__" or not parts or NAME in parts:
+            return next_fun(*args, **kwargs)
+        path = "/".join(parts)
+        self.paths.add(path)
+        if not self.tapped and self._taps(path):
+            self.condition = next_fun(*args, **kwargs)
+            self.tapped = True
+            return self.condition
+        is_site = matches(self.wrapper.sites, path)
+        if isinstance(module, LAYER_TYPES):
+            self.candidates.add(path)
+        if not is_site:
+            return next_fun(*args, **kwargs)
+        check_layer(module, path)
+        self.sites.add(path)
+        y = next_fun(*args, **kwargs)
+        if not self.wrapper.enabled:
+            return y
+        return y + self._adapter(module)(module, args[0], self._condition_at(path))
+
+    def _taps(self, path: str) -> bool:
+        pattern = self.wrapper.condition
+        return isinstance(pattern, str) and matches(pattern, path)
+
+    def _adapter(self, layer: nn.Module) -> nn.Module:
+        """The layer's adapter, made once; keeping the layer keeps its id from being reused."""
+        if id(layer) not in self.adapters:
+            adapter = self.wrapper.make_adapter().clone(parent=layer, name=NAME)
+            self.adapters[id(layer)] = (layer, adapter)
+        return self.adapters[id(layer)][1]
+
+    def _condition_at(self, path: str) -> Any:
+        if not self.tapped:
+            raise UserError(
+                f"LoRA site '{path}' was reached before a submodule that matches the condition pattern "
+                f"{self.wrapper.condition!r}. Submodules so far: {sorted(self.paths)}. Tap a module that "
+                "runs earlier, or pass a function of the call's arguments as the condition."
+            )
+        return self.condition
+
+    def check(self) -> None:
+        """Raises UserError if no site was met, listing the layers that could be one."""
+        if not self.sites:
+            raise UserError(
+                f"The LoRA site pattern {self.wrapper.sites!r} matches no layer. "
+                f"Candidates: {', '.join(sorted(self.candidates)) or 'none (no Dense, DenseGeneral or Conv)'}."
+            )
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Whether the whole of '/path' or 'path' matches, so that r'.*/qkv' also finds a top-level 'qkv'."""
+    return bool(re.fullmatch(pattern, path) or re.fullmatch(pattern, "/" + path))
+
+
+class Adapted(nn.Module):
+    """A module with adapters at its sites; made by `attach`, called like the module itself.
+
+    It shares the module's scope: base parameters keep the paths that they have without LoRA, and the
+    adapter of a layer lies below it in the subtree `lora`.
+
+    Attributes:
+        module: the base.
+        sites: pattern of the adapted layers' paths.
+        make_adapter: () -> an unbound adapter module.
+        condition: pattern of the tapped submodule's path, or a function of the call's arguments.
+        enabled: False bypasses the adapters: the base alone, with the same variables.
+    """
+
+    module: nn.Module
+    sites: str
+    make_adapter: Callable[[], nn.Module]
+    condition: str | Callable[..., Any]
+    enabled: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scope is not None:
+            nn.share_scope(self, self.module)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the base with the adapters in place."""
+        condition = self.condition(*args, **kwargs) if callable(self.condition) else None
+        call = _Call(self, condition)
+        with nn.intercept_methods(call.intercept):
+            result = self.module(*args, **kwargs)
+        call.check()
+        return result
+
+
+def attach(
+    module: nn.Module,
+    *,
+    sites: str,
+    adapter: nn.Module,
+    condition: str | Callable[..., Any],
+) -> Adapted:
+    """Returns `module` with a conditioned low-rank adapter at each site (arXiv 2405.03958).
+
+    At initialisation the result computes exactly what `module` does, and its base parameters have
+    the paths and values that they have without LoRA. Works under jit, grad and nn.remat. A condition
+    that is tapped must come from outside of nn.scan and nn.remat regions.
+
+    Args:
+        module: any linen module, used unchanged.
+        sites: regular expression for the '/'-joined paths, relative to `module`, of the Dense,
+            DenseGeneral and Conv layers to adapt; it must match the whole path.
+        adapter: `UCLoRA`, `TimeLoRA`, `ClassLoRA`, `SumOfAdapters` or a module of your own with
+            the call (layer, x, condition) -> delta.
+        condition: regular expression for the path of the submodule whose output is the condition,
+            or a function of the call's arguments that returns it, [B, E] for UC-LoRA.
+
+    Raises:
+        UserError: unusable sizes or patterns here; at the first call, if no layer matches
+            (listing the candidates), a matching layer cannot be adapted, or no condition came.
+    """
+    for name, pattern in (("site", sites), ("condition", condition)):
+        if isinstance(pattern, str):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UserError(
+                    f"The LoRA {name} pattern {pattern!r} is not a regular expression: {error}."
+                ) from error
+    if hasattr(adapter, "validate"):
+        adapter.validate()
+    return Adapted(module, sites=sites, make_adapter=lambda: adapter, condition=condition)

@@ -1,0 +1,75 @@
+"""Composition weights omega: how much of each basis a condition asks for."""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+
+class ConditionMLP(nn.Module):
+    """UC-LoRA's weights: emb -> (Linear, GroupNorm, SiLU) per hidden width -> Linear.
+
+    The output is used as it is, without a softmax. The Linears start kaiming-normal with
+    std sqrt(1 / fan_in) and zero bias; the norms have min(32, width // 4) groups, epsilon 1e-5.
+
+    Attributes:
+        bases: number of weights.
+        widths: hidden widths.
+    """
+
+    bases: int
+    widths: Sequence[int] = (128, 64)
+
+    @nn.compact
+    def __call__(self, condition: Float[Array, "B E"]) -> Float[Array, "B bases"]:
+        init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+        h = condition.astype(jnp.float32)
+        for i, width in enumerate(self.widths):
+            h = nn.Dense(width, kernel_init=init, name=f"dense_{i}")(h)
+            groups = max(1, min(32, width // 4))
+            norm = nn.GroupNorm(groups, epsilon=1e-5, use_fast_variance=False, name=f"norm_{i}")
+            h = nn.silu(norm(h))
+        return nn.Dense(self.bases, kernel_init=init, name="dense_out")(h)
+
+
+def hat_functions(num_timesteps: int, bases: int) -> np.ndarray:
+    """Linear interpolation between `bases` equally spaced anchor times 0, ..., T: [T + 1, bases].
+
+    Row t holds the weights max(0, 1 - |t - a_i| (m - 1) / T) for the anchors a_i = i T / (m - 1).
+    """
+    if bases == 1:
+        return np.ones((num_timesteps + 1, 1), np.float32)
+    position = np.arange(num_timesteps + 1)[:, None] * (bases - 1) / num_timesteps
+    return np.maximum(0.0, 1.0 - np.abs(position - np.arange(bases))).astype(np.float32)
+
+
+class TimeTable(nn.Module):
+    """TimeLoRA's weights: a learned table [T + 1, bases], one row per discrete time.
+
+    It starts as `hat_functions`. Times between two rows are interpolated linearly.
+
+    Attributes:
+        bases: number of weights.
+        num_timesteps: T; times lie in [0, T].
+    """
+
+    bases: int
+    num_timesteps: int
+
+    @nn.compact
+    def __call__(self, time: Float[Array, "B"] | Int[Array, "B"]) -> Float[Array, "B bases"]:
+        table = self.param("table", lambda key: jnp.asarray(hat_functions(self.num_timesteps, self.bases)))
+        time = jnp.clip(jnp.reshape(time, -1).astype(jnp.float32), 0, self.num_timesteps)
+        low = jnp.clip(jnp.floor(time).astype(jnp.int32), 0, self.num_timesteps - 1)
+        part = (time - low)[:, None]
+        return (1 - part) * table[low] + part * table[low + 1]
+
+
+def class_weights(labels: jax.Array, num_classes: int) -> Float[Array, "B num_classes"]:
+    """ClassLoRA's weights: the label itself, one-hot or a mixture; integer ids become one-hot."""
+    if jnp.issubdtype(labels.dtype, jnp.integer):
+        return jax.nn.one_hot(jnp.reshape(labels, -1), num_classes)
+    return labels.astype(jnp.float32)

@@ -1,0 +1,113 @@
+"""Surgery on parameter trees that hold a base and its adapters: split, merge, select, count, fold."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.lora.attach import NAME
+
+PyTree = Any
+
+
+def is_adapter(path: tuple[str, ...]) -> bool:
+    """Whether a parameter path belongs to an adapter: one of its parts is `lora`."""
+    return NAME in path
+
+
+def split(params: PyTree) -> tuple[PyTree, PyTree]:
+    """Splits {a: {kernel, lora: {...}}} into the base {a: {kernel}} and the adapters {a: {lora: ...}}."""
+    flat = traverse_util.flatten_dict(params)
+    base = {k: v for k, v in flat.items() if not is_adapter(k)}
+    adapters = {k: v for k, v in flat.items() if is_adapter(k)}
+    return traverse_util.unflatten_dict(base), traverse_util.unflatten_dict(adapters)
+
+
+def merge(base: PyTree, adapters: PyTree) -> PyTree:
+    """The inverse of `split`.
+
+    Raises:
+        UserError: a parameter stands in both trees.
+    """
+    flat, more = traverse_util.flatten_dict(base), traverse_util.flatten_dict(adapters)
+    both = sorted("/".join(k) for k in set(flat) & set(more))
+    if both:
+        raise UserError(f"Base and adapters both hold {', '.join(both)}; split one of them first.")
+    return traverse_util.unflatten_dict({**flat, **more})
+
+
+def select(params: PyTree, which: str = "adapters") -> PyTree:
+    """A tree of booleans that is True at the adapters' leaves, or at the base's.
+
+    Args:
+        params: parameters.
+        which: 'adapters', 'base' or 'all'.
+    """
+    if which not in ("adapters", "base", "all"):
+        raise UserError(f"select got {which!r}; it takes 'adapters', 'base' or 'all'.")
+    flat = traverse_util.flatten_dict(params)
+    chosen = {k: which == "all" or is_adapter(k) == (which == "adapters") for k in flat}
+    return traverse_util.unflatten_dict(chosen)
+
+
+def count(params: PyTree) -> int:
+    """Number of scalar parameters; takes arrays or shapes (jax.eval_shape)."""
+    return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(params))
+
+
+def fold(params: PyTree, omegas: Mapping[str, Any]) -> PyTree:
+    """Folds W + sum_i omega_i B_i A_i into the base for one fixed condition.
+
+    Args:
+        params: parameters with adapters beside Dense, DenseGeneral or Conv kernels.
+        omegas: site path -> composition weights [m] (or [1, m]); `composition_weights` gives them.
+
+    Returns:
+        The base's tree, whose network gives what the unfolded one does under that condition.
+
+    Raises:
+        UserError: a site without weights, weights without a site, or of the wrong size.
+    """
+    base, adapters = split(params)
+    flat_base, flat = traverse_util.flatten_dict(base), traverse_util.flatten_dict(adapters)
+    sites = {"/".join(k[: k.index(NAME)]) for k in flat}
+    if sites != set(omegas):
+        raise UserError(
+            f"fold got weights for {sorted(omegas)}, but the adapted sites are {sorted(sites)}."
+        )
+    for site, omega in omegas.items():
+        path = tuple(site.split("/"))
+        for head in {k[: -len(("down", "kernel"))] for k in flat if k[: len(path)] == path and k[-2:] == ("down", "kernel")}:
+            weights = omega[head[len(path) + 1 :]] if isinstance(omega, Mapping) else omega
+            _fold_site(flat_base, flat, path, head, jnp.asarray(weights).reshape(-1))
+    return traverse_util.unflatten_dict(flat_base)
+
+
+def _fold_site(
+    flat_base: dict, flat: dict, path: tuple[str, ...], head: tuple[str, ...], omega: jax.Array
+) -> None:
+    """Adds one adapter's product, mixed by omega, to the kernel and bias at `path`, in place."""
+    down, up = flat[*head, "down", "kernel"], flat[*head, "up", "kernel"]
+    width = down.shape[-1]
+    if width % omega.shape[0]:
+        raise UserError(
+            f"Site '{'/'.join(path)}' has {width} inner channels, which {omega.shape[0]} weights do not "
+            "divide; give one weight per basis."
+        )
+    weights = jnp.repeat(omega, width // omega.shape[0])
+    kernel = flat_base[*path, "kernel"]
+    delta = jnp.tensordot(down * weights, up, axes=1)
+    flat_base[*path, "kernel"] = kernel + delta.reshape(kernel.shape).astype(kernel.dtype)
+    if (*head, "bias") in flat:
+        shift = weights @ flat[*head, "bias"]
+        bias = flat_base.get((*path, "bias"))
+        if bias is None:
+            raise UserError(
+                f"Site '{'/'.join(path)}' has no bias to fold the adapter's bias into; "
+                "keep the adapter unfolded."
+            )
+        flat_base[*path, "bias"] = bias + shift.reshape(bias.shape).astype(bias.dtype)

@@ -1,0 +1,120 @@
+"""ADM (Dhariwal & Nichol 2021), in the form that EDM trains (Karras et al. 2022)."""
+
+import functools
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from lora_diffusion_jax.models.blocks import UNetBlock, silu_dense
+from lora_diffusion_jax.models.embeddings import positional_embedding
+from lora_diffusion_jax.models.layers import GroupNorm, Init, conv3x3, dense
+from lora_diffusion_jax.models.song_unet import drop_labels
+from lora_diffusion_jax.models.unet import Decoder, Encoder, check_input
+
+_INIT = Init("kaiming_uniform", weight=(1 / 3) ** 0.5, bias=(1 / 3) ** 0.5)
+_INIT_ZERO = Init("kaiming_uniform", weight=0.0)
+CHANNELS_PER_HEAD = 64
+
+
+class ADMMapping(nn.Module):
+    """Noise level, augmentation and class -> embedding; the class joins before the last SiLU.
+
+    Attributes as in `SongMapping`; the label layer has no bias and starts as N(0, 1).
+    """
+
+    noise_channels: int
+    emb_channels: int
+    label_dim: int = 0
+    augment_dim: int = 0
+    label_dropout: float = 0.0
+
+    @nn.compact
+    def __call__(
+        self,
+        noise_labels: Float[Array, "B"],
+        class_labels: Float[Array, "B label_dim"] | None = None,
+        augment_labels: Float[Array, "B augment_dim"] | None = None,
+        train: bool = False,
+    ) -> Float[Array, "B emb_channels"]:
+        emb = positional_embedding(noise_labels, self.noise_channels)
+        if self.augment_dim and (augment_labels is not None or self.is_initializing()):
+            if augment_labels is None:
+                augment_labels = jnp.zeros((1, self.augment_dim))
+            emb = emb + dense(
+                augment_labels, self.noise_channels, _INIT_ZERO, name="augment", use_bias=False
+            )
+        emb = silu_dense(emb, self.emb_channels, _INIT, name="layer0")
+        emb = dense(emb, self.emb_channels, _INIT, name="layer1")
+        if self.label_dim:
+            labels = drop_labels(self, class_labels, self.label_dim, self.label_dropout, train)
+            init = Init("kaiming_normal", weight=self.label_dim**0.5)
+            emb = emb + dense(labels, self.emb_channels, init, name="label", use_bias=False)
+        return nn.silu(emb)
+
+
+class ADMUNet(nn.Module):
+    """The ADM U-Net with EDM's block names.
+
+    Attributes as in `SongUNet`. A block narrower than 64 channels would have no head and, as in the
+    reference, has no attention.
+    """
+
+    resolution: int
+    img_channels: int
+    out_channels: int
+    label_dim: int = 0
+    augment_dim: int = 0
+    model_channels: int = 192
+    channel_mult: Sequence[int] = (1, 2, 3, 4)
+    channel_mult_emb: int = 4
+    num_blocks: int = 3
+    attn_resolutions: Sequence[int] = (32, 16, 8)
+    dropout: float = 0.10
+    label_dropout: float = 0.0
+    use_affine: bool = True
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B H W C"],
+        noise_labels: Float[Array, "B"],
+        class_labels: Float[Array, "B label_dim"] | None = None,
+        augment_labels: Float[Array, "B augment_dim"] | None = None,
+        train: bool = False,
+    ) -> Float[Array, "B H W out_channels"]:
+        check_input(x, self.channel_mult, self.img_channels, type(self).__name__)
+        emb = ADMMapping(
+            self.model_channels,
+            self.model_channels * self.channel_mult_emb,
+            self.label_dim,
+            self.augment_dim,
+            self.label_dropout,
+            name="map",
+        )(noise_labels, class_labels, augment_labels, train)
+        levels = {
+            "block": functools.partial(
+                UNetBlock,
+                dropout=self.dropout,
+                use_affine=self.use_affine,
+                init=_INIT,
+                init_zero=_INIT_ZERO,
+                dtype=self.dtype,
+            ),
+            "resolution": self.resolution,
+            "model_channels": self.model_channels,
+            "channel_mult": tuple(self.channel_mult),
+            "num_blocks": self.num_blocks,
+            "attn_resolutions": tuple(self.attn_resolutions),
+            "num_heads": lambda channels: channels // CHANNELS_PER_HEAD,
+            "dtype": self.dtype,
+        }
+        skips = Encoder(**levels, init=_INIT, first_width_mult=True, name="enc")(x, emb, train)
+        x = Decoder(
+            **levels, attn_last_only=False, out_channels=None, init_zero=_INIT_ZERO, name="dec"
+        )(skips, emb, train)
+        x = nn.silu(GroupNorm(dtype=self.dtype, name="out_norm")(x))
+        return conv3x3(x, self.out_channels, _INIT_ZERO, name="out_conv", dtype=self.dtype)

@@ -1,0 +1,114 @@
+"""The residual block shared by DDPM++, NCSN++ and ADM."""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from lora_diffusion_jax.models.layers import GroupNorm, Init, conv3x3, dense, self_attention
+from lora_diffusion_jax.models.resample import downsample, upsample
+
+
+class UNetBlock(nn.Module):
+    """norm, SiLU, conv (resampled), conditioned norm, SiLU, dropout, conv, skip; then attention.
+
+    The union of the features that DDPM++, NCSN++ and ADM need (Karras et al. 2022, table 7).
+
+    Attributes:
+        features: output channels.
+        num_heads: heads of the self-attention after the residual part; 0 leaves it out.
+        up, down: resample by two, before the first convolution and in the skip.
+        dropout: rate, applied once, before the second convolution.
+        skip_scale: factor after each residual sum.
+        epsilon: of the group norms.
+        resample_filter: taps of the resampling filter along each axis.
+        resample_proj: whether the skip of a resampling block has a 1x1 convolution of its own.
+        adaptive_scale: scale and shift by the embedding (ADM) rather than shift alone.
+        use_affine: whether the embedding enters by scale and shift at all (`only_lora` has none).
+        init, init_zero, init_attn: initialisation of most layers, of those that end a residual
+            branch, and of `qkv`.
+        dtype: of the computation; norms and attention logits stay in float32.
+    """
+
+    features: int
+    num_heads: int = 0
+    up: bool = False
+    down: bool = False
+    dropout: float = 0.0
+    skip_scale: float = 1.0
+    epsilon: float = 1e-5
+    resample_filter: Sequence[float] = (1, 1)
+    resample_proj: bool = False
+    adaptive_scale: bool = True
+    use_affine: bool = True
+    init: Init = Init("kaiming_uniform")
+    init_zero: Init = Init("kaiming_uniform", weight=0.0)
+    init_attn: Init | None = None
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B H W C"], emb: Float[Array, "B E"], train: bool = False
+    ) -> Float[Array, "B H2 W2 features"]:
+        skip = self._skip(x)
+        x = nn.silu(GroupNorm(self.epsilon, self.dtype, name="norm0")(x))
+        x = conv3x3(self._resample(x), self.features, self.init, name="conv0", dtype=self.dtype)
+        x = self._conditioned_norm(x, emb)
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        x = conv3x3(x, self.features, self.init_zero, name="conv1", dtype=self.dtype)
+        x = (x + skip) * self.skip_scale
+        return self._attend(x) if self.num_heads else x
+
+    def _resample(self, x: Array) -> Array:
+        if self.up:
+            return upsample(x, self.resample_filter)
+        return downsample(x, self.resample_filter) if self.down else x
+
+    def _skip(self, x: Array) -> Array:
+        changes_width = x.shape[-1] != self.features
+        resampled = self._resample(x)
+        if changes_width or (self.resample_proj and (self.up or self.down)):
+            return dense(resampled, self.features, self.init, name="skip", dtype=self.dtype)
+        return resampled
+
+    def _conditioned_norm(self, x: Array, emb: Array) -> Array:
+        norm = GroupNorm(self.epsilon, self.dtype, name="norm1")
+        if not self.use_affine:
+            return nn.silu(norm(x))
+        width = self.features * (2 if self.adaptive_scale else 1)
+        params = dense(emb, width, self.init, name="affine", dtype=self.dtype)[:, None, None]
+        if self.adaptive_scale:
+            scale, shift = jnp.split(params, 2, axis=-1)
+            return nn.silu(norm(x) * (scale + 1) + shift)
+        return nn.silu(norm(x + params))
+
+    def _attend(self, x: Array) -> Array:
+        y = GroupNorm(self.epsilon, self.dtype, name="norm2")(x)
+        init = self.init_attn or self.init
+        qkv = dense(y, 3 * self.features, init, name="qkv", dtype=self.dtype)
+        y = self_attention(qkv, self.num_heads).astype(self.dtype)
+        y = dense(y, self.features, self.init_zero, name="proj", dtype=self.dtype)
+        return (y + x) * self.skip_scale
+
+
+def fused_downsample_conv(
+    x: Float[Array, "B H W C"],
+    features: int,
+    init: Init,
+    taps: Sequence[float],
+    *,
+    name: str,
+    dtype: DTypeLike,
+) -> Float[Array, "B H/2 W/2 features"]:
+    """3x3 convolution on the full grid followed by the filter, padded once for both."""
+    filter_pad = (len(taps) - 1) // 2
+    x = conv3x3(x, features, init, name=name, padding=1 + filter_pad, dtype=dtype)
+    return downsample(x, taps, pad=0)
+
+
+def silu_dense(x: Array, features: int, init: Init, *, name: str) -> jax.Array:
+    """A hidden layer of the mapping network."""
+    return nn.silu(dense(x, features, init, name=name))

@@ -1,0 +1,46 @@
+"""Embeddings of the noise level: sinusoids of fixed frequencies."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+
+def positional_embedding(
+    t: Float[Array, "B"], channels: int, *, endpoint: bool = False, max_positions: float = 10000.0
+) -> Float[Array, "B channels"]:
+    """[cos(t f), sin(t f)] with f_i = max_positions^(-i / (n - endpoint)), n = channels / 2.
+
+    Vaswani et al. 2017, as DDPM++ (endpoint included) and ADM (not included) use it.
+    """
+    half = channels // 2
+    exponent = np.arange(half, dtype=np.float32) / np.float32(half - endpoint)
+    frequencies = np.power(np.float32(1 / max_positions), exponent)
+    phase = t[:, None].astype(jnp.float32) * frequencies
+    return jnp.concatenate([jnp.cos(phase), jnp.sin(phase)], axis=-1)
+
+
+class FourierEmbedding(nn.Module):
+    """[cos(2 pi t f), sin(2 pi t f)] with fixed f ~ N(0, scale^2) (Tancik et al. 2020; NCSN++).
+
+    The frequencies lie in the collection `buffers`: they are drawn once and never trained.
+    """
+
+    channels: int
+    scale: float = 16.0
+
+    @nn.compact
+    def __call__(self, t: Float[Array, "B"]) -> Float[Array, "B channels"]:
+        frequencies = self.variable(
+            "buffers",
+            "freqs",
+            lambda: self.scale * jax.random.normal(self.make_rng("params"), (self.channels // 2,)),
+        ).value
+        phase = t[:, None].astype(jnp.float32) * (2 * np.pi * frequencies)
+        return jnp.concatenate([jnp.cos(phase), jnp.sin(phase)], axis=-1)
+
+
+def swap_halves(embedding: Float[Array, "B C"]) -> Float[Array, "B C"]:
+    """[cos, sin] -> [sin, cos], the order in which DDPM++ and NCSN++ feed it on."""
+    return jnp.concatenate(jnp.split(embedding, 2, axis=-1)[::-1], axis=-1)

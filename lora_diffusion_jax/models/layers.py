@@ -1,0 +1,132 @@
+"""Initialisers, dense and convolution layers, group normalisation and attention of the U-Nets."""
+
+import dataclasses
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+
+@dataclasses.dataclass(frozen=True)
+class Init:
+    """Initialisation of a layer's weights and biases, scaled from a standard one.
+
+    Attributes:
+        mode: xavier_uniform U(-1, 1) sqrt(6 / (fan_in + fan_out)); kaiming_uniform
+            U(-1, 1) sqrt(3 / fan_in); kaiming_normal N(0, 1 / fan_in).
+        weight: factor on the weights.
+        bias: factor on the biases, which follow the same law; 0 gives zeros.
+    """
+
+    mode: Literal["xavier_uniform", "kaiming_uniform", "kaiming_normal"]
+    weight: float = 1.0
+    bias: float = 0.0
+
+    def kernel_init(self) -> nn.initializers.Initializer:
+        """Returns the initialiser of a kernel [..., in, out]."""
+        if self.weight == 0:
+            return nn.initializers.zeros
+        fan = "fan_avg" if self.mode == "xavier_uniform" else "fan_in"
+        law = "normal" if self.mode == "kaiming_normal" else "uniform"
+        return nn.initializers.variance_scaling(self.weight**2, fan, law)
+
+    def bias_init(self, fan_in: int) -> nn.initializers.Initializer:
+        """Returns the initialiser of a bias [out] of a layer with `fan_in` inputs per output."""
+        if self.bias == 0:
+            return nn.initializers.zeros
+        if self.mode != "kaiming_uniform":
+            raise NotImplementedError(f"Random biases are defined for kaiming_uniform, not {self.mode}.")
+        limit = self.bias * (3.0 / fan_in) ** 0.5
+        return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
+            key, shape, dtype, -limit, limit
+        )
+
+
+def dense(
+    x: Float[Array, "... c_in"],
+    features: int,
+    init: Init,
+    *,
+    name: str,
+    use_bias: bool = True,
+    dtype: DTypeLike = jnp.float32,
+) -> Float[Array, "... features"]:
+    """A linear layer, or a 1x1 convolution: the same product over the channels."""
+    return nn.Dense(
+        features,
+        use_bias=use_bias,
+        dtype=dtype,
+        kernel_init=init.kernel_init(),
+        bias_init=init.bias_init(x.shape[-1]),
+        name=name,
+    )(x)
+
+
+def conv3x3(
+    x: Float[Array, "B H W c_in"],
+    features: int,
+    init: Init,
+    *,
+    name: str,
+    padding: int = 1,
+    dtype: DTypeLike = jnp.float32,
+) -> Float[Array, "B H2 W2 features"]:
+    """A 3x3 convolution with zero padding."""
+    return nn.Conv(
+        features,
+        (3, 3),
+        padding=padding,
+        dtype=dtype,
+        kernel_init=init.kernel_init(),
+        bias_init=init.bias_init(9 * x.shape[-1]),
+        name=name,
+    )(x)
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation (Wu & He 2018) with min(32, C // 4) groups, computed in float32.
+
+    Mean and variance are summed over the pixels first and over a group's channels afterwards, so that
+    the large reductions run along whole rows of channels; two passes keep the variance accurate.
+
+    Attributes:
+        epsilon: added to the variance.
+        dtype: of the result.
+    """
+
+    epsilon: float = 1e-5
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        batch, height, width, channels = x.shape
+        groups = max(1, min(32, channels // 4))
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        count = height * width * (channels // groups)
+
+        def group_mean(values: Float[Array, "B H W C"]) -> Float[Array, "B 1 1 C"]:
+            sums = jnp.sum(values, axis=(1, 2)).reshape(batch, groups, -1).sum(-1, keepdims=True)
+            means = jnp.broadcast_to(sums / count, (batch, groups, channels // groups))
+            return means.reshape(batch, 1, 1, channels)
+
+        x = x.astype(jnp.float32)
+        centred = x - group_mean(x)
+        gain = jax.lax.rsqrt(group_mean(jnp.square(centred)) + self.epsilon) * scale
+        return (centred * gain + bias).astype(self.dtype)
+
+
+def self_attention(
+    qkv: Float[Array, "B H W 3C"], num_heads: int
+) -> Float[Array, "B H W C"]:
+    """Softmax attention between all pixels; logits and softmax in float32, scaled by 1/sqrt(ch).
+
+    The channels of `qkv` are ordered ((head * ch) + c) * 3 + {q, k, v}, as in the EDM networks.
+    """
+    batch, height, width, channels = qkv.shape
+    split = qkv.reshape(batch, height * width, num_heads, channels // (3 * num_heads), 3)
+    q, k, v = (split[..., i] for i in range(3))  # [B, HW, heads, ch]
+    return jax.nn.dot_product_attention(q, k, v).reshape(batch, height, width, channels // 3)

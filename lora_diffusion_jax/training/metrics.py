@@ -1,0 +1,121 @@
+"""What a training step measures, how it adds up, and the names it is logged under.
+
+Vocabulary (every name in metrics.jsonl and TensorBoard; `check_names` holds it):
+
+    train/loss                mean loss per pixel (weighted as the objective weights it)
+    train/loss_sigma_0 .. _9  the same for the images of one noise level: bin i holds those with
+                              i - 5 <= ln sigma < i - 4; 0 and 9 also all below and above
+    train/grad_norm           global norm of the gradient of (sum over pixels, mean over batch)
+    train/lora_grad_norm      its part in the adapters, when there are adapters that are trained
+    train/param_norm          global norm of the trained parameters after the last step
+    train/update_norm         global norm of what the step adds to them
+    train/learning_rate       rate of the last step
+    train/nonfinite_grads     gradient entries replaced since the start of the run
+    train/skipped_steps       steps without update since the start of the run (loss not finite)
+    perf/images_per_sec       rate of the interval without callbacks
+    perf/sec_per_step         likewise
+    perf/tflops_per_sec       all devices together, from the FLOP per image that the caller states
+    perf/input_wait           share of the interval in which the step waited for its batch
+    perf/checkpoint_wait      share of the interval in which checkpoints held up the loop
+    perf/device_memory_gb     largest use so far of this process' first device, where it is known
+    perf/host_memory_gb       largest use so far of this process
+    perf/eta_sec              time left at this rate
+    samples/*, eval/*         what the callbacks of these names return
+    callback/seconds          duration of a callback
+
+The `train/` values are means over the steps since the last line, or of the last step where it
+says so. A value without data in the interval (no image in a noise bin) is left out.
+"""
+
+import re
+from collections.abc import Iterable
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from clu import metrics
+from jaxtyping import Array, Bool, Float
+
+from lora_diffusion_jax.array_types import PyTree
+
+SIGMA_EDGES = tuple(range(-4, 5))  # of ln sigma
+SIGMA_BINS = len(SIGMA_EDGES) + 1
+
+_NAMES = re.compile(
+    r"train/(loss|loss_sigma_\d|grad_norm|lora_grad_norm|param_norm|update_norm|learning_rate"
+    r"|nonfinite_grads|skipped_steps)"
+    r"|perf/(images_per_sec|sec_per_step|tflops_per_sec|input_wait|checkpoint_wait"
+    r"|device_memory_gb|host_memory_gb|eta_sec)"
+    r"|(samples|eval)/[\w/.-]+|callback/seconds"
+)
+
+
+@flax.struct.dataclass
+class SigmaAverage(metrics.Metric):
+    """Mean loss of the images in each bin of noise level; NaN in a bin without images."""
+
+    total: Float[Array, "bins"]
+    count: Float[Array, "bins"]
+
+    @classmethod
+    def empty(cls) -> "SigmaAverage":
+        return cls(total=jnp.zeros(SIGMA_BINS), count=jnp.zeros(SIGMA_BINS))
+
+    @classmethod
+    def from_model_output(
+        cls, *, image_loss: Float[Array, "B"], sigma: Float[Array, "B"], mask: Bool[Array, "1"], **_
+    ) -> "SigmaAverage":
+        bins = jnp.searchsorted(jnp.asarray(SIGMA_EDGES, jnp.float32), jnp.log(sigma), side="right")
+        member = jax.nn.one_hot(bins, SIGMA_BINS) * mask  # [B, bins]
+        loss = jnp.where(mask, image_loss, 0)  # NaN times 0 is NaN
+        return cls(total=loss @ member, count=member.sum(axis=0))
+
+    def merge(self, other: "SigmaAverage") -> "SigmaAverage":
+        return type(self)(self.total + other.total, self.count + other.count)
+
+    def compute(self) -> Float[np.ndarray, "bins"]:
+        total, count = np.asarray(self.total), np.asarray(self.count)
+        return np.divide(total, count, out=np.full(SIGMA_BINS, np.nan), where=count > 0)
+
+
+@flax.struct.dataclass
+class TrainMetrics(metrics.Collection):
+    """Sums over steps; scalars come as [1] beside a mask [1] that is False in skipped steps."""
+
+    loss: metrics.Average.from_output("loss")
+    loss_sigma: SigmaAverage
+    grad_norm: metrics.Average.from_output("grad_norm")
+    lora_grad_norm: metrics.Average.from_output("lora_grad_norm")  # NaN without adapters
+    param_norm: metrics.LastValue.from_output("param_norm")
+    update_norm: metrics.Average.from_output("update_norm")
+    learning_rate: metrics.LastValue.from_output("learning_rate")
+
+
+def zeros_like_metrics(tree: PyTree) -> PyTree:
+    """The metrics before the first step, for arrays or shapes of some."""
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)
+
+
+def to_scalars(collection: TrainMetrics) -> dict[str, float]:
+    """{'train/loss': ...} of metrics on the host; values without data are left out."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        values = {name: np.asarray(value) for name, value in collection.compute().items()}
+    bins = values.pop("loss_sigma")
+    scalars = {f"train/{name}": float(value) for name, value in values.items()}
+    scalars |= {f"train/loss_sigma_{i}": float(value) for i, value in enumerate(bins)}
+    return {name: value for name, value in scalars.items() if not np.isnan(value)}
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Refuses names outside the vocabulary, so that runs stay comparable.
+
+    Raises:
+        ValueError: naming them.
+    """
+    unknown = [name for name in names if not _NAMES.fullmatch(name)]
+    if unknown:
+        raise ValueError(
+            f"Metric names {unknown} are not in the vocabulary; see {__name__}, or use eval/... "
+            "or samples/... in callbacks."
+        )

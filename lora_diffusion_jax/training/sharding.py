@@ -1,0 +1,146 @@
+"""The mesh (data, fsdp), the rules that lay arrays out on it, and the way of host batches to it."""
+
+import re
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int
+
+from lora_diffusion_jax.array_types import PyTree
+from lora_diffusion_jax.errors import UserError
+
+AXES = ("data", "fsdp")
+# Arrays with fewer entries stay whole on every device: gathering them costs more than they weigh.
+FSDP_MIN_SIZE = 2**16
+
+Rules = Sequence[tuple[str, PartitionSpec]]  # (regular expression of a path, its layout)
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of all devices; a batch is split over both axes, large parameters over `fsdp`.
+
+    Args:
+        data: size of the data axis; -1 takes what fsdp leaves.
+        fsdp: size of the fsdp axis, >= 1.
+        devices: default: every device of every process.
+
+    Raises:
+        UserError: data * fsdp is not the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    count = len(devices)
+    if fsdp < 1 or data == 0 or data < -1:
+        raise UserError(
+            f"mesh.data={data}, mesh.fsdp={fsdp}: give sizes of at least 1, or data=-1."
+        )
+    if data == -1 and count % fsdp == 0:
+        data = count // fsdp
+    if data * fsdp != count:
+        raise UserError(
+            f"The mesh asks for data={data} x fsdp={fsdp} devices, but there are {count} "
+            f"({devices[0].platform}). Choose sizes whose product is {count}, or data=-1 and an "
+            "fsdp that divides it."
+        )
+    return jax.make_mesh((data, fsdp), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The layout of what every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The layout of a batch: its first axis over all devices."""
+    return NamedSharding(mesh, PartitionSpec(AXES))
+
+
+def path_of(key_path: tuple) -> str:
+    """'model/enc/conv/kernel' for a key path of jax.tree_util."""
+    return jax.tree_util.keystr(key_path, simple=True, separator="/")
+
+
+def leaf_spec(path: str, shape: Sequence[int], mesh: Mesh, rules: Rules = ()) -> PartitionSpec:
+    """The layout of one array of the training state.
+
+    The first rule whose expression is found in the path decides. Without one, the largest axis
+    that the fsdp axis divides is split (the last such axis on a tie), as in ZeRO-3 (Rajbhandari et
+    al. 2020); arrays below FSDP_MIN_SIZE entries, and those with no such axis, are replicated.
+    """
+    for pattern, spec in rules:
+        if re.search(pattern, path):
+            return spec
+    fsdp = mesh.shape["fsdp"]
+    fitting = [(size, axis) for axis, size in enumerate(shape) if size % fsdp == 0]
+    if fsdp == 1 or not fitting or np.prod(shape) < FSDP_MIN_SIZE:
+        return PartitionSpec()
+    axis = max(fitting)[1]
+    return PartitionSpec(*[None] * axis, "fsdp")
+
+
+def tree_sharding(tree: PyTree, mesh: Mesh, rules: Rules = ()) -> PyTree:
+    """`leaf_spec` for every leaf of a tree of arrays or shapes; the same tree of NamedShardings.
+
+    Moments and averages have the shape of their parameter and its path as the end of their own,
+    so they are laid out like it.
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: NamedSharding(mesh, leaf_spec(path_of(path), leaf.shape, mesh, rules)),
+        tree,
+    )
+
+
+def check_batch_size(batch_size: int, mesh: Mesh, microbatch: int | None = None) -> None:
+    """Refuses a batch that the mesh cannot split evenly.
+
+    Args:
+        batch_size: images of one step over all devices.
+        mesh: the mesh.
+        microbatch: images of one forward and backward pass over all devices; None: the batch.
+
+    Raises:
+        UserError: with the numbers.
+    """
+    devices = mesh.size
+    if batch_size < 1 or batch_size % devices:
+        near = max(devices, batch_size // devices * devices)
+        raise UserError(
+            f"batch_size {batch_size} does not divide over {devices} devices (mesh data="
+            f"{mesh.shape['data']} x fsdp={mesh.shape['fsdp']}); take {near} or {near + devices}."
+        )
+    if microbatch is not None and (
+        microbatch < 1 or batch_size % microbatch or microbatch % devices
+    ):
+        raise UserError(
+            f"microbatch {microbatch} must divide batch_size {batch_size} and be a multiple of "
+            f"the {devices} devices; possible: "
+            f"{[m for m in range(devices, batch_size + 1, devices) if batch_size % m == 0]}."
+        )
+
+
+def local_rows(batch_size: int, mesh: Mesh) -> Int[np.ndarray, "local"]:
+    """The rows of the global batch that this process' devices hold, ascending."""
+    places = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+    rows = [np.arange(batch_size)[place] for place in places.values()]
+    return np.unique(np.concatenate(rows))
+
+
+def put_batch(local: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Host arrays that hold this process' rows (`local_rows`) -> one global array each."""
+    sharding = batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_process_local_data(sharding, np.asarray(rows))
+        for name, rows in local.items()
+    }
+
+
+def put_replicated(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Host arrays that all processes hold alike -> arrays that every device holds whole."""
+    sharding = replicated(mesh)
+
+    def put(leaf: np.ndarray) -> jax.Array:
+        leaf = np.asarray(leaf)
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+
+    return jax.tree.map(put, tree)

@@ -1,0 +1,92 @@
+"""The base that every config starts from: all fields that exist, with their defaults."""
+
+from ml_collections import ConfigDict
+
+
+def base() -> ConfigDict:
+    """Returns the full config of an unconditional EDM DDPM++ run; configs/ override parts of it.
+
+    Durations are numbers of images seen. A size of 0 under `data` means: as the data set has it.
+    """
+    config = ConfigDict()
+    config.class_conditional = False
+    config.dtype = "float32"  # of the computation; parameters and moments stay float32
+    config.init_from = ""  # a workdir or an official file whose weights training starts from
+
+    config.model = ConfigDict()
+    config.model.name = "ddpmpp"  # ddpmpp | ncsnpp | adm | improved
+    config.model.channels = 128
+    config.model.channel_mult = (2, 2, 2)
+    config.model.num_blocks = 4
+    config.model.attn_resolutions = (16,)
+    config.model.dropout = 0.13
+    config.model.label_dropout = 0.0
+    config.model.augment_dim = 9  # width of the augmentation labels; 0 has no layer for them
+
+    config.precond = ConfigDict()
+    config.precond.name = "edm"  # edm | vp | ve | iddpm | ddpm
+    config.precond.sigma_data = 0.5  # edm only
+
+    config.lora = ConfigDict()
+    config.lora.mode = "with_lora"  # baseline | with_lora | only_lora
+    config.lora.rank = 4
+    config.lora.bases = 18
+    config.lora.widths = (128, 64)  # hidden widths of the composition MLP
+    config.lora.sites = r".*/(qkv|proj)"
+
+    config.data = ConfigDict()
+    config.data.name = ""  # a TFDS data set
+    config.data.data_dir = ""  # where TFDS data sets are prepared; "" is TFDS's own default
+    config.data.path = ""  # or a folder or ZIP of images
+    config.data.split = "train"
+    config.data.eval_split = "test"
+    config.data.image_size = 0
+    config.data.channels = 0
+    config.data.num_classes = 0
+    config.data.memory_limit_gib = 1.0  # smaller data sets are decoded once, larger ones stream
+    config.data.workers = 2
+
+    config.augment = ConfigDict()
+    config.augment.p = 0.12  # probability of each transform; 0 leaves images alone
+
+    config.train = ConfigDict()
+    config.train.batch_size = 512
+    config.train.microbatch = 0  # gradient accumulation in parts of this size; 0: all at once
+    config.train.total_images = 200_000_000
+    config.train.seed = 0
+    config.train.learning_rate = 1e-3
+    config.train.rampup_images = 10_000_000
+    config.train.ema_halflife_images = 500_000
+    config.train.ema_rampup_ratio = 0.05
+    config.train.freeze_base = False  # train the adapters alone
+    config.train.log_every = 51_200
+    config.train.checkpoint_every = 2_560_000
+    config.train.keep = 3  # newest checkpoints
+    config.train.sample_every = 10_240_000
+    config.train.eval_every = 0  # 0: only at the end
+    config.train.max_nonfinite = 20  # steps in a row with a loss that is not finite
+
+    config.sampler = ConfigDict()
+    config.sampler.name = "edm"  # edm | ablation
+    config.sampler.num_steps = 18
+    config.sampler.sigma_min = 0.002
+    config.sampler.sigma_max = 80.0
+    config.sampler.rho = 7.0
+    config.sampler.s_churn = 0.0
+    config.sampler.s_min = 0.0
+    config.sampler.s_max = float("inf")
+    config.sampler.s_noise = 1.0
+    config.sampler.solver = "heun"  # this and the rest: ablation only
+    config.sampler.discretization = "edm"
+    config.sampler.schedule = "linear"
+    config.sampler.scaling = "none"
+    config.sampler.alpha = 1.0
+    config.sampler.batch_size = 64
+
+    config.eval = ConfigDict()
+    config.eval.num_samples = 1_000
+
+    config.mesh = ConfigDict()
+    config.mesh.data = -1  # devices along the data axis; -1: all that fsdp leaves
+    config.mesh.fsdp = 1
+    return config

@@ -1,0 +1,235 @@
+"""From seeds to images: image k is a function of seed k alone, whatever the batch and the devices."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from PIL import Image
+from tqdm import tqdm
+
+from lora_diffusion_jax.array_types import Denoise, Images, Key, Labels, Variables
+from lora_diffusion_jax.diffusion.samplers import to_uint8
+from lora_diffusion_jax.errors import UserError
+
+# Purposes of a seed's random numbers; a purpose never changes its number.
+_SAMPLING = 2  # beside the purposes of training
+_LATENT, _CLASS, _CHURN = 0, 1, 2
+NO_LABEL = -1  # the label of an image from an unconditional network, in files and batches
+
+Sampler = Callable[..., Images]  # (denoise, latents, *, key) -> images in [-1, 1]
+
+
+class Batch(NamedTuple):
+    """Generated images with what made them."""
+
+    images: np.ndarray  # uint8 [N, H, W, C]
+    seeds: np.ndarray  # int64 [N]
+    labels: np.ndarray  # int32 [N]; NO_LABEL without classes
+
+
+@dataclasses.dataclass(frozen=True)
+class Generator:
+    """Draws images from a denoiser; one compiled, sharded call a batch: seeds in, uint8 out.
+
+    Attributes:
+        apply: (variables, x, sigma, class_labels) -> D(x; sigma).
+        sampler: `edm_sampler` or another with its settings bound.
+        image_shape: (height, width, channels).
+        num_classes: 0 for an unconditional network.
+        mesh: devices; a batch is spread over all of them.
+        batch_size: images a call; rounded up to a multiple of the devices.
+    """
+
+    apply: Callable[..., Images]
+    sampler: Sampler
+    image_shape: tuple[int, int, int]
+    num_classes: int
+    mesh: Mesh
+    batch_size: int = 64
+
+    @property
+    def call_size(self) -> int:
+        """Images a call: batch_size rounded up to a multiple of the devices."""
+        return -(-self.batch_size // self.mesh.size) * self.mesh.size
+
+    def compile(self) -> Callable[[Variables, jax.Array, Labels], jax.Array]:
+        """The whole sampling run as one jitted function (variables, seeds [B], labels [B, n]) -> uint8."""
+        spread = NamedSharding(self.mesh, P(self.mesh.axis_names))
+        return jax.jit(self._sample, in_shardings=(None, spread, spread), out_shardings=spread)
+
+    def _sample(self, variables: Variables, seeds: jax.Array, labels: Labels) -> jax.Array:
+        keys = jax.vmap(seed_key)(seeds)
+        latents = jax.vmap(
+            lambda key: jax.random.normal(jax.random.fold_in(key, _LATENT), self.image_shape)
+        )(keys)
+        churn = jax.vmap(jax.random.fold_in, (0, None))(keys, _CHURN)
+        labels = labels if self.num_classes else None
+
+        def denoise(x: Images, sigma: jax.Array) -> Images:
+            return self.apply(variables, x, sigma, labels)
+
+        return to_uint8(self.sampler(denoise, latents, key=churn))
+
+    def batches(
+        self,
+        variables: Variables,
+        seeds: Sequence[int],
+        class_ids: Sequence[int] | int | None = None,
+        *,
+        progress: bool = False,
+    ) -> Iterator[Batch]:
+        """Yields the images of the seeds in order; a short last batch is padded and cut.
+
+        Args:
+            variables: of the network.
+            seeds: whole numbers in [0, 2^32).
+            class_ids: one class for all, or one per seed; None draws each image's class from its
+                seed, uniformly.
+            progress: show a bar.
+
+        Raises:
+            UserError: a seed or class out of range, classes for an unconditional network.
+        """
+        seeds = check_seeds(seeds)
+        labels = self.choose_labels(seeds, class_ids)
+        sample = self.compile()
+        bar = tqdm(total=len(seeds), unit="img", desc="sampling", disable=not progress)
+        with bar:
+            for start in range(0, len(seeds), self.call_size):
+                part = slice(start, start + self.call_size)
+                yield self._run(sample, variables, seeds[part], labels[part])
+                bar.update(len(seeds[part]))
+
+    def _run(
+        self, sample: Callable, variables: Variables, seeds: np.ndarray, labels: np.ndarray
+    ) -> Batch:
+        missing = self.call_size - len(seeds)
+        padded_seeds = np.pad(seeds, (0, missing), mode="edge").astype(np.uint32)
+        padded_labels = np.pad(labels, (0, missing), mode="edge")
+        one_hot = np.eye(max(self.num_classes, 1), dtype=np.float32)[np.maximum(padded_labels, 0)]
+        images = np.asarray(sample(variables, padded_seeds, one_hot))
+        return Batch(images[: len(seeds)], seeds, labels)
+
+    def choose_labels(
+        self, seeds: np.ndarray, class_ids: Sequence[int] | int | None = None
+    ) -> np.ndarray:
+        """The class of each image, int32 [N]: as asked for, or drawn from its seed."""
+        if not self.num_classes:
+            if class_ids is not None:
+                raise UserError(
+                    "A class was asked for, but this network is unconditional; leave out --class_id."
+                )
+            return np.full(len(seeds), NO_LABEL, np.int32)
+        if class_ids is None:
+            keys = jax.vmap(lambda seed: jax.random.fold_in(seed_key(seed), _CLASS))
+            draw = jax.vmap(lambda key: jax.random.randint(key, (), 0, self.num_classes))
+            return np.asarray(draw(keys(jnp.asarray(seeds, jnp.uint32))), np.int32)
+        chosen = np.broadcast_to(np.asarray(class_ids, np.int64), len(seeds))
+        bad = chosen[(chosen < 0) | (chosen >= self.num_classes)]
+        if len(bad):
+            raise UserError(
+                f"Class {bad[0]} does not exist: this network has {self.num_classes} classes, "
+                f"0 to {self.num_classes - 1}."
+            )
+        return chosen.astype(np.int32)
+
+
+def seed_key(seed: jax.Array) -> Key:
+    """The key from which everything about the image of this seed is drawn."""
+    return jax.random.fold_in(jax.random.key(_SAMPLING), seed)
+
+
+def check_seeds(seeds: Sequence[int]) -> np.ndarray:
+    """Returns the seeds as int64 [N]; raises UserError when there are none or one is out of range."""
+    seeds = np.asarray(seeds, np.int64).reshape(-1)
+    if not len(seeds):
+        raise UserError("No seeds were given; use for instance --seeds=0-63.")
+    if seeds.min() < 0 or seeds.max() >= 2**32:
+        raise UserError(
+            f"Seeds run from {seeds.min()} to {seeds.max()}; they must lie in [0, {2**32 - 1}]."
+        )
+    return seeds
+
+
+def parse_seeds(text: str) -> list[int]:
+    """'0-3,7,10-12' -> [0, 1, 2, 3, 7, 10, 11, 12].
+
+    Raises:
+        UserError: anything else.
+    """
+    seeds: list[int] = []
+    for part in text.split(","):
+        low, dash, high = part.strip().partition("-")
+        numbers_only = low.isdecimal() and (high.isdecimal() if dash else True)
+        if not numbers_only or (dash and int(low) > int(high)):
+            raise UserError(
+                f"--seeds={text}: {part.strip()!r} is neither a number nor a range; "
+                "write for instance 0-63 or 0-9,20,30-39."
+            )
+        seeds.extend(range(int(low), int(high if dash else low) + 1))
+    return seeds
+
+
+def write_npz(path: Path, batches: Iterable[Batch], about: dict[str, object]) -> int:
+    """Writes images uint8 [N, H, W, C], seeds [N], labels [N] and a JSON text `about`; returns N.
+
+    The file appears whole or not at all.
+    """
+    whole = Batch(*(np.concatenate(parts) for parts in zip(*batches, strict=True)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".partial")
+    with open(temporary, "wb") as file:
+        np.savez_compressed(file, **whole._asdict(), about=json.dumps(about))
+    os.replace(temporary, path)
+    return len(whole.seeds)
+
+
+def write_folder(folder: Path, batches: Iterable[Batch], about: dict[str, object]) -> int:
+    """Writes one PNG per image, `000007.png` for seed 7, and labels in `dataset.json`; returns N.
+
+    The layout is that of a StyleGAN/EDM data set, so the folder can be trained on and evaluated.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    labels: list[list[object]] = []
+    for batch in batches:
+        for image, seed, label in zip(*batch, strict=True):
+            name = f"{seed:06d}.png"
+            to_pil(image).save(folder / name)
+            labels.append([name, int(label)])
+    conditional = labels and labels[0][1] != NO_LABEL
+    text = json.dumps({"labels": labels if conditional else None, "about": about})
+    (folder / "dataset.json").write_text(text)
+    return len(labels)
+
+
+def to_pil(image: np.ndarray) -> Image.Image:
+    """A uint8 image [H, W, 1 or 3] for writing."""
+    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+
+
+def grid(images: np.ndarray, columns: int, *, least_side: int = 32) -> np.ndarray:
+    """Tiles uint8 images [N, H, W, C] row by row; small ones are enlarged by a whole factor."""
+    factor = max(1, -(-least_side // images.shape[1]))
+    images = images.repeat(factor, axis=1).repeat(factor, axis=2)
+    count, height, width, channels = images.shape
+    rows = -(-count // columns)
+    tiles = np.zeros((rows * columns, height, width, channels), np.uint8)
+    tiles[:count] = images
+    tiles = tiles.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
+    return tiles.reshape(rows * height, columns * width, channels)
+
+
+def write_grid(path: Path, images: np.ndarray, columns: int) -> None:
+    """Writes `grid` as a PNG that appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".partial")
+    to_pil(grid(images, columns)).save(temporary, format="PNG")
+    os.replace(temporary, path)

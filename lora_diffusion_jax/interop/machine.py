@@ -1,0 +1,372 @@
+"""A pickle machine that builds inert data: it imports nothing and calls nothing that a file names.
+
+Python's own unpickler calls what a file asks for; restricting what it finds still leaves its other
+doors (attribute access in BUILD, hashing of nested keys, allocation of declared sizes). This
+machine knows the opcodes that data needs, makes lists, dicts, strings and numbers itself, and looks
+every global up in a table that the caller gives. The work and the memory that a file can cause are
+bounded by its size and by a `Budget`.
+"""
+
+import dataclasses
+import pickle
+import struct
+from collections.abc import Callable, Mapping
+from typing import Any
+
+MAX_INT_BYTES = 16  # the longest honest integer is PyTorch's ten-byte magic number
+MAX_KEY = 1 << 20  # integers hash to themselves: among large ones, many that collide can be chosen
+
+
+class Refused(Exception):  # noqa: N818 - a verdict on a file, not a fault of the program
+    """Why a file is not read; public readers turn it into a UserError that names the file."""
+
+
+@dataclasses.dataclass
+class Budget:
+    """What reading one file may cost altogether.
+
+    Attributes:
+        work: opcodes, and items copied between containers. Honest snapshots need about 0.2 million.
+        text: bytes of strings.
+        tensors: bytes of arrays copied out of storages.
+        nested: bytes of files inside the file.
+    """
+
+    tensors: int
+    nested: int
+    work: int = 1_000_000
+    text: int = 32 << 20
+
+    def spend(self, what: str, amount: int) -> None:
+        """Takes `amount` from the budget named `what`.
+
+        Raises:
+            Refused: there is not as much left.
+        """
+        left = getattr(self, what) - amount
+        if left < 0:
+            raise Refused(f"it asks for more {what} than a file of its size can need")
+        setattr(self, what, left)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, slots=True)
+class Maker:
+    """A global that a file may call: our own function from the call's arguments to inert data."""
+
+    make: Callable[[tuple], Any]
+
+
+@dataclasses.dataclass(eq=False, repr=False, slots=True)
+class Instance:
+    """An object of a class that is known by name only, with the attributes that were saved."""
+
+    class_name: str
+    state: dict[str, Any] | tuple | None = None
+
+
+class Cursor:
+    """Reads forward through bytes without copying them."""
+
+    def __init__(self, data: memoryview):
+        self._data = data
+        self.position = 0
+
+    def take(self, count: int) -> memoryview:
+        """The next `count` bytes.
+
+        Raises:
+            Refused: fewer are left, which is found before anything is allocated.
+        """
+        end = self.position + count
+        if end > len(self._data):
+            raise Refused(
+                f"it is truncated or damaged: {count} bytes are announced at byte {self.position}, "
+                f"but {len(self._data) - self.position} are left"
+            )
+        chunk = self._data[self.position : end]
+        self.position = end
+        return chunk
+
+    def number(self, layout: str) -> Any:
+        """One number in the notation of `struct`."""
+        return struct.unpack(layout, self.take(struct.calcsize(layout)))[0]
+
+    def line(self, limit: int = 256) -> str:
+        """ASCII text up to the next line feed, which is consumed."""
+        text = bytes(self._data[self.position : self.position + limit])
+        length = text.find(b"\n")
+        if length < 0:
+            raise Refused(f"it is damaged: a name without an end at byte {self.position}")
+        self.position += length + 1
+        return text[:length].decode("ascii")
+
+    @property
+    def left(self) -> int:
+        """Bytes not yet read."""
+        return len(self._data) - self.position
+
+
+class Machine:
+    """Runs one pickle.
+
+    Args:
+        cursor: where the pickle begins; afterwards just behind its end.
+        allowed: (module, name) -> what stands for that global: a `Maker` where calling is allowed,
+            else any inert value.
+        budget: shared by all pickles of one file.
+        persistent: resolves persistent ids; None where the format has none.
+    """
+
+    def __init__(
+        self,
+        cursor: Cursor,
+        allowed: Mapping[tuple[str, str], Any],
+        budget: Budget,
+        persistent: Callable[[Any], Any] | None = None,
+    ):
+        self._cursor = cursor
+        self._allowed = allowed
+        self._budget = budget
+        self._persistent = persistent
+        self._stack: list[Any] = []
+        self._outer: list[list[Any]] = []  # the stacks below each open mark
+        self._memo: dict[int, Any] = {}
+
+    def run(self) -> Any:
+        """Returns what the pickle holds.
+
+        Raises:
+            Refused: a forbidden global or opcode, damage, or a budget exceeded.
+        """
+        while True:
+            self._budget.spend("work", 1)
+            at = self._cursor.position
+            code = self._cursor.take(1)[0]
+            if code == pickle.STOP[0]:
+                break
+            step = _STEPS.get(code)
+            if step is None:
+                raise Refused(f"it is damaged or foreign: pickle opcode {_name(code)} at byte {at}")
+            try:
+                step(self)
+            except (IndexError, KeyError, UnicodeDecodeError) as error:
+                raise Refused(
+                    f"it is damaged: pickle opcode {_name(code)} at byte {at} does not fit"
+                ) from error
+        if len(self._stack) != 1 or self._outer:
+            raise Refused(f"it is damaged: the pickle stops too early, at byte {at}")
+        return self._stack[0]
+
+    # Numbers and strings.
+
+    def _push_long(self, layout: str) -> None:
+        count = self._cursor.number(layout)
+        if not 0 <= count <= MAX_INT_BYTES:
+            raise Refused(f"it is damaged: an integer of {count} bytes")
+        self._stack.append(int.from_bytes(self._cursor.take(count), "little", signed=True))
+
+    def _push_text(self, layout: str, encoding: str = "utf-8") -> None:
+        count = self._cursor.number(layout)
+        data = self._cursor.take(count)
+        self._budget.spend("text", count)
+        self._stack.append(str(data, encoding))
+
+    def _push_bytes(self, layout: str) -> None:
+        self._stack.append(self._cursor.take(self._cursor.number(layout)))
+
+    # Containers.
+
+    def _mark(self) -> None:
+        self._outer.append(self._stack)
+        self._stack = []
+
+    def _since_mark(self) -> list[Any]:
+        items, self._stack = self._stack, self._outer.pop()
+        return items
+
+    def _tuple(self, count: int) -> None:
+        if len(self._stack) < count:
+            raise IndexError
+        self._stack[-count:] = [tuple(self._stack[-count:])]
+
+    def _append(self, items: list[Any]) -> None:
+        _expect(self._stack[-1], list, "APPEND").extend(items)
+
+    def _set_items(self, items: list[Any]) -> None:
+        target = _expect(self._stack[-1], dict, "SETITEM")
+        if len(items) % 2:
+            raise IndexError
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            target[check_key(key)] = value
+
+    def _add_items(self) -> None:
+        items = self._since_mark()
+        _expect(self._stack[-1], set, "ADDITEMS").update(map(check_key, items))
+
+    def _set_item(self) -> None:
+        value, key = self._stack.pop(), self._stack.pop()
+        self._set_items([key, value])
+
+    # Globals and objects.
+
+    def _global(self, module: Any, name: Any) -> None:
+        _expect(module, str, "STACK_GLOBAL")
+        _expect(name, str, "STACK_GLOBAL")
+        if (module, name) not in self._allowed:
+            raise Refused(f"it asks for {shorten(f'{module}.{name}')}, which data does not need")
+        self._stack.append(self._allowed[module, name])
+
+    def _global_line(self) -> None:
+        self._global(self._cursor.line(), self._cursor.line())
+
+    def _stack_global(self) -> None:
+        name, module = self._stack.pop(), self._stack.pop()
+        self._global(module, name)
+
+    def _make(self) -> None:
+        args, maker = self._stack.pop(), self._stack.pop()
+        _expect(args, tuple, "REDUCE")
+        self._stack.append(_expect(maker, Maker, "REDUCE").make(args))
+
+    def _build(self) -> None:
+        state = self._stack.pop()
+        target = self._stack[-1]
+        if isinstance(
+            target, dict
+        ):  # attributes of an OrderedDict, such as a state_dict's versions
+            _expect(state, dict, "BUILD")
+            return
+        _expect(target, Instance, "BUILD")
+        if target.state is not None:
+            raise Refused("it is damaged: an object is filled twice")
+        target.state = state if type(state) is tuple else _expect(state, dict, "BUILD")
+
+    def _persistent_id(self) -> None:
+        if self._persistent is None:
+            raise Refused("it is foreign: persistent ids, which this format does not have")
+        self._stack.append(self._persistent(self._stack.pop()))
+
+    # The memo.
+
+    def _put(self, index: int) -> None:
+        self._memo[index] = self._stack[-1]
+
+    def _get(self, index: int) -> None:
+        self._stack.append(self._memo[index])
+
+    def _protocol(self) -> None:
+        protocol = self._cursor.number("<B")
+        if not 2 <= protocol <= 5:
+            raise Refused(f"it is foreign: pickle protocol {protocol}, not 2 to 5")
+
+    def _frame(self) -> None:
+        length = self._cursor.number("<Q")
+        if length > self._cursor.left:
+            raise Refused(
+                f"it is truncated or damaged: a frame of {length} bytes is announced, "
+                f"but {self._cursor.left} are left"
+            )
+
+
+def check_key(key: Any) -> Any:
+    """Returns a dict key or set member that is cheap to hash and cannot be made to collide.
+
+    Raises:
+        Refused: any but strings, small integers, booleans and None. A tuple that holds itself
+            many times over would take exponential time to hash.
+    """
+    if key is None or type(key) in (str, bool) or (type(key) is int and 0 <= key < MAX_KEY):
+        return key
+    raise Refused(f"it is damaged or foreign: a {type(key).__name__} as a dictionary key")
+
+
+def shorten(text: str, limit: int = 80) -> str:
+    """Text from a file in a form that is safe to print: one line, escaped, bounded."""
+    text = text if len(text) <= limit else text[:limit] + "..."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def show(value: Any) -> str:
+    """A value from a file for an error message; containers, perhaps endless, are not entered."""
+    if value is None or type(value) in (str, bool, int, float):
+        return shorten(repr(value))
+    if type(value) is list and len(value) <= 16 and all(type(v) in (int, float) for v in value):
+        return shorten(repr(value))
+    return f"a {type(value).__name__}"
+
+
+def _expect(value: Any, kind: type, opcode: str) -> Any:
+    if type(value) is not kind:
+        raise Refused(
+            f"it is damaged or hostile: pickle opcode {opcode} on a {type(value).__name__}"
+        )
+    return value
+
+
+def _name(code: int) -> str:
+    return _OPCODE_NAMES.get(code, f"0x{code:02x}")
+
+
+def _push(value: Any) -> Callable[[Machine], None]:
+    return lambda m: m._stack.append(value)
+
+
+def _number(layout: str) -> Callable[[Machine], None]:
+    return lambda m: m._stack.append(m._cursor.number(layout))
+
+
+_OPCODE_NAMES = {
+    value[0]: name
+    for name, value in vars(pickle).items()
+    if name.isupper() and isinstance(value, bytes) and len(value) == 1
+}
+
+_STEPS: dict[int, Callable[[Machine], None]] = {
+    code[0]: step
+    for code, step in {
+        pickle.PROTO: Machine._protocol,
+        pickle.FRAME: Machine._frame,
+        pickle.MARK: Machine._mark,
+        pickle.NONE: _push(None),
+        pickle.NEWTRUE: _push(True),
+        pickle.NEWFALSE: _push(False),
+        pickle.EMPTY_TUPLE: _push(()),
+        pickle.BININT: _number("<i"),
+        pickle.BININT1: _number("<B"),
+        pickle.BININT2: _number("<H"),
+        pickle.BINFLOAT: _number(">d"),
+        pickle.LONG1: lambda m: m._push_long("<B"),
+        pickle.LONG4: lambda m: m._push_long("<i"),
+        pickle.SHORT_BINUNICODE: lambda m: m._push_text("<B"),
+        pickle.BINUNICODE: lambda m: m._push_text("<I"),
+        pickle.BINUNICODE8: lambda m: m._push_text("<Q"),
+        pickle.SHORT_BINSTRING: lambda m: m._push_text("<B", "ascii"),  # written by Python 2
+        pickle.BINSTRING: lambda m: m._push_text("<I", "ascii"),
+        pickle.SHORT_BINBYTES: lambda m: m._push_bytes("<B"),
+        pickle.BINBYTES: lambda m: m._push_bytes("<I"),
+        pickle.BINBYTES8: lambda m: m._push_bytes("<Q"),
+        pickle.EMPTY_LIST: lambda m: m._stack.append([]),
+        pickle.EMPTY_DICT: lambda m: m._stack.append({}),
+        pickle.EMPTY_SET: lambda m: m._stack.append(set()),
+        pickle.TUPLE: lambda m: _push(tuple(m._since_mark()))(m),
+        pickle.TUPLE1: lambda m: m._tuple(1),
+        pickle.TUPLE2: lambda m: m._tuple(2),
+        pickle.TUPLE3: lambda m: m._tuple(3),
+        pickle.APPEND: lambda m: m._append([m._stack.pop()]),
+        pickle.APPENDS: lambda m: m._append(m._since_mark()),
+        pickle.SETITEM: Machine._set_item,
+        pickle.SETITEMS: lambda m: m._set_items(m._since_mark()),
+        pickle.ADDITEMS: Machine._add_items,
+        pickle.BINPUT: lambda m: m._put(m._cursor.number("<B")),
+        pickle.LONG_BINPUT: lambda m: m._put(m._cursor.number("<I")),
+        pickle.MEMOIZE: lambda m: m._put(len(m._memo)),
+        pickle.BINGET: lambda m: m._get(m._cursor.number("<B")),
+        pickle.LONG_BINGET: lambda m: m._get(m._cursor.number("<I")),
+        pickle.GLOBAL: Machine._global_line,
+        pickle.STACK_GLOBAL: Machine._stack_global,
+        pickle.REDUCE: Machine._make,
+        pickle.NEWOBJ: Machine._make,
+        pickle.BUILD: Machine._build,
+        pickle.BINPERSID: Machine._persistent_id,
+    }.items()
+}

@@ -1,0 +1,273 @@
+"""Safe readers of official checkpoints: EDM snapshots (.pkl) and PyTorch files (.pt, .pth).
+
+Nothing in a file is ever executed: see `machine`. The source code that snapshots carry is ignored.
+PyTorch is not needed.
+"""
+
+import dataclasses
+import mmap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.interop.allowed import snapshot_globals
+from lora_diffusion_jax.interop.machine import (
+    Budget,
+    Cursor,
+    Instance,
+    Machine,
+    Refused,
+    shorten,
+    show,
+)
+from lora_diffusion_jax.interop.tensors import Tensor, containers
+from lora_diffusion_jax.interop.torch_files import ZIP_MAGIC, read_torch
+
+MAX_DEPTH = 32  # modules inside modules
+MAX_MODULES = 20_000
+SLACK = 16 << 20  # bytes that small files may take beyond their size
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class ModuleNode:
+    """A module or object of a snapshot: its class's name and what it held, all of it inert.
+
+    Attributes:
+        class_name: such as EDMPrecond or UNetBlock.
+        attributes: plain values by name, such as `dropout`.
+        init_kwargs: keyword arguments that the object was made with; None where not recorded.
+        init_args: positional ones.
+        params: parameters of this module itself.
+        buffers: its persistent buffers.
+        children: submodules by name, in order.
+    """
+
+    class_name: str
+    attributes: dict[str, Any]
+    init_kwargs: dict[str, Any] | None
+    init_args: tuple
+    params: dict[str, np.ndarray]
+    buffers: dict[str, np.ndarray]
+    children: dict[str, "ModuleNode"]
+
+    def walk(self, prefix: str = "") -> Iterator[tuple[str, "ModuleNode"]]:
+        """Yields (dotted name, module) of this module and all below it, in PyTorch's order."""
+        yield prefix, self
+        for name, child in self.children.items():
+            yield from child.walk(f"{prefix}.{name}" if prefix else name)
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """Parameters and buffers by their official dotted names, in PyTorch's order."""
+        return {
+            f"{prefix}.{name}" if prefix else name: array
+            for prefix, module in self.walk()
+            for name, array in (*module.params.items(), *module.buffers.items())
+        }
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Snapshot:
+    """An EDM network snapshot.
+
+    Attributes:
+        ema: the network with averaged weights.
+        loss_fn: its training loss; None where absent.
+        augment_pipe: its augmentation; None without.
+        dataset_kwargs: settings of the data set it was trained on.
+    """
+
+    ema: ModuleNode
+    loss_fn: ModuleNode | None
+    augment_pipe: ModuleNode | None
+    dataset_kwargs: dict[str, Any]
+
+
+def read_snapshot(path: str | Path) -> Snapshot:
+    """Reads an EDM snapshot (`network-snapshot-*.pkl` and the published ones) without running it.
+
+    Raises:
+        UserError: one line that names the file and what was found in it.
+    """
+    data = _map(path)
+    try:
+        if bytes(data[:1]) != b"\x80":
+            raise Refused(f"it is {describe(data)}")
+        budget = Budget(tensors=2 * len(data) + SLACK, nested=len(data))
+        cursor = Cursor(data)
+        value = Machine(cursor, snapshot_globals(budget), budget).run()
+        if type(value) is int:
+            raise Refused("it is a PyTorch file (.pt), not a network snapshot")
+        if cursor.left:
+            raise Refused(f"{cursor.left} bytes follow its end")
+        return _snapshot(value, budget)
+    except Refused as error:
+        raise UserError(
+            f"{path}: {error}. Nothing in it was run. Expected an EDM network snapshot, such as "
+            "network-snapshot-200000.pkl or edm-cifar10-32x32-cond-vp.pkl."
+        ) from None
+
+
+def read_torch_state_dict(path: str | Path, key: str | None = None) -> dict[str, np.ndarray]:
+    """Reads a dict of tensors that torch.save wrote, in the zip or the legacy format.
+
+    Args:
+        path: a .pt or .pth file.
+        key: the entry that holds the state_dict, where the file holds a larger dict.
+
+    Returns:
+        Arrays by their names, in the file's order; bfloat16 as ml_dtypes.bfloat16.
+
+    Raises:
+        UserError: one line that names the file and what was found in it.
+    """
+    data = _map(path)
+    try:
+        if bytes(data[:1]) != b"\x80" and bytes(data[:4]) != ZIP_MAGIC:
+            raise Refused(f"it is {describe(data)}")
+        budget = Budget(tensors=2 * len(data) + SLACK, nested=len(data))
+        value, left = read_torch(data, containers(budget), budget)
+        if left:
+            raise Refused(f"{left} bytes follow its end")
+        return _tensors(value, key, budget)
+    except Refused as error:
+        raise UserError(
+            f"{path}: {error}. Nothing in it was run. Expected a file of tensors by name, as "
+            "torch.save(model.state_dict(), path) writes it."
+        ) from None
+
+
+def describe(data: memoryview | bytes) -> str:
+    """What a file that is no checkpoint seems to be, for error messages."""
+    head = bytes(data[:4096])
+    if not head:
+        return "an empty file"
+    if head.lstrip()[:1] == b"<":
+        return "a web page or XML (a failed download?)"
+    if head.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer; fetch the file itself with `git lfs pull`"
+    for magic, name in {b"\x1f\x8b": "a gzip file", ZIP_MAGIC: "a zip archive"}.items():
+        if head.startswith(magic):
+            return name
+    try:
+        return f"a text file that begins with '{shorten(head.decode()[:40])}'"
+    except UnicodeDecodeError:
+        return f"a file of another kind, which begins with the bytes {head[:8].hex(' ')}"
+
+
+def _map(path: str | Path) -> memoryview:
+    """The file's bytes, mapped rather than read; freed with the last view of them."""
+    path = Path(path)
+    if not path.is_file():
+        found = "is a directory or device" if path.exists() else "does not exist"
+        raise UserError(f"{path} {found}; expected a checkpoint file.")
+    try:
+        with path.open("rb") as file:
+            if not path.stat().st_size:
+                return memoryview(b"")
+            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
+
+
+def _tensors(value: Any, key: str | None, budget: Budget) -> dict[str, np.ndarray]:
+    if type(value) is not dict:
+        raise Refused(f"it holds a {type(value).__name__}, not a dict of tensors")
+    if key is not None:
+        if type(value.get(key)) is not dict:
+            raise Refused(f"it has no dict named {key!r}; it has {_names(value)}")
+        value = value[key]
+    others = [name for name, item in value.items() if type(item) is not Tensor]
+    if others or not all(type(name) is str for name in value):
+        raise Refused(f"it holds more than tensors: {_names(value)}")
+    return {name: tensor.array(budget) for name, tensor in value.items()}
+
+
+def _names(value: dict) -> str:
+    names = [show(name) for name in list(value)[:6]]
+    return ", ".join(names) + (", ..." if len(value) > 6 else "") if names else "nothing"
+
+
+# From the raw tree to modules.
+
+
+def _snapshot(value: Any, budget: Budget) -> Snapshot:
+    if type(value) is not dict:
+        raise Refused(f"it holds a {type(value).__name__}, not a snapshot's dict")
+    if type(value.get("ema")) is not Instance:
+        raise Refused(f"it holds no network under 'ema', but {_names(value)}")
+    modules = _Modules(budget)
+    kwargs = value.get("dataset_kwargs") or {}
+    if type(kwargs) is not dict:
+        raise Refused("it is damaged: dataset_kwargs that is no dict")
+    return Snapshot(
+        modules.convert(value["ema"]),
+        *(modules.optional(value.get(name)) for name in ("loss_fn", "augment_pipe")),
+        dataset_kwargs=kwargs,
+    )
+
+
+class _Modules:
+    """Turns instances into `ModuleNode`, within limits on their number and nesting."""
+
+    def __init__(self, budget: Budget):
+        self._budget = budget
+        self._left = MAX_MODULES
+
+    def optional(self, value: Any) -> ModuleNode | None:
+        return None if value is None else self.convert(value)
+
+    def convert(self, value: Any, depth: int = 0) -> ModuleNode:
+        if type(value) is not Instance:
+            raise Refused(f"it is damaged: a {type(value).__name__} in the place of a module")
+        self._left -= 1
+        if depth > MAX_DEPTH or self._left < 0:
+            raise Refused("it is damaged or hostile: modules that contain themselves, or too many")
+        state = value.state or {}
+        if type(state) is not dict:
+            raise Refused(f"it is damaged: a {shorten(value.class_name)} whose state is no dict")
+        hidden = self._names(state.get("_non_persistent_buffers_set") or set())
+        children = self._items(state, "_modules")
+        kwargs, args = state.get("_init_kwargs"), state.get("_init_args")
+        return ModuleNode(
+            class_name=value.class_name,
+            attributes={
+                name: item
+                for name, item in state.items()
+                if type(name) is str and not name.startswith("_")
+            },
+            init_kwargs=kwargs if type(kwargs) is dict else None,
+            init_args=args if type(args) is tuple else (),
+            params=self._arrays(self._items(state, "_parameters")),
+            buffers=self._arrays(
+                {k: v for k, v in self._items(state, "_buffers").items() if k not in hidden}
+            ),
+            children={k: self.convert(v, depth + 1) for k, v in children.items() if v is not None},
+        )
+
+    def _items(self, state: dict, field: str) -> dict[str, Any]:
+        """Entries of a module's registry, whose names must make unambiguous paths."""
+        items = state.get(field) or {}
+        if type(items) is not dict:
+            raise Refused(f"it is damaged: {field} that is no dict")
+        self._names(items)
+        return items
+
+    def _names(self, names: Any) -> Any:
+        if any(type(name) is not str or not name or "." in name for name in names):
+            raise Refused("it is damaged: a module or tensor without a proper name")
+        return names
+
+    def _arrays(self, items: dict[str, Any]) -> dict[str, np.ndarray]:
+        arrays = {}
+        for name, item in items.items():
+            if item is None:
+                continue
+            if type(item) is not Tensor:
+                raise Refused(
+                    f"it is damaged: {shorten(name)} is a {type(item).__name__}, not a tensor"
+                )
+            arrays[name] = item.array(self._budget)
+        return arrays

@@ -37,8 +37,6 @@ import numpy as np
 from clu import metrics
 from jaxtyping import Array, Bool, Float
 
-from lora_diffusion_jax.array_types import PyTree
-
 SIGMA_EDGES = tuple(range(-4, 5))  # of ln sigma
 SIGMA_BINS = len(SIGMA_EDGES) + 1
 
@@ -64,7 +62,7 @@ class SigmaAverage(metrics.Metric):
 
     @classmethod
     def from_model_output(
-        cls, *, image_loss: Float[Array, "B"], sigma: Float[Array, "B"], mask: Bool[Array, "1"], **_
+        cls, *, image_loss: Float[Array, " B"], sigma: Float[Array, " B"], mask: Bool[Array, "1"], **_
     ) -> "SigmaAverage":
         bins = jnp.searchsorted(jnp.asarray(SIGMA_EDGES, jnp.float32), jnp.log(sigma), side="right")
         member = jax.nn.one_hot(bins, SIGMA_BINS) * mask  # [B, bins]
@@ -90,11 +88,6 @@ class TrainMetrics(metrics.Collection):
     param_norm: metrics.LastValue.from_output("param_norm")
     update_norm: metrics.Average.from_output("update_norm")
     learning_rate: metrics.LastValue.from_output("learning_rate")
-
-
-def zeros_like_metrics(tree: PyTree) -> PyTree:
-    """The metrics before the first step, for arrays or shapes of some."""
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)
 
 
 def to_scalars(collection: TrainMetrics) -> dict[str, float]:

@@ -7,7 +7,7 @@ import flax
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from lora_diffusion_jax.array_types import Key, PyTree, Variables
 from lora_diffusion_jax.errors import UserError
@@ -33,6 +33,7 @@ class TrainState:
     nonfinite_grads: Float[Array, ""]  # gradient entries replaced so far
     skipped_steps: Int[Array, ""]  # steps without update so far: their loss was not finite
     bad_in_row: Int[Array, ""]  # of these, the last ones in a row
+    halted: Bool[Array, ""]  # too many in a row: nothing changes any more
 
     def images_seen(self, batch_size: int) -> Float[Array, ""]:
         """Images before this moment, float32: 2.5e9 of them do not fit into an int32."""
@@ -80,6 +81,7 @@ def create_state(
         nonfinite_grads=jnp.zeros((), jnp.float32),
         skipped_steps=jnp.zeros((), jnp.int32),
         bad_in_row=jnp.zeros((), jnp.int32),
+        halted=jnp.zeros((), bool),
     )
 
 

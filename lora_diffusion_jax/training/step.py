@@ -7,6 +7,7 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from lora_diffusion_jax.array_types import (
@@ -19,14 +20,21 @@ from lora_diffusion_jax.array_types import (
     Variables,
 )
 from lora_diffusion_jax.training.ema import Ema
+from lora_diffusion_jax.training.feed import take
 from lora_diffusion_jax.training.metrics import TrainMetrics
 from lora_diffusion_jax.training.optimizer import Optimizer
-from lora_diffusion_jax.training.sharding import path_of
+from lora_diffusion_jax.training.sharding import (
+    Rules,
+    batch_sharding,
+    path_of,
+    replicated,
+    tree_sharding,
+)
 from lora_diffusion_jax.training.state import TrainState, assemble, has_adapters
 
 Batch = Mapping[str, Array]  # 'image' uint8 or [-1, 1] float [B, H, W, C]; 'label' ids or float
 # Sums of gradient, loss per image and sigma [B]
-Gradient = tuple[PyTree, Float[Array, "B"], Float[Array, "B"]]
+Gradient = tuple[PyTree, Float[Array, " B"], Float[Array, " B"]]
 
 
 class LossFn(Protocol):
@@ -44,7 +52,7 @@ class LossFn(Protocol):
         labels: Labels | None,
         random: PyTree,
         train: bool,
-    ) -> tuple[Float[Array, "B H W C"], Float[Array, "B"]]: ...
+    ) -> tuple[Float[Array, "B H W C"], Float[Array, " B"]]: ...
 
 
 # (key, shape of the images) -> arrays with one row per image (sigma, noise, augmentation) and keys
@@ -173,8 +181,8 @@ def clean(grads: PyTree) -> tuple[PyTree, Float[Array, ""]]:
 def _apply(
     state: TrainState,
     grads: PyTree,
-    image_loss: Float[Array, "B"],
-    sigma: Float[Array, "B"],
+    image_loss: Float[Array, " B"],
+    sigma: Float[Array, " B"],
     optimizer: Optimizer,
     ema: Ema,
     batch_size: int,
@@ -182,8 +190,7 @@ def _apply(
 ) -> tuple[TrainState, TrainMetrics]:
     """The state after an update with these gradients, or as it was where the loss is not finite."""
     loss, seen = image_loss.mean(), state.images_seen(batch_size)
-    halted = state.bad_in_row >= max_bad_steps
-    good = jnp.isfinite(loss) & ~halted
+    good = jnp.isfinite(loss) & ~state.halted
     grads, replaced = clean(grads)
     updates, opt_state, rate = optimizer.update(grads, state.opt_state, state.params, seen)
     params = optax.apply_updates(state.params, updates)
@@ -204,21 +211,22 @@ def _apply(
         update_norm=optax.global_norm(updates)[None],
         learning_rate=rate[None],
     )
-    return _count(state, good, halted, replaced).replace(
-        params=params, opt_state=opt_state, ema=average
-    ), measured
+    state = _count(state, good, replaced, max_bad_steps)
+    return state.replace(params=params, opt_state=opt_state, ema=average), measured
 
 
 def _count(
-    state: TrainState, good: Bool[Array, ""], halted: Bool[Array, ""], replaced: Float[Array, ""]
+    state: TrainState, good: Bool[Array, ""], replaced: Float[Array, ""], max_bad_steps: int
 ) -> TrainState:
     """The state with its counters moved on by one step."""
     row = jnp.where(good, 0, state.bad_in_row + 1)
+    row = jnp.where(state.halted, state.bad_in_row, row)
     return state.replace(
         step=state.step + 1,
         nonfinite_grads=state.nonfinite_grads + jnp.where(good, replaced, 0),
         skipped_steps=state.skipped_steps + (~good),
-        bad_in_row=jnp.where(halted, state.bad_in_row, row),
+        bad_in_row=row,
+        halted=row >= max_bad_steps,
     )
 
 
@@ -230,3 +238,42 @@ def _lora_norm(grads: PyTree) -> Float[Array, ""]:
         if has_adapters([path_of(path)])
     ]
     return optax.global_norm(leaves) if leaves else jnp.float32(jnp.nan)
+
+
+def compile_step(
+    step_fn: StepFn,
+    state: TrainState,
+    interval: TrainMetrics,
+    data: PyTree,
+    item: PyTree,
+    key: Key,
+    mesh: Mesh,
+    rules: Rules = (),
+) -> jax.stages.Compiled:
+    """Compiles (state, interval, data, item, key) -> (state, interval, status [3]).
+
+    One program gathers the batch, folds the step into the key, steps, and adds to the metrics; the
+    first two arguments are donated. status: loss of the step (NaN if skipped), bad steps in a row,
+    halted.
+    """
+
+    def one(state: TrainState, interval: TrainMetrics, data: PyTree, item: PyTree, key: Key):
+        batch = take(data, item)
+        state, measured = step_fn(state, batch, jax.random.fold_in(key, state.step))
+        status = jnp.stack(
+            [
+                measured.loss.compute(),
+                state.bad_in_row.astype(jnp.float32),
+                state.halted.astype(jnp.float32),
+            ]
+        )
+        return state, interval.merge(measured), status
+
+    layout, whole = tree_sharding(state, mesh, rules), replicated(mesh)
+    jitted = jax.jit(
+        one,
+        in_shardings=(layout, whole, whole, batch_sharding(mesh), whole),
+        out_shardings=(layout, whole, whole),
+        donate_argnums=(0, 1),
+    )
+    return jitted.lower(state, interval, data, item, key).compile()

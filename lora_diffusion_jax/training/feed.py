@@ -1,0 +1,88 @@
+"""The way of a step's batch to the devices: gathered there where the data set fits, else sent."""
+
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from lora_diffusion_jax.array_types import PyTree
+from lora_diffusion_jax.training.sharding import put_batch, put_replicated
+
+
+class Batches(Protocol):
+    """The batches of a run; the one of step k is a pure function of (seed, k).
+
+    Attributes:
+        batch_size: images of a step over all processes.
+        images: uint8 [N, H, W, C] when all are held in memory, else None.
+        labels: int32 [N], or None.
+    """
+
+    batch_size: int
+    images: np.ndarray | None
+    labels: np.ndarray | None
+
+    def indices(self, step: int) -> np.ndarray:
+        """The images of this process' part of batch `step`, int32 [b]."""
+        ...
+
+    def iterate(self, start_step: int) -> Iterator[Mapping[str, np.ndarray]]:
+        """Yields this process' part of batches start_step, ..., read ahead."""
+        ...
+
+
+class Feed:
+    """Hands out one item per step, from which `take` makes the batch inside the compiled step.
+
+    Args:
+        batches: where batches come from.
+        mesh: the devices.
+        start: the first step.
+        device_bytes: a data set in memory of at most this size is put on every device whole; a step
+            then sends indices alone.
+
+    Attributes:
+        data: what stays on the devices: {'image': [N, H, W, C], 'label': [N]}, or {}.
+        waited: seconds that `next` has taken so far.
+    """
+
+    def __init__(self, batches: Batches, mesh: Mesh, start: int, device_bytes: int = 2**30):
+        self.batches, self.mesh, self.step = batches, mesh, start
+        self.waited = 0.0
+        self.data, self._iterator = {}, None
+        if batches.images is not None and batches.images.nbytes <= device_bytes:
+            held = {"image": batches.images, "label": batches.labels}
+            held = {name: rows for name, rows in held.items() if rows is not None}
+            self.data = put_replicated(held, mesh)
+        else:
+            self._iterator = batches.iterate(start)
+
+    def __enter__(self) -> "Feed":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._iterator is not None and hasattr(self._iterator, "close"):
+            self._iterator.close()
+
+    def next(self) -> dict[str, jax.Array]:
+        """The item of the next step, on its way to the devices."""
+        start = time.perf_counter()
+        if self._iterator is None:
+            rows = {"index": self.batches.indices(self.step)}
+        else:
+            rows = next(self._iterator)
+        item = put_batch(rows, self.mesh)
+        self.step += 1
+        self.waited += time.perf_counter() - start
+        return item
+
+
+def take(data: PyTree, item: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """The batch {'image': [B, H, W, C], 'label': [B]} of an item; runs inside the step."""
+    if not data:
+        return dict(item)
+    return {name: jnp.take(rows, item["index"], axis=0, mode="clip") for name, rows in data.items()}

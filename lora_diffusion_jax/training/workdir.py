@@ -1,0 +1,199 @@
+"""A run's directory: config.json, the lock against a second run, plain words for disk errors."""
+
+import contextlib
+import datetime
+import errno
+import fcntl
+import fnmatch
+import json
+import os
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lora_diffusion_jax.errors import UserError
+
+CONFIG = "config.json"
+LOCK = ".lock"
+Say = Callable[[str], None]
+
+# What a library may hide inside an error of its own, as it stands in the system's messages.
+_DISK_CODES = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EFBIG,
+    errno.EIO,
+    errno.ESTALE,
+)
+
+
+@contextlib.contextmanager
+def plain_disk_errors(path: str | os.PathLike) -> Iterator[None]:
+    """Turns a full, read-only, forbidden or vanished disk into a UserError that names the path."""
+    try:
+        yield
+    except UserError:
+        raise
+    except OSError as error:
+        place = error.filename or path
+        raise UserError(_disk_message(place, error.strerror or str(error))) from error
+    except Exception as error:
+        for code in _DISK_CODES:
+            if os.strerror(code) in str(error):
+                raise UserError(_disk_message(path, os.strerror(code))) from error
+        if not Path(path).exists():
+            raise UserError(_disk_message(path, "it is gone")) from error
+        raise
+
+
+def _disk_message(path: str | os.PathLike, reason: str) -> str:
+    return (
+        f"Cannot use {path}: {reason[0].lower() + reason[1:]}. What was saved before is untouched; "
+        "free space or permit writing, then run the same command again, or choose another workdir."
+    )
+
+
+@contextlib.contextmanager
+def open_workdir(path: str | os.PathLike) -> Iterator[Path]:
+    """Creates the directory where it is missing, and holds its lock.
+
+    The lock is a POSIX record lock: it dies with the process, however that dies, and is not passed
+    on to children, so that a leftover data worker does not hold it. Only process 0 takes it.
+
+    Raises:
+        UserError: the directory cannot be written, or another run is using it.
+    """
+    directory = Path(path).absolute()
+    if jax.process_index() != 0:
+        yield directory
+        return
+    with plain_disk_errors(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        _take_lock(directory, descriptor)
+        yield directory
+    finally:
+        os.close(descriptor)  # which also frees the lock
+
+
+def _take_lock(directory: Path, descriptor: int) -> None:
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            raise UserError(
+                f"Cannot lock {directory / LOCK}: {error.strerror}. This file system has no locks; "
+                "choose a workdir on one that has."
+            ) from error
+        holder = os.pread(descriptor, 1000, 0).decode(errors="replace").strip() or "unknown"
+        raise UserError(
+            f"Another run is using {directory} ({holder}). Wait for it or stop it, or choose "
+            "another workdir."
+        ) from error
+    now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    with plain_disk_errors(directory):
+        os.ftruncate(descriptor, 0)
+        os.pwrite(
+            descriptor, f"process {os.getpid()} on {socket.gethostname()} since {now}".encode(), 0
+        )
+
+
+def differences(
+    old: Mapping[str, Any], new: Mapping[str, Any], harmless: Sequence[str] = ()
+) -> tuple[dict[str, tuple[Any, Any]], dict[str, tuple[Any, Any]]]:
+    """Compares two configs field by field.
+
+    Args:
+        old: nested dictionaries, as read from JSON.
+        new: likewise; tuples count as lists.
+        harmless: patterns (fnmatch) of dotted names whose change does not matter, 'train.*_every'.
+
+    Returns:
+        Two dictionaries, what matters and what does not: name -> (old value, new value), where a
+        missing field is the word 'absent'.
+    """
+    before, after = _flatten(old), _flatten(json.loads(json.dumps(new)))
+    matters, rest = {}, {}
+    for name in sorted(before.keys() | after.keys()):
+        values = before.get(name, "absent"), after.get(name, "absent")
+        if values[0] != values[1]:
+            free = any(fnmatch.fnmatchcase(name, pattern) for pattern in harmless)
+            (rest if free else matters)[name] = values
+    return matters, rest
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{'a': {'b': 1}} -> {'a.b': 1}."""
+    flat = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def reconcile_config(
+    directory: Path, config: Mapping[str, Any], harmless: Sequence[str], say: Say
+) -> None:
+    """Writes config.json, or checks the one that is there against this run's.
+
+    Raises:
+        UserError: a field that matters differs, with both values; or the file is damaged.
+    """
+    path = directory / CONFIG
+    if path.exists():
+        matters, rest = differences(read_config(directory), config, harmless)
+        if matters:
+            lines = [
+                f"  {name}: {old!r} there, {new!r} now" for name, (old, new) in matters.items()
+            ]
+            raise UserError(
+                f"{directory} holds a run with another config:\n" + "\n".join(lines) + "\n"
+                "Give these fields their old values to resume it, or choose another workdir."
+            )
+        for name, (old, new) in rest.items():
+            say(f"config: {name} changes from {old!r} to {new!r}")
+        if not rest:
+            return
+    if jax.process_index() == 0:
+        with plain_disk_errors(path):
+            write_atomically(path, json.dumps(config, indent=2, allow_nan=True) + "\n")
+
+
+def read_config(directory: str | os.PathLike) -> dict[str, Any]:
+    """The config.json of a run.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    path = Path(directory) / CONFIG
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{directory} is not a run: it has no {CONFIG}. Give the workdir of a training run."
+        ) from error
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path} is damaged ({error}). Restore it from the config that started the run."
+        ) from error
+    except OSError as error:
+        raise UserError(_disk_message(path, error.strerror or str(error))) from error
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a file so that a reader, or a kill, meets the old text or the new, never a part."""
+    part = path.with_name(path.name + ".part")
+    with part.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)

@@ -1,0 +1,172 @@
+"""What a run tells: metrics.jsonl, TensorBoard events, and a line of progress."""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tensorboardX
+from tqdm import tqdm
+
+from lora_diffusion_jax.training.metrics import check_names
+from lora_diffusion_jax.training.workdir import plain_disk_errors, write_atomically
+
+METRICS = "metrics.jsonl"
+QUIET_SECONDS = 10.0  # where there is no terminal, say something at least this often
+
+
+class Writers:
+    """metrics.jsonl and TensorBoard of one run; does nothing in processes other than 0.
+
+    A line of metrics.jsonl holds step, images, time (Unix seconds) and values by name; a line of a
+    callback also holds its name as `callback`. TensorBoard's horizontal axis is images. Opening
+    drops what a killed run wrote after the checkpoint that is now resumed.
+
+    Args:
+        directory: the workdir.
+        step: the step that the run goes on from.
+        images: images seen by then.
+    """
+
+    def __init__(self, directory: Path, step: int, images: int):
+        self.path = directory / METRICS
+        self.lines, self.events = None, None
+        if jax.process_index() != 0:
+            return
+        with plain_disk_errors(directory):
+            _drop_after(self.path, step)
+            self.lines = self.path.open("a")
+            self.events = tensorboardX.SummaryWriter(str(directory), purge_step=images + 1)
+
+    def __enter__(self) -> "Writers":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self.lines is not None:
+            self.lines.close()
+            self.events.close()
+
+    def write(
+        self, step: int, images: int, values: Mapping[str, Any], callback: str | None = None
+    ) -> None:
+        """Writes one line; numbers go to both, pictures (uint8 [H, W, 3]) to TensorBoard alone.
+
+        Raises:
+            ValueError: a name outside the vocabulary.
+            UserError: the disk takes no more.
+        """
+        check_names(values)
+        if self.lines is None:
+            return
+        scalars = {name: float(v) for name, v in values.items() if np.ndim(v) == 0}
+        line = {"step": step, "images": images, "time": round(time.time(), 3)}
+        if callback is not None:
+            line["callback"] = callback
+        # JSON has no NaN or infinity.
+        line |= {name: v if math.isfinite(v) else None for name, v in scalars.items()}
+        with plain_disk_errors(self.path):
+            self.lines.write(json.dumps(line) + "\n")
+            self.lines.flush()
+            for name, value in scalars.items():
+                self.events.add_scalar(name, value, images)
+            for name in values.keys() - scalars.keys():
+                self.events.add_image(name, np.asarray(values[name]), images, dataformats="HWC")
+            self.events.flush()
+
+
+def read_metrics(directory: str | os.PathLike) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, without a last one that was cut short; [] without a file."""
+    path = Path(directory) / METRICS
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def callbacks_done(directory: str | os.PathLike, step: int) -> set[str]:
+    """The callbacks that finished at a step."""
+    return {
+        line["callback"]
+        for line in read_metrics(directory)
+        if line["step"] == step and "callback" in line
+    }
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Cuts metrics.jsonl back to what belongs to the first `step` steps."""
+    kept = [json.dumps(line) + "\n" for line in read_metrics(path.parent) if line["step"] <= step]
+    if path.exists() and path.read_text() != "".join(kept):
+        write_atomically(path, "".join(kept))
+
+
+def say(text: str) -> None:
+    """Prints a line in process 0, above a bar where there is one."""
+    if jax.process_index() == 0:
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+
+class Progress:
+    """A tqdm bar on a terminal; elsewhere a plain line every few seconds. Silent but in process 0.
+
+    Args:
+        total: images of the run.
+        done: images seen before.
+        quiet: say nothing at all.
+    """
+
+    def __init__(self, total: int, done: int = 0, quiet: bool = False):
+        self.silent = quiet or jax.process_index() != 0
+        self.total, self.done, self.first = total, done, done
+        self.started = self.spoke = time.monotonic()
+        self.bar = None
+        if not self.silent and sys.stderr.isatty():
+            self.bar = tqdm(total=total, initial=done, unit="img", unit_scale=True, leave=False)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def update(self, images: int, loss: float) -> None:
+        """Shows that this many images are done, and the loss of the last step known."""
+        fresh, self.done = images - self.done, images
+        if self.bar is not None:
+            self.bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+            self.bar.update(fresh)
+        elif not self.silent and time.monotonic() - self.spoke > QUIET_SECONDS:
+            rate = (images - self.first) / (time.monotonic() - self.started)
+            left = duration((self.total - images) / max(rate, 1e-9))
+            self.say(
+                f"{images:,} of {self.total:,} img | loss {loss:.4f} | {rate:.1f} img/s | "
+                f"{left} left"
+            )
+
+    def say(self, text: str) -> None:
+        """Prints a line, above the bar, unless this is a silent one."""
+        self.spoke = time.monotonic()
+        if not self.silent:
+            say(text)
+
+
+def duration(seconds: float) -> str:
+    """'2d 03:10:00', '1:05:00' or '0:42'."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    if days:
+        return f"{days}d {hour:02}:{minute:02}:{second:02}"
+    return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute}:{second:02}"

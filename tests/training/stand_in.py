@@ -1,0 +1,182 @@
+"""A tiny network, data set and run in the place of the real ones; also a program: see `main`."""
+
+import argparse
+import hashlib
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.training.ema import Ema
+from lora_diffusion_jax.training.loop import Schedule, train
+from lora_diffusion_jax.training.optimizer import adam
+from lora_diffusion_jax.training.sharding import make_mesh
+from lora_diffusion_jax.training.state import create_state
+from lora_diffusion_jax.training.step import make_train_step
+
+BATCH, SIZE, CLASSES = 16, 4, 3
+
+
+class Adapter(nn.Module):
+    """A low-rank addition under the name the project gives adapters."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x):
+        down = nn.Dense(2, use_bias=False, name="down")(x)
+        return nn.Dense(self.features, use_bias=False, name="up")(down)
+
+
+class Net(nn.Module):
+    """A convolution, a wide layer (for fsdp) with an adapter, and labels."""
+
+    width: int = 32
+
+    @nn.compact
+    def __call__(self, x, sigma, labels):
+        level = jnp.log(sigma).reshape(-1, 1, 1, 1)
+        h = nn.Conv(self.width, (3, 3), name="conv")(x)
+        h = h + level + nn.Dense(self.width, name="label")(labels)[:, None, None]
+        h = jnp.tanh(h)
+        h = h + nn.Dense(self.width, name="mid")(h) + Adapter(self.width, name="lora")(h)
+        return nn.Dense(x.shape[-1], name="out")(h)
+
+
+class ArrayBatches:
+    """Batches of arrays in memory; the order is a function of (seed, step)."""
+
+    def __init__(self, images, labels, batch_size, seed=0, in_memory=True):
+        self.batch_size, self.seed = batch_size, seed
+        self.images = images if in_memory else None
+        self.labels = labels if in_memory else None
+        self.source = {"image": images, "label": labels}
+
+    def indices(self, step):
+        rng = np.random.default_rng((self.seed, step))
+        return rng.integers(0, len(self.source["image"]), self.batch_size).astype(np.int32)
+
+    def iterate(self, start_step):
+        step = start_step
+        while True:
+            index = self.indices(step)
+            yield {name: rows[index] for name, rows in self.source.items()}
+            step += 1
+
+
+def draw(key, shape):
+    """Noise levels and noise of a whole batch."""
+    level, noise = jax.random.split(key)
+    return {
+        "sigma": jnp.exp(jax.random.normal(level, shape[:1])),
+        "noise": jax.random.normal(noise, shape),
+    }
+
+
+def loss_fn(variables, images, labels, random, train):
+    """Squared error of the denoised image."""
+    sigma = random["sigma"]
+    noisy = images + sigma[:, None, None, None] * random["noise"]
+    return jnp.square(Net().apply(variables, noisy, sigma, labels) - images), sigma
+
+
+def make_data(count=64):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (count, SIZE, SIZE, 3), dtype=np.uint8)
+    return images, rng.integers(0, CLASSES, count).astype(np.int32)
+
+
+def make_step(optimizer, **options):
+    options = {"ema": Ema(200.0), "batch_size": BATCH, "num_classes": CLASSES, "draw": draw} | options
+    return make_train_step(options.pop("loss_fn", loss_fn), optimizer, **options)
+
+
+def init_variables():
+    x = jnp.zeros((1, SIZE, SIZE, 3))
+    return Net().init(jax.random.key(1), x, jnp.ones(1), jnp.zeros((1, CLASSES)))
+
+
+def make_run(workdir, *, total=40, mesh=None, callbacks=None, step_options=None, **options):
+    """The arguments of `train` for a run of `total` steps."""
+    optimizer = adam(2e-3, rampup_images=100)
+    cadence = {"log_every": 7 * BATCH, "checkpoint_every": 5 * BATCH}
+    schedule = Schedule(total_images=total * BATCH, **cadence | options.pop("schedule", {}))
+    in_memory = options.pop("in_memory", True)
+    arguments = {
+        "config": {"train": {"batch_size": BATCH, "total_images": total * BATCH}, "model": "net"},
+        "harmless": ("train.total_images", "train.*_every"),
+        "init": lambda: create_state(init_variables(), optimizer),
+        "step_fn": make_step(optimizer, **(step_options or {})),
+        "batches": ArrayBatches(*make_data(), BATCH, in_memory=in_memory),
+        "mesh": mesh or make_mesh(),
+        "schedule": schedule,
+        "seed": 3,
+        "callbacks": callbacks,
+        "quiet": True,
+    }
+    return {"workdir": workdir} | arguments | options
+
+
+def digest(state):
+    """One hash over every bit of a state."""
+    total = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(state)):
+        total.update(jax.tree_util.keystr(path).encode() + np.asarray(leaf).tobytes())
+    return total.hexdigest()
+
+
+def train_lines(workdir):
+    """metrics.jsonl without what depends on the clock."""
+    lines = [json.loads(text) for text in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k in ("step", "images") or k.startswith("train/")}
+            for line in lines]  # fmt: skip
+
+
+def main():
+    """Trains as told, and writes {digest, step, exit code} to WORKDIR.json."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("workdir")
+    parser.add_argument("--total", type=int, default=40)
+    parser.add_argument("--data", type=int, default=-1)
+    parser.add_argument("--fsdp", type=int, default=1)
+    parser.add_argument("--log-every", type=int, default=7)
+    parser.add_argument("--pause", type=float, default=0.0, help="seconds per batch")
+    parser.add_argument("--die-at", type=int, help="kill -9 when this step's batch is asked for")
+    options = parser.parse_args()
+    run = make_run(
+        options.workdir,
+        total=options.total,
+        mesh=make_mesh(options.data, options.fsdp),
+        schedule={"log_every": options.log_every * BATCH},
+        quiet=False,
+    )
+    indices = run["batches"].indices
+
+    def slow(step):
+        time.sleep(options.pause)
+        if step == options.die_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        print(f"batch {step}", flush=True)
+        return indices(step)
+
+    run["batches"].indices = slow
+    try:
+        result = train(**run)
+    except UserError as error:
+        print(f"UserError: {error}", flush=True)
+        sys.exit(2)
+    told = {"digest": digest(result.state), "step": result.step, "devices": jax.device_count()}
+    Path(f"{options.workdir}.json").write_text(json.dumps(told))
+    sys.exit(result.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,6 @@
 """Class-conditional digits (8x8, gray) with UC-LoRA: the demo, minutes on two CPU cores.
 
-    python main.py --mode=train --config=configs/digits.py --workdir=workdirs/digits
+python main.py --mode=train --config=configs/digits.py --workdir=workdirs/digits
 """
 
 from ml_collections import ConfigDict

@@ -10,8 +10,8 @@ from jaxtyping import Array, Float, Int, UInt8
 Images = Float[Array, "B H W C"]  # in [-1, 1]
 ImagesU8 = UInt8[Array, "B H W C"]
 Labels = Float[Array, "B num_classes"]  # one-hot or mixtures
-LabelIds = Int[Array, "B"]
-Sigma = Float[Array, ""] | Float[Array, "B"]  # noise level, standard deviation
+LabelIds = Int[Array, " B"]
+Sigma = Float[Array, ""] | Float[Array, " B"]  # noise level, standard deviation
 AugmentLabels = Float[Array, "B augment_dim"]
 Key = jax.Array  # typed PRNG key
 PyTree = Any

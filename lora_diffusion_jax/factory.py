@@ -206,9 +206,7 @@ def _loss_parts(config: ConfigDict, pre: precond.Precond) -> tuple[Callable, Cal
         )
         return draw, losses.vp_loss
     if config.precond.name == "ve":
-        draw = functools.partial(
-            losses.ve_sigma, sigma_min=pre.sigma_min, sigma_max=pre.sigma_max
-        )
+        draw = functools.partial(losses.ve_sigma, sigma_min=pre.sigma_min, sigma_max=pre.sigma_max)
         return draw, losses.ve_loss
     if config.precond.name == "iddpm":
         levels = pre.levels()[:-1]

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from PIL import Image
 from tqdm import tqdm
 
-from lora_diffusion_jax.array_types import Denoise, Images, Key, Labels, Variables
+from lora_diffusion_jax.array_types import Images, Key, Labels, Variables
 from lora_diffusion_jax.diffusion.samplers import to_uint8
 from lora_diffusion_jax.errors import UserError
 

@@ -12,14 +12,14 @@ from lora_diffusion_jax.array_types import Denoise, Images, Key
 
 def edm_sigma(
     key: Key, batch: int, *, p_mean: float = -1.2, p_std: float = 1.2
-) -> Float[Array, "B"]:
+) -> Float[Array, " B"]:
     """Noise levels with ln sigma ~ N(p_mean, p_std^2)."""
     return jnp.exp(p_mean + p_std * jax.random.normal(key, (batch,)))
 
 
 def vp_sigma(
     key: Key, batch: int, *, beta_d: float = 19.9, beta_min: float = 0.1, epsilon_t: float = 1e-5
-) -> Float[Array, "B"]:
+) -> Float[Array, " B"]:
     """sigma(t) of VP at t ~ U(epsilon_t, 1)."""
     t = 1 + jax.random.uniform(key, (batch,)) * (epsilon_t - 1)
     return jnp.sqrt(jnp.expm1(0.5 * beta_d * jnp.square(t) + beta_min * t))
@@ -27,12 +27,12 @@ def vp_sigma(
 
 def ve_sigma(
     key: Key, batch: int, *, sigma_min: float = 0.02, sigma_max: float = 100.0
-) -> Float[Array, "B"]:
+) -> Float[Array, " B"]:
     """Noise levels whose logarithm is uniform between those of sigma_min and sigma_max."""
     return sigma_min * (sigma_max / sigma_min) ** jax.random.uniform(key, (batch,))
 
 
-def iddpm_sigma(key: Key, batch: int, levels: Float[Array, "M"]) -> Float[Array, "B"]:
+def iddpm_sigma(key: Key, batch: int, levels: Float[Array, " M"]) -> Float[Array, " B"]:
     """A level of iDDPM's grid for each image, all levels equally likely."""
     return jnp.asarray(levels)[jax.random.randint(key, (batch,), 0, len(levels))]
 
@@ -40,9 +40,9 @@ def iddpm_sigma(key: Key, batch: int, levels: Float[Array, "M"]) -> Float[Array,
 def weighted_loss(
     denoise: Denoise,
     images: Images,
-    sigma: Float[Array, "B"],
+    sigma: Float[Array, " B"],
     noise: Images,
-    weight: Float[Array, "B"],
+    weight: Float[Array, " B"],
 ) -> Float[Array, "B H W C"]:
     """weight (D(images + sigma noise; sigma) - images)^2 per pixel, sigma and weight per image."""
     level = jnp.reshape(sigma, (-1, 1, 1, 1))
@@ -53,7 +53,7 @@ def weighted_loss(
 def edm_loss(
     denoise: Denoise,
     images: Images,
-    sigma: Float[Array, "B"],
+    sigma: Float[Array, " B"],
     noise: Images,
     *,
     sigma_data: float = 0.5,
@@ -72,14 +72,14 @@ def edm_loss(
 
 
 def vp_loss(
-    denoise: Denoise, images: Images, sigma: Float[Array, "B"], noise: Images
+    denoise: Denoise, images: Images, sigma: Float[Array, " B"], noise: Images
 ) -> Float[Array, "B H W C"]:
     """VP's loss per pixel, weight 1 / sigma^2; arguments as in `edm_loss`."""
     return weighted_loss(denoise, images, sigma, noise, 1 / jnp.square(sigma))
 
 
 def ve_loss(
-    denoise: Denoise, images: Images, sigma: Float[Array, "B"], noise: Images
+    denoise: Denoise, images: Images, sigma: Float[Array, " B"], noise: Images
 ) -> Float[Array, "B H W C"]:
     """VE's loss per pixel, weight 1 / sigma^2; arguments as in `edm_loss`."""
     return weighted_loss(denoise, images, sigma, noise, 1 / jnp.square(sigma))

@@ -1,6 +1,6 @@
 """Preconditioning: the raw network F becomes the denoiser D(x; sigma) (Karras et al. 2022, table 1).
 
-    D(x; sigma) = c_skip x + c_out F(c_in x; c_noise)
+D(x; sigma) = c_skip x + c_out F(c_in x; c_noise)
 """
 
 import dataclasses
@@ -126,7 +126,7 @@ class IDDPM:
     out_factor: ClassVar[int] = 2
 
     def levels(self) -> np.ndarray:
-        """u [M + 1] float32: u_{j-1}^2 + 1 = (u_j^2 + 1) / max(abar_{j-1} / abar_j, C_1).
+        """U [M + 1] float32: u_{j-1}^2 + 1 = (u_j^2 + 1) / max(abar_{j-1} / abar_j, C_1).
 
         Computed in float32 step by step as the reference does: its networks were trained on
         those levels, which lie 5e-4 off the float64 ones.

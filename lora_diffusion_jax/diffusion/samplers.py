@@ -164,9 +164,13 @@ def _check_noise(
     stochastic: bool, key: Key | None, noise: jax.Array | None, shape: tuple[int, ...]
 ) -> None:
     if stochastic and key is None and noise is None:
-        raise UserError("A sampler with s_churn > 0 draws noise: pass key=jax.random.key(seed) or noise.")
+        raise UserError(
+            "A sampler with s_churn > 0 draws noise: pass key=jax.random.key(seed) or noise."
+        )
     if noise is not None and noise.shape != shape:
-        raise UserError(f"noise has shape {noise.shape}; this run takes {shape}: [num_steps, *latents].")
+        raise UserError(
+            f"noise has shape {noise.shape}; this run takes {shape}: [num_steps, *latents]."
+        )
 
 
 def step_noise(key: Key, step: jax.Array | int, shape: tuple[int, ...]) -> Images:

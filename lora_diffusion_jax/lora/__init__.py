@@ -1,7 +1,7 @@
 """Conditioned low-rank adapters for any linen model.
 
-    wrapped = lora.attach(module, sites=r".*/(qkv|proj)", adapter=lora.UCLoRA(rank=4, bases=18),
-                          condition=r".*/map")
+wrapped = lora.attach(module, sites=r".*/(qkv|proj)", adapter=lora.UCLoRA(rank=4, bases=18),
+                      condition=r".*/map")
 """
 
 from lora_diffusion_jax.lora import params

@@ -124,7 +124,9 @@ class LowRankAdapter(nn.Module):
 
     def _mixed_bias(self, weights: Array, delta: Array, hidden_ndim: int) -> Array:
         features = delta.shape[hidden_ndim - 1 :]
-        bias = self.param("bias", nn.initializers.zeros, (weights.shape[-1], int(np.prod(features))))
+        bias = self.param(
+            "bias", nn.initializers.zeros, (weights.shape[-1], int(np.prod(features)))
+        )
         mixed = (weights @ bias).astype(delta.dtype)
         return mixed.reshape((weights.shape[0],) + (1,) * (hidden_ndim - 2) + features)
 
@@ -175,7 +177,7 @@ class TimeLoRA(LowRankAdapter):
         """Number m of low-rank pairs."""
         return self.bases
 
-    def compose(self, condition: Float[Array, "B"]) -> Float[Array, "B bases"]:
+    def compose(self, condition: Float[Array, " B"]) -> Float[Array, "B bases"]:
         """The table's rows at the times, interpolated between two."""
         return TimeTable(self.bases, self.num_timesteps, name="composition")(condition)
 

@@ -75,7 +75,7 @@ class _Call:
         if not self.sites:
             raise UserError(
                 f"The LoRA site pattern {self.wrapper.sites!r} matches no layer. "
-                f"Candidates: {', '.join(sorted(self.candidates)) or 'none (no Dense, DenseGeneral or Conv)'}."
+                f"Candidates: {', '.join(sorted(self.candidates)) or 'none (it has no such layer)'}."
             )
 
 

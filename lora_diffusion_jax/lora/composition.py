@@ -60,8 +60,10 @@ class TimeTable(nn.Module):
     num_timesteps: int
 
     @nn.compact
-    def __call__(self, time: Float[Array, "B"] | Int[Array, "B"]) -> Float[Array, "B bases"]:
-        table = self.param("table", lambda key: jnp.asarray(hat_functions(self.num_timesteps, self.bases)))
+    def __call__(self, time: Float[Array, " B"] | Int[Array, " B"]) -> Float[Array, "B bases"]:
+        table = self.param(
+            "table", lambda key: jnp.asarray(hat_functions(self.num_timesteps, self.bases))
+        )
         time = jnp.clip(jnp.reshape(time, -1).astype(jnp.float32), 0, self.num_timesteps)
         low = jnp.clip(jnp.floor(time).astype(jnp.int32), 0, self.num_timesteps - 1)
         part = (time - low)[:, None]

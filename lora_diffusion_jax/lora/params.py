@@ -81,7 +81,11 @@ def fold(params: PyTree, omegas: Mapping[str, Any]) -> PyTree:
         )
     for site, omega in omegas.items():
         path = tuple(site.split("/"))
-        for head in {k[: -len(("down", "kernel"))] for k in flat if k[: len(path)] == path and k[-2:] == ("down", "kernel")}:
+        for head in {
+            k[: -len(("down", "kernel"))]
+            for k in flat
+            if k[: len(path)] == path and k[-2:] == ("down", "kernel")
+        }:
             weights = omega[head[len(path) + 1 :]] if isinstance(omega, Mapping) else omega
             _fold_site(flat_base, flat, path, head, jnp.asarray(weights).reshape(-1))
     return traverse_util.unflatten_dict(flat_base)

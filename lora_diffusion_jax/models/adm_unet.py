@@ -34,7 +34,7 @@ class ADMMapping(nn.Module):
     @nn.compact
     def __call__(
         self,
-        noise_labels: Float[Array, "B"],
+        noise_labels: Float[Array, " B"],
         class_labels: Float[Array, "B label_dim"] | None = None,
         augment_labels: Float[Array, "B augment_dim"] | None = None,
         train: bool = False,
@@ -81,7 +81,7 @@ class ADMUNet(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B H W C"],
-        noise_labels: Float[Array, "B"],
+        noise_labels: Float[Array, " B"],
         class_labels: Float[Array, "B label_dim"] | None = None,
         augment_labels: Float[Array, "B augment_dim"] | None = None,
         train: bool = False,

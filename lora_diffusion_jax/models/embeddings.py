@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 
 def positional_embedding(
-    t: Float[Array, "B"], channels: int, *, endpoint: bool = False, max_positions: float = 10000.0
+    t: Float[Array, " B"], channels: int, *, endpoint: bool = False, max_positions: float = 10000.0
 ) -> Float[Array, "B channels"]:
     """[cos(t f), sin(t f)] with f_i = max_positions^(-i / (n - endpoint)), n = channels / 2.
 
@@ -31,7 +31,7 @@ class FourierEmbedding(nn.Module):
     scale: float = 16.0
 
     @nn.compact
-    def __call__(self, t: Float[Array, "B"]) -> Float[Array, "B channels"]:
+    def __call__(self, t: Float[Array, " B"]) -> Float[Array, "B channels"]:
         frequencies = self.variable(
             "buffers",
             "freqs",

@@ -38,7 +38,9 @@ class Init:
         if self.bias == 0:
             return nn.initializers.zeros
         if self.mode != "kaiming_uniform":
-            raise NotImplementedError(f"Random biases are defined for kaiming_uniform, not {self.mode}.")
+            raise NotImplementedError(
+                f"Random biases are defined for kaiming_uniform, not {self.mode}."
+            )
         limit = self.bias * (3.0 / fan_in) ** 0.5
         return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
             key, shape, dtype, -limit, limit
@@ -119,9 +121,7 @@ class GroupNorm(nn.Module):
         return (centred * gain + bias).astype(self.dtype)
 
 
-def self_attention(
-    qkv: Float[Array, "B H W 3C"], num_heads: int
-) -> Float[Array, "B H W C"]:
+def self_attention(qkv: Float[Array, "B H W 3C"], num_heads: int) -> Float[Array, "B H W C"]:
     """Softmax attention between all pixels; logits and softmax in float32, scaled by 1/sqrt(ch).
 
     The channels of `qkv` are ordered ((head * ch) + c) * 3 + {q, k, v}, as in the EDM networks.

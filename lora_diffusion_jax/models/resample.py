@@ -63,9 +63,7 @@ def upsample(
     taps = _normalised(taps)
     if len(taps) == 2 and taps[0] == taps[1]:
         batch, height, width, channels = x.shape
-        wide = jnp.broadcast_to(
-            x[:, :, None, :, None], (batch, height, 2, width, 2, channels)
-        )
+        wide = jnp.broadcast_to(x[:, :, None, :, None], (batch, height, 2, width, 2, channels))
         return wide.reshape(batch, 2 * height, 2 * width, channels)
     pad = (len(taps) - 1) // 2
     return _upsample_axis(_upsample_axis(x, taps, 1, pad), taps, 2, pad)

@@ -46,7 +46,7 @@ class SongMapping(nn.Module):
     @nn.compact
     def __call__(
         self,
-        noise_labels: Float[Array, "B"],
+        noise_labels: Float[Array, " B"],
         class_labels: Float[Array, "B label_dim"] | None = None,
         augment_labels: Float[Array, "B augment_dim"] | None = None,
         train: bool = False,
@@ -133,7 +133,7 @@ class SongUNet(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B H W C"],
-        noise_labels: Float[Array, "B"],
+        noise_labels: Float[Array, " B"],
         class_labels: Float[Array, "B label_dim"] | None = None,
         augment_labels: Float[Array, "B augment_dim"] | None = None,
         train: bool = False,

@@ -62,7 +62,12 @@ class Encoder(nn.Module):
                 if self.residual_filter is not None:
                     name = f"{res}x{res}_aux_residual"
                     branch = fused_downsample_conv(
-                        aux, x.shape[-1], self.init, self.residual_filter, name=name, dtype=self.dtype
+                        aux,
+                        x.shape[-1],
+                        self.init,
+                        self.residual_filter,
+                        name=name,
+                        dtype=self.dtype,
                     )
                     x = skips[-1] = aux = (x + branch) / np.sqrt(2)
             heads = self.num_heads(width) if res in self.attn_resolutions else 0
@@ -124,7 +129,9 @@ class Decoder(nn.Module):
             return x
         prefix = f"{self.resolution}x{self.resolution}_aux"
         x = nn.silu(GroupNorm(1e-6, self.dtype, name=f"{prefix}_norm")(x))
-        return conv3x3(x, self.out_channels, self.init_zero, name=f"{prefix}_conv", dtype=self.dtype)
+        return conv3x3(
+            x, self.out_channels, self.init_zero, name=f"{prefix}_conv", dtype=self.dtype
+        )
 
 
 def check_input(

@@ -26,10 +26,11 @@ def get_config() -> ConfigDict:
     config.augment.p = 0.0
 
     config.train.batch_size = 128
-    config.train.total_images = 128 * 1200
+    config.train.learning_rate = 2e-3
+    config.train.total_images = 128 * 800
     config.train.rampup_images = 128 * 50
     config.train.ema_halflife_images = 10_000
     config.train.log_every = 128 * 50
-    config.train.checkpoint_every = 128 * 400
-    config.train.sample_every = 128 * 400
+    config.train.checkpoint_every = 128 * 200
+    config.train.sample_every = 128 * 200
     return config

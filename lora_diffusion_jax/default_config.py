@@ -17,6 +17,7 @@ def base() -> ConfigDict:
     config.model.name = "ddpmpp"  # ddpmpp | ncsnpp | adm | improved
     config.model.channels = 128
     config.model.channel_mult = (2, 2, 2)
+    config.model.channel_mult_emb = 4
     config.model.num_blocks = 4
     config.model.attn_resolutions = (16,)
     config.model.dropout = 0.13
@@ -38,13 +39,17 @@ def base() -> ConfigDict:
     config.data.name = ""  # a TFDS data set
     config.data.data_dir = ""  # where TFDS data sets are prepared; "" is TFDS's own default
     config.data.path = ""  # or a folder or ZIP of images
+    config.data.class_folders = False  # with path: the first folder of an image is its class
     config.data.split = "train"
     config.data.eval_split = "test"
-    config.data.image_size = 0
+    config.data.eval_path = ""  # with path: held-out images for the evaluation
+    config.data.image_size = 0  # height, which names the U-Net's levels and places its attention
+    config.data.image_width = 0  # 0: square
     config.data.channels = 0
     config.data.num_classes = 0
+    config.data.fingerprint = ""  # of the training images; filled in when a run starts
     config.data.memory_limit_gib = 1.0  # smaller data sets are decoded once, larger ones stream
-    config.data.workers = 2
+    config.data.workers = 0  # processes that decode streamed images; 0: threads of this one
 
     config.augment = ConfigDict()
     config.augment.p = 0.12  # probability of each transform; 0 leaves images alone
@@ -84,7 +89,7 @@ def base() -> ConfigDict:
     config.sampler.batch_size = 64
 
     config.eval = ConfigDict()
-    config.eval.num_samples = 1_000
+    config.eval.num_samples = 1_000  # of the evaluation during training; 0 leaves it out
 
     config.mesh = ConfigDict()
     config.mesh.data = -1  # devices along the data axis; -1: all that fsdp leaves

@@ -1,40 +1,60 @@
 """The only reader of ConfigDict: configs become networks, losses, samplers and data."""
 
+import dataclasses
 import functools
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from lora_diffusion_jax import lora
+from lora_diffusion_jax import generate, interop, lora
 from lora_diffusion_jax.array_types import Images, Key, Labels, PyTree, Variables
 from lora_diffusion_jax.data import augment as augmentation
+from lora_diffusion_jax.data import base as data_base
+from lora_diffusion_jax.data import pipeline, sources
 from lora_diffusion_jax.default_config import base as default_config
 from lora_diffusion_jax.diffusion import losses, precond, samplers, schedules
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.models.adm_unet import ADMUNet
 from lora_diffusion_jax.models.song_unet import SongUNet
+from lora_diffusion_jax.training import (
+    checkpoint,
+    ema,
+    loop,
+    optimizer,
+    sharding,
+    state,
+    step,
+    workdir,
+)
 
 CONDITION = "map"  # path of the U-Nets' mapping network: its output conditions UC-LoRA
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
-PRECONDS = {"vp": precond.VP, "ve": precond.VE, "iddpm": precond.IDDPM}
-SONG_VARIANTS = {
-    "ddpmpp": {
-        "embedding": "positional",
-        "encoder": "standard",
-        "channel_mult_noise": 1,
-        "resample_filter": (1, 1),
-    },
-    "ncsnpp": {
-        "embedding": "fourier",
-        "encoder": "residual",
-        "channel_mult_noise": 2,
-        "resample_filter": (1, 3, 3, 1),
-    },
+SITES = r".*/(qkv|proj)"
+PRECONDS = {"edm": precond.EDM, "vp": precond.VP, "ve": precond.VE, "iddpm": precond.IDDPM}
+_POSITIONAL = {
+    "embedding_type": "positional",
+    "encoder_type": "standard",
+    "decoder_type": "standard",
+    "channel_mult_noise": 1,
+    "resample_filter": [1, 1],
 }
+VARIANTS = {
+    "ddpmpp": _POSITIONAL,
+    "ncsnpp": {
+        "embedding_type": "fourier",
+        "encoder_type": "residual",
+        "decoder_type": "standard",
+        "channel_mult_noise": 2,
+        "resample_filter": [1, 3, 3, 1],
+    },
+    "adm": _POSITIONAL,
+}
+Architecture = dict[str, Any]  # plain JSON types; the fields of `interop.architecture`
 
 
 def choose(field: str, value: Any, known: Any) -> Any:
@@ -49,8 +69,8 @@ def check(config: ConfigDict) -> None:
 
     What a single part knows better (sampler grids, adapter sizes, batch against mesh) it checks itself.
     """
-    choose("model.name", config.model.name, ("ddpmpp", "ncsnpp", "adm"))
-    choose("precond.name", config.precond.name, ("edm", *PRECONDS))
+    choose("model.name", config.model.name, VARIANTS)
+    choose("precond.name", config.precond.name, PRECONDS)
     choose("lora.mode", config.lora.mode, ("baseline", "with_lora", "only_lora"))
     choose("sampler.name", config.sampler.name, ("edm", "ablation"))
     choose("dtype", config.dtype, DTYPES)
@@ -73,39 +93,10 @@ def check(config: ConfigDict) -> None:
         )
 
 
-def build_precond(config: ConfigDict) -> precond.Precond:
-    """The preconditioning of `config.precond`."""
-    if config.precond.name == "edm":
-        return precond.EDM(sigma_data=config.precond.sigma_data)
-    return choose("precond.name", config.precond.name, PRECONDS)()
-
-
-def build_unet(config: ConfigDict) -> nn.Module:
-    """The U-Net of `config.model`, without LoRA; sizes come from `config.data`."""
-    model, data = config.model, config.data
-    if not (data.image_size and data.channels):
-        raise UserError(
-            "The image size is not known: set data.image_size and data.channels, or name a data set "
-            "(data.name or data.path) that can be opened."
-        )
-    common = {
-        "resolution": data.image_size,
-        "img_channels": data.channels,
-        "out_channels": data.channels * build_precond(config).out_factor,
-        "label_dim": num_labels(config),
-        "augment_dim": model.augment_dim,
-        "model_channels": model.channels,
-        "channel_mult": tuple(model.channel_mult),
-        "num_blocks": model.num_blocks,
-        "attn_resolutions": tuple(model.attn_resolutions),
-        "dropout": model.dropout,
-        "label_dropout": model.label_dropout,
-        "use_affine": config.lora.mode != "only_lora",
-        "dtype": choose("dtype", config.dtype, DTYPES),
-    }
-    if model.name == "adm":
-        return ADMUNet(**common)
-    return SongUNet(**common, **choose("model.name", model.name, SONG_VARIANTS))
+def image_shape(config: ConfigDict) -> tuple[int, int, int]:
+    """(height, width, channels) of the images."""
+    data = config.data
+    return data.image_size, data.image_width or data.image_size, data.channels
 
 
 def num_labels(config: ConfigDict) -> int:
@@ -120,16 +111,139 @@ def num_labels(config: ConfigDict) -> int:
     return config.data.num_classes
 
 
+def architecture_from_config(config: ConfigDict) -> Architecture:
+    """The plain description of a config's network, with the fields that `interop.architecture` lists.
+
+    Raises:
+        UserError: the image size is not known.
+    """
+    model, data = config.model, config.data
+    if not (data.image_size and data.channels):
+        raise UserError(
+            "The image size is not known: set data.image_size and data.channels, or name a data set "
+            "(data.name or data.path) that can be opened."
+        )
+    mode = config.lora.mode
+    fields = ("rank", "bases", "widths")
+    return {
+        "precond": config.precond.name,
+        "precond_args": (
+            {"sigma_data": config.precond.sigma_data} if config.precond.name == "edm" else {}
+        ),
+        "model": model.name,
+        "img_resolution": data.image_size,
+        "img_channels": data.channels,
+        "label_dim": num_labels(config),
+        "augment_dim": model.augment_dim,
+        "model_channels": model.channels,
+        "channel_mult": list(model.channel_mult),
+        "channel_mult_emb": model.channel_mult_emb,
+        "num_blocks": model.num_blocks,
+        "attn_resolutions": list(model.attn_resolutions),
+        "dropout": model.dropout,
+        "label_dropout": model.label_dropout,
+        **VARIANTS[model.name],
+        "use_fp16": False,
+        "use_affine": mode != "only_lora",
+        "lora": None if mode == "baseline" else {f: _plain(config.lora[f]) for f in fields},
+    }
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def config_from_architecture(architecture: Architecture) -> ConfigDict:
+    """The inverse of `architecture_from_config`, all else being the base config's.
+
+    Raises:
+        UserError: the network has a property that no config can say.
+    """
+    config, a = default_config(), architecture
+    unusual = {k: a[k] for k, v in VARIANTS[a["model"]].items() if a[k] != v}
+    constants = {k: v for k, v in a["precond_args"].items() if k != "sigma_data"}
+    usual = vars(PRECONDS[a["precond"]]())
+    unusual |= {k: v for k, v in constants.items() if usual[k] != v}
+    if unusual:
+        raise UserError(
+            f"The checkpoint is a {a['model']} network with {a['precond']} preconditioning, but has "
+            f"{', '.join(f'{k}={v}' for k, v in unusual.items())}, which no config expresses. Build it "
+            "from Python with factory.denoiser_from_architecture instead."
+        )
+    config.class_conditional = a["label_dim"] > 0
+    config.precond.name = a["precond"]
+    config.precond.sigma_data = float(a["precond_args"].get("sigma_data", 0.5))
+    config.data.image_size = a["img_resolution"]
+    config.data.channels = a["img_channels"]
+    config.data.num_classes = a["label_dim"]
+    config.model.name = a["model"]
+    config.model.channels = a["model_channels"]
+    for field in ("channel_mult", "attn_resolutions"):
+        config.model[field] = tuple(a[field])
+    for field in ("channel_mult_emb", "num_blocks", "augment_dim"):
+        config.model[field] = a[field]
+    for field in ("dropout", "label_dropout"):
+        config.model[field] = float(a[field])
+    config.augment.p = 0.12 if a["augment_dim"] == 9 else 0.0
+    _set_lora(config, a)
+    return config
+
+
+def _set_lora(config: ConfigDict, architecture: Architecture) -> None:
+    adapters = architecture["lora"]
+    if adapters is None:
+        config.lora.mode = "baseline"
+        if not architecture["use_affine"]:
+            raise UserError("The checkpoint has neither scale-and-shift nor LoRA; no mode is that.")
+        return
+    config.lora.mode = "with_lora" if architecture["use_affine"] else "only_lora"
+    config.lora.rank, config.lora.bases = adapters["rank"], adapters["bases"]
+    config.lora.widths = tuple(adapters["widths"])
+
+
+def denoiser_from_architecture(
+    architecture: Architecture, *, dtype: str = "float32", sites: str = SITES
+) -> precond.Denoiser:
+    """Builds the network that an architecture describes: U-Net, LoRA, preconditioning.
+
+    Args:
+        architecture: see `architecture_from_config`.
+        dtype: of the computation: float32, bfloat16 or float16; parameters are float32.
+        sites: pattern of the layers that receive LoRA.
+    """
+    a = architecture
+    preconditioning = PRECONDS[a["precond"]](**a["precond_args"])
+    common = {
+        "resolution": a["img_resolution"],
+        "img_channels": a["img_channels"],
+        "out_channels": a["img_channels"] * preconditioning.out_factor,
+        "channel_mult": tuple(a["channel_mult"]),
+        "attn_resolutions": tuple(a["attn_resolutions"]),
+        "dtype": choose("dtype", dtype, DTYPES),
+    }
+    same = ("label_dim", "augment_dim", "model_channels", "channel_mult_emb", "num_blocks")
+    common |= {k: a[k] for k in (*same, "dropout", "label_dropout", "use_affine")}
+    if a["model"] == "adm":
+        unet = ADMUNet(**common)
+    else:
+        unet = SongUNet(
+            **common,
+            embedding=a["embedding_type"],
+            encoder=a["encoder_type"],
+            channel_mult_noise=a["channel_mult_noise"],
+            resample_filter=tuple(a["resample_filter"]),
+        )
+    if a["lora"] is not None:
+        settings = {k: tuple(v) if isinstance(v, list) else v for k, v in a["lora"].items()}
+        unet = lora.attach(unet, sites=sites, adapter=lora.UCLoRA(**settings), condition=CONDITION)
+    return precond.Denoiser(unet, preconditioning, a["label_dim"])
+
+
 def build_denoiser(config: ConfigDict) -> precond.Denoiser:
     """The network of a config: U-Net, LoRA as `lora.mode` says, and preconditioning."""
     check(config)
-    unet = build_unet(config)
-    if config.lora.mode != "baseline":
-        adapter = lora.UCLoRA(
-            rank=config.lora.rank, bases=config.lora.bases, widths=tuple(config.lora.widths)
-        )
-        unet = lora.attach(unet, sites=config.lora.sites, adapter=adapter, condition=CONDITION)
-    return precond.Denoiser(unet, build_precond(config), num_labels(config))
+    architecture = architecture_from_config(config)
+    return denoiser_from_architecture(architecture, dtype=config.dtype, sites=config.lora.sites)
 
 
 def bypass_lora(denoiser: precond.Denoiser) -> precond.Denoiser:
@@ -141,9 +255,9 @@ def bypass_lora(denoiser: precond.Denoiser) -> precond.Denoiser:
 
 def init_variables(config: ConfigDict, denoiser: precond.Denoiser, key: Key) -> Variables:
     """Fresh variables {'params', optional 'buffers'} of a denoiser."""
-    size = (config.data.image_size, config.data.image_size, config.data.channels)
     labels = jnp.zeros((1, num_labels(config))) if num_labels(config) else None
-    variables = denoiser.init({"params": key}, jnp.zeros((1, *size)), jnp.ones(1), labels)
+    x = jnp.zeros((1, *image_shape(config)))
+    variables = denoiser.init({"params": key}, x, jnp.ones(1), labels)
     return {k: v for k, v in variables.items() if k in ("params", "buffers")}
 
 
@@ -251,11 +365,161 @@ def apply_function(denoiser: precond.Denoiser) -> Callable[..., Images]:
 def forward_flops(config: ConfigDict, denoiser: precond.Denoiser) -> float:
     """Floating-point operations of one evaluation per image, as XLA counts them (nothing is compiled)."""
     shapes = jax.eval_shape(lambda: init_variables(config, denoiser, jax.random.key(0)))
-    size = (1, config.data.image_size, config.data.image_size, config.data.channels)
+    size = (1, *image_shape(config))
     labels = jnp.zeros((1, num_labels(config))) if num_labels(config) else None
     call = jax.jit(lambda variables, x: denoiser.apply(variables, x, jnp.ones(()), labels))
     lowered = call.lower(shapes, jax.ShapeDtypeStruct(size, jnp.float32))
     return float((lowered.cost_analysis() or {}).get("flops", 0.0))
+
+
+def open_source(config: ConfigDict) -> data_base.ImageSource:
+    """The training images of `config.data`.
+
+    Raises:
+        UserError: they cannot be opened; the message says what was looked for and where.
+    """
+    d = config.data
+    if not (d.name or d.path):
+        raise UserError(
+            "No data set is named: set --config.data.name (a TFDS data set) or --config.data.path "
+            "(a folder or ZIP of images)."
+        )
+    return sources.open_source(d.name, d.data_dir, d.path, d.split, class_folders=d.class_folders)
+
+
+def open_heldout(config: ConfigDict) -> data_base.ImageSource | None:
+    """Real images that training does not see; None for a folder or ZIP without data.eval_path."""
+    d = config.data
+    if d.name:
+        return sources.open_source(d.name, d.data_dir, "", d.eval_split)
+    if d.eval_path:
+        return sources.open_source(path=d.eval_path, class_folders=d.class_folders)
+    return None
+
+
+def complete(config: ConfigDict, source: data_base.ImageSource) -> ConfigDict:
+    """The config with the sizes of its data set filled in.
+
+    Raises:
+        UserError: a size that the config states differs from the data set's, the images do not
+            suit the U-Net, or classes are wanted but there are none.
+    """
+    height, width, channels = source.image_shape
+    config = config.copy_and_resolve_references()
+    found = {"image_size": height, "image_width": width, "channels": channels}
+    if config.class_conditional:
+        found["num_classes"] = source.num_classes
+    with config.unlocked():
+        for field, value in found.items():
+            if field == "image_width" and not config.data.image_width:
+                config.data.image_width = config.data.image_size or width
+            if config.data[field] not in (0, value):
+                raise UserError(
+                    f"The config says data.{field}={config.data[field]}, but {source.title} has "
+                    f"{value}. Set --config.data.{field}={value} or choose another data set."
+                )
+            config.data[field] = value
+        config.data.fingerprint = source.fingerprint()
+    num_labels(config)
+    pipeline.check_image_size(source.image_shape, 2 ** (len(config.model.channel_mult) - 1))
+    return config
+
+
+def build_batches(config: ConfigDict, source: data_base.ImageSource) -> pipeline.Batches:
+    """The training batches, this process's part of each."""
+    return pipeline.Batches(
+        source,
+        config.train.batch_size,
+        config.train.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        memory_limit=int(config.data.memory_limit_gib * 2**30),
+        num_workers=config.data.workers,
+    )
+
+
+def build_mesh(config: ConfigDict) -> Mesh:
+    """The mesh of all devices."""
+    return sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+
+
+def build_optimizer(config: ConfigDict) -> optimizer.Optimizer:
+    """Adam with EDM's ramp-up."""
+    train = config.train
+    return optimizer.adam(train.learning_rate, rampup_images=train.rampup_images)
+
+
+def build_step(config: ConfigDict, denoiser: precond.Denoiser) -> step.StepFn:
+    """The training step of a config."""
+    train, objective = config.train, build_objective(config, denoiser)
+    return step.make_train_step(
+        objective.loss,
+        build_optimizer(config),
+        ema=ema.Ema(train.ema_halflife_images, train.ema_rampup_ratio),
+        batch_size=train.batch_size,
+        num_classes=num_labels(config),
+        microbatch=train.microbatch or None,
+        draw=objective.draw,
+        max_bad_steps=train.max_nonfinite,
+    )
+
+
+def build_schedule(config: ConfigDict) -> loop.Schedule:
+    """When the loop logs, saves, samples and evaluates."""
+    train = config.train
+    return loop.Schedule(
+        total_images=train.total_images,
+        log_every=train.log_every,
+        checkpoint_every=train.checkpoint_every,
+        sample_every=train.sample_every or train.total_images,
+        eval_every=train.eval_every or train.total_images,
+        keep=train.keep,
+    )
+
+
+def trainable(config: ConfigDict) -> Callable[[str], bool]:
+    """Path of a parameter -> is it trained: all, or the adapters alone."""
+    if config.train.freeze_base:
+        return lambda path: lora.params.is_adapter(tuple(path.split("/")))
+    return lambda path: True
+
+
+def build_generator(
+    config: ConfigDict, denoiser: precond.Denoiser, mesh: Mesh
+) -> generate.Generator:
+    """Draws images from a denoiser with `config.sampler`."""
+    return generate.Generator(
+        apply=apply_function(denoiser),
+        sampler=build_sampler(config, denoiser),
+        image_shape=image_shape(config),
+        num_classes=num_labels(config),
+        mesh=mesh,
+        batch_size=config.sampler.batch_size,
+    )
+
+
+def load_workdir(
+    path: str | os.PathLike, *, weights: str = "ema", at_step: int | None = None
+) -> interop.Pretrained:
+    """The network of a run: denoiser, variables (numpy), config.
+
+    Args:
+        path: the run's directory.
+        weights: ema, or raw for the network as the last step left it.
+        at_step: which checkpoint; None: the newest.
+
+    Raises:
+        UserError: it is not a run, or has no such checkpoint.
+    """
+    config = config_from_dict(workdir.read_config(path))
+    _, saved = checkpoint.open_for_reading(path, at_step)
+    assemble = choose("weights", weights, {"ema": state.ema_variables, "raw": state.raw_variables})
+    return interop.Pretrained(build_denoiser(config), assemble(saved), config)
+
+
+def with_config(loaded: interop.Pretrained, config: ConfigDict) -> interop.Pretrained:
+    """The same weights under an overridden config (sampler, mesh, dtype, LoRA's sites)."""
+    return dataclasses.replace(loaded, denoiser=build_denoiser(config), config=config)
 
 
 def config_from_dict(saved: dict[str, Any]) -> ConfigDict:

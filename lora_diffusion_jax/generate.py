@@ -227,9 +227,9 @@ def grid(images: np.ndarray, columns: int, *, least_side: int = 32) -> np.ndarra
     return tiles.reshape(rows * height, columns * width, channels)
 
 
-def write_grid(path: Path, images: np.ndarray, columns: int) -> None:
-    """Writes `grid` as a PNG that appears whole or not at all."""
+def write_png(path: Path, image: np.ndarray) -> None:
+    """Writes one uint8 image as a PNG that appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".partial")
-    to_pil(grid(images, columns)).save(temporary, format="PNG")
+    to_pil(image).save(temporary, format="PNG")
     os.replace(temporary, path)

@@ -1,0 +1,323 @@
+"""What the modes of main.py do: train, sample, describe, import and export, put together."""
+
+import functools
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.traverse_util
+import jax
+import numpy as np
+from clu import parameter_overview
+from ml_collections import ConfigDict
+
+from lora_diffusion_jax import factory, generate, interop, lora
+from lora_diffusion_jax.array_types import Variables
+from lora_diffusion_jax.data.sources import describe, format_description
+from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.evaluation import classifier, quick
+from lora_diffusion_jax.training import checkpoint, loop, state, workdir, writers
+from lora_diffusion_jax.training.state import INIT
+
+# Fields whose change does not hinder resuming a run.
+HARMLESS = (
+    "train.total_images",
+    "train.*_every",
+    "train.keep",
+    "train.microbatch",
+    "train.max_nonfinite",
+    "sampler.*",
+    "eval.*",
+    "mesh.*",
+    "data.name",
+    "data.data_dir",
+    "data.path",
+    "data.eval_*",
+    "data.workers",
+    "data.memory_limit_gib",
+    "init_from",
+)
+
+
+def train(config: ConfigDict, directory: str | os.PathLike) -> loop.Result:
+    """Trains a config in a workdir, or goes on with the run that is there.
+
+    Raises:
+        UserError: the config, its data or the workdir cannot be used.
+    """
+    factory.check(config)
+    source = factory.open_source(config)
+    config = factory.complete(config, source)
+    denoiser = factory.build_denoiser(config)
+    mesh = factory.build_mesh(config)
+    generator = factory.build_generator(config, denoiser, mesh)
+    harmless = HARMLESS if _knows_its_data(directory) else (*HARMLESS, "data.fingerprint")
+    return loop.train(
+        directory,
+        config=config.to_dict(),
+        init=_initial_state(config, denoiser, directory),
+        step_fn=factory.build_step(config, denoiser),
+        batches=factory.build_batches(config, source),
+        mesh=mesh,
+        schedule=factory.build_schedule(config),
+        seed=config.train.seed,
+        harmless=harmless,
+        callbacks=_callbacks(config, directory, generator, source),
+        flops_per_image=3 * factory.forward_flops(config, denoiser),
+    )
+
+
+def _knows_its_data(directory: str | os.PathLike) -> bool:
+    """Whether a workdir's config names the images it was trained on; an imported network's cannot."""
+    if not (Path(directory) / workdir.CONFIG).exists():
+        return True
+    return bool(workdir.read_config(directory).get("data", {}).get("fingerprint"))
+
+
+def _initial_state(config: ConfigDict, denoiser: Any, directory: str | os.PathLike) -> loop.Init:
+    """The state to begin with: fresh weights, or those of init_from with fresh adapters."""
+    key = state.purpose_key(config.train.seed, INIT)
+    optimizer, trainable = factory.build_optimizer(config), factory.trainable(config)
+
+    def fresh() -> state.TrainState:
+        variables = factory.init_variables(config, denoiser, key)
+        return state.create_state(variables, optimizer, trainable)
+
+    if not config.init_from or _has_checkpoint(directory):
+        return fresh
+    loaded = interop.load_pretrained(config.init_from)
+    variables = jax.jit(functools.partial(factory.init_variables, config, denoiser))(key)
+    variables = overlay(variables, loaded.variables, config.init_from)
+    return state.create_state(variables, optimizer, trainable)
+
+
+def _has_checkpoint(directory: str | os.PathLike) -> bool:
+    exists = (Path(directory) / checkpoint.FOLDER).is_dir()
+    return exists and bool(checkpoint.saved_steps(directory))
+
+
+def overlay(fresh: Variables, loaded: Variables, origin: str) -> Variables:
+    """Fresh variables with every loaded one in its place: a base under new adapters, or both.
+
+    Adapters may be missing from what was loaded, and the scale-and-shift layers (`affine`) of a base
+    may be left over (`only_lora` has none); nothing else may.
+
+    Args:
+        fresh: the network's own variables.
+        loaded: those of a checkpoint.
+        origin: the checkpoint's name, for messages.
+
+    Raises:
+        UserError: other variables are missing, left over, or of another shape.
+    """
+    new, old = (flax.traverse_util.flatten_dict(v, sep="/") for v in (fresh, loaded))
+    old = {k: v for k, v in old.items() if k != "buffers/u"}  # iDDPM's levels follow from its name
+    missing = [k for k in new if k not in old and not lora.params.is_adapter(tuple(k.split("/")))]
+    over = [k for k in old if k not in new and "/affine/" not in k]
+    if any("/affine/" in k for k in new):
+        over += [k for k in old if k not in new and "/affine/" in k]
+    shapes = [
+        f"{k} is {old[k].shape} there, {new[k].shape} here"
+        for k in new
+        if k in old and old[k].shape != new[k].shape
+    ]
+    problems = {"it lacks": missing, "left over": over, "other shapes": shapes}
+    told = [f"{what}: {_shorten(names)}" for what, names in problems.items() if names]
+    if told:
+        raise UserError(
+            f"init_from={origin} is not a start for this network; {'; '.join(told)}. Choose the "
+            "config that it was made with (classes, widths, augmentation, LoRA sizes)."
+        )
+    merged = {k: np.asarray(old[k], v.dtype) if k in old else v for k, v in new.items()}
+    return flax.traverse_util.unflatten_dict(merged, sep="/")
+
+
+def _shorten(names: Sequence[str], limit: int = 4) -> str:
+    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(sorted(names)[:limit]) + rest
+
+
+def _callbacks(
+    config: ConfigDict,
+    directory: str | os.PathLike,
+    generator: generate.Generator,
+    source: Any,
+) -> dict[str, loop.Callback]:
+    """Sample grids, and the distance in the features of a classifier trained on the data set."""
+
+    def samples(now: state.TrainState, step: int) -> Mapping[str, Any]:
+        picture = sample_grid(generator, state.ema_variables(now))
+        images = step * config.train.batch_size
+        if jax.process_index() == 0:
+            generate.write_png(Path(directory) / "samples" / f"{images:010d}.png", picture)
+        return {"samples/grid": picture}
+
+    callbacks: dict[str, loop.Callback] = {"samples": samples}
+    heldout = factory.open_heldout(config) if config.eval.num_samples else None
+    if heldout is None:
+        writers.say(
+            "no evaluation: eval.num_samples is 0, or there are no held-out images (data.eval_path)"
+        )
+        return callbacks
+
+    def evaluate(now: state.TrainState, step: int) -> Mapping[str, Any]:
+        detector = classifier.fit(source, test_source=heldout)
+        report = quick.quick_report(
+            (
+                b.images
+                for b in generator.batches(state.ema_variables(now), range(config.eval.num_samples))
+            ),
+            source,
+            heldout,
+            detector,
+            num=config.eval.num_samples,
+        )
+        return {f"eval/{k}": v for k, v in report.items() if k.startswith("fd_")}
+
+    return callbacks | {"eval": evaluate}
+
+
+def sample_grid(
+    generator: generate.Generator, variables: Variables, *, columns: int = 8, rows: int = 10
+) -> np.ndarray:
+    """A picture of samples, uint8: one row per class (the first `rows`), or `rows` of any kind."""
+    rows = min(rows, generator.num_classes) if generator.num_classes else rows
+    classes = np.repeat(np.arange(rows), columns) if generator.num_classes else None
+    batches = generator.batches(variables, range(rows * columns), classes)
+    return generate.grid(np.concatenate([b.images for b in batches]), columns)
+
+
+def sample(
+    run: interop.Pretrained,
+    seeds: Sequence[int],
+    class_id: str | None,
+    out: str | os.PathLike,
+    about: Mapping[str, Any],
+) -> int:
+    """Writes the images of some seeds to a folder of PNGs, a .npz, or one .png grid.
+
+    Args:
+        run: the network, its weights and its config.
+        seeds: one per image.
+        class_id: a class for all images, `all` for as many of each class in turn, or None to draw
+            each from its seed.
+        out: where to; the ending says which.
+        about: recorded beside the images.
+
+    Returns:
+        Number of images.
+    """
+    generator = factory.build_generator(run.config, run.denoiser, factory.build_mesh(run.config))
+    classes = choose_classes(class_id, len(seeds), generator.num_classes)
+    batches = generator.batches(run.variables, seeds, classes, progress=True)
+    out = Path(out)
+    with workdir.plain_disk_errors(out.parent):
+        if out.suffix == ".npz":
+            return generate.write_npz(out, batches, dict(about))
+        if out.suffix == ".png":
+            images = np.concatenate([b.images for b in batches])
+            columns = len(seeds) // generator.num_classes if class_id == "all" else 0
+            generate.write_png(
+                out, generate.grid(images, columns or int(np.ceil(len(seeds) ** 0.5)))
+            )
+            return len(images)
+        return generate.write_folder(out, batches, dict(about))
+
+
+def choose_classes(
+    class_id: str | None, count: int, num_classes: int
+) -> Sequence[int] | int | None:
+    """--class_id as classes: None, one number, or for `all` an even split in class order.
+
+    Raises:
+        UserError: neither a number nor `all`, or `all` for an unconditional network.
+    """
+    if class_id is None:
+        return None
+    if class_id == "all":
+        if not num_classes:
+            raise UserError("--class_id=all, but this network is unconditional; leave it out.")
+        return (np.arange(count) * num_classes // count).tolist()
+    if not class_id.isdecimal():
+        raise UserError(f"--class_id={class_id} is neither a whole number nor `all`.")
+    return int(class_id)
+
+
+def info(config: ConfigDict) -> str:
+    """Parameter table, LoRA sites, cost of an evaluation, and what the data set holds."""
+    factory.check(config)
+    try:
+        source = factory.open_source(config)
+        config, about_data = factory.complete(config, source), format_description(describe(source))
+    except UserError as error:
+        source, about_data = None, f"data set: not opened. {error}"
+        if not (config.data.image_size and config.data.channels):
+            raise
+    denoiser = factory.build_denoiser(config)
+    init = functools.partial(factory.init_variables, config, denoiser)
+    params = jax.eval_shape(init, jax.random.key(0))["params"]
+    base, adapters = lora.split(params)
+    sites = lora.list_sites(params)
+    table = parameter_overview.get_parameter_overview(params, include_stats=False)
+    lines = [
+        table,
+        f"LoRA sites ({config.lora.mode}): {len(sites)}",
+        *(f"  {site}" for site in sites),
+        about_data,
+        f"One evaluation: {factory.forward_flops(config, denoiser) / 1e9:.4g} GFLOP per image",
+        f"Base parameters: {lora.count(base):,}",
+        f"Adapter parameters: {lora.count(adapters):,}",
+        f"Total parameters: {lora.count(params):,}",
+    ]
+    return "\n".join(lines)
+
+
+def import_checkpoint(
+    source: str | os.PathLike, directory: str | os.PathLike, base: str | None = None
+) -> int:
+    """Turns a checkpoint file into a workdir that sample, train and evaluate accept.
+
+    Returns:
+        Number of parameters.
+
+    Raises:
+        UserError: the file cannot be read, or the workdir already holds a run.
+    """
+    if _has_checkpoint(directory):
+        raise UserError(f"{directory} already holds a run; choose another workdir.")
+    loaded = interop.load_pretrained(source, base)
+    params = loaded.variables["params"]
+    weights = checkpoint.SavedWeights(
+        params=params, frozen={}, buffers=loaded.variables.get("buffers", {}), ema=params
+    )
+    with workdir.open_workdir(directory) as path:
+        workdir.reconcile_config(path, loaded.config.to_dict(), (), writers.say)
+        with workdir.plain_disk_errors(path):
+            checkpoint.save_weights(path, weights)
+    return lora.count(params)
+
+
+def export_checkpoint(
+    run: interop.Pretrained, out: str | os.PathLike, *, weights: str, adapters_only: bool
+) -> None:
+    """Writes a run's weights as safetensors with official names, whole or the adapters alone."""
+    if run.config.lora.mode != "baseline" and run.config.lora.sites != factory.SITES:
+        raise UserError(
+            f"lora.sites={run.config.lora.sites!r} is not {factory.SITES!r}; the official names know "
+            "adapters at qkv and proj only."
+        )
+    architecture = factory.architecture_from_config(run.config)
+    write = interop.export_adapters if adapters_only else interop.export_network
+    write(out, run.variables, architecture, weights=weights)
+
+
+def about(run: interop.Pretrained, weights: str, step: int | None) -> dict[str, Any]:
+    """What made some samples: which weights, and the sampler's settings."""
+    sampler = {k: v for k, v in run.config.sampler.to_dict().items() if k != "batch_size"}
+    return {
+        "weights": weights,
+        "step": step,
+        "sampler": json.loads(json.dumps(sampler, default=str)),
+    }

@@ -101,8 +101,7 @@ class ImageSource(abc.ABC):
         for record in self.records(spaced(len(self), _SAMPLED)):
             data = record.data
             if data.startswith(b"\x89PNG"):  # the pixels: encoders of other versions pack otherwise
-                data = decode(data, record.where, self.image_shape,
-                              convert=self.converts).tobytes()
+                data = decode(data, record.where, self.image_shape, convert=self.converts).tobytes()
             digest.update(hashlib.sha256(data).digest())
         return digest.hexdigest()[:32]
 
@@ -110,9 +109,11 @@ class ImageSource(abc.ABC):
         if self.num_classes == 0:
             return 0
         if not 0 <= record.label < self.num_classes:
-            raise UserError(f"{record.where} has label {record.label}; this data set's classes are "
-                            f"0 to {self.num_classes - 1}. A split without labels (often 'test') "
-                            "cannot be used with classes: choose another split.")
+            raise UserError(
+                f"{record.where} has label {record.label}; this data set's classes are "
+                f"0 to {self.num_classes - 1}. A split without labels (often 'test') "
+                "cannot be used with classes: choose another split."
+            )
         return record.label
 
 
@@ -166,8 +167,10 @@ def format_description(description: dict[str, Any], *, max_classes: int = 20) ->
         label = f"{i}" if name == str(i) else f"{i} {name}"
         lines.append(f"  class {label}: {count:,}")
     if len(counts) > max_classes:
-        lines.append(f"  ... and {len(counts) - max_classes:,} more classes; "
-                     f"{min(counts):,} to {max(counts):,} images each")
+        lines.append(
+            f"  ... and {len(counts) - max_classes:,} more classes; "
+            f"{min(counts):,} to {max(counts):,} images each"
+        )
     return "\n".join(lines)
 
 

@@ -74,8 +74,11 @@ class Zip:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._handles: dict[int, zipfile.ZipFile] = {}
-        entries = [e for e in self._handle().infolist() if not e.is_dir()
-                   and not any(_is_hidden(part) for part in e.filename.split("/"))]
+        entries = [
+            e
+            for e in self._handle().infolist()
+            if not e.is_dir() and not any(_is_hidden(part) for part in e.filename.split("/"))
+        ]
         self.sizes = {e.filename: e.file_size for e in sorted(entries, key=lambda e: e.filename)}
         if len(self.sizes) < len(entries):
             names = sorted(e.filename for e in entries)
@@ -83,13 +86,17 @@ class Zip:
             raise UserError(f"{path} holds {twice!r} twice; expected each name once. Pack it anew.")
         for name in self.sizes:
             if name.lower().endswith(".zip"):
-                raise UserError(f"{path} contains another ZIP file, {name!r}, which is not read. "
-                                "Unpack the outer one and give the inner one as data.path.")
+                raise UserError(
+                    f"{path} contains another ZIP file, {name!r}, which is not read. "
+                    "Unpack the outer one and give the inner one as data.path."
+                )
 
     def open(self, name: str) -> BinaryIO:
         if self.sizes[name] > _MAX_BYTES:
-            raise UserError(f"{self.where(name)} is {self.sizes[name]:,} bytes when unpacked; "
-                            f"expected an image or dataset.json of at most {_MAX_BYTES:,}.")
+            raise UserError(
+                f"{self.where(name)} is {self.sizes[name]:,} bytes when unpacked; "
+                f"expected an image or dataset.json of at most {_MAX_BYTES:,}."
+            )
         with _named_errors(self.where(name)):
             return self._handle().open(name)
 
@@ -106,8 +113,10 @@ class Zip:
             try:
                 handle = zipfile.ZipFile(self.path)
             except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError) as error:
-                raise UserError(f"{self.path} is not a ZIP file that can be read ({error}); "
-                                "expected a folder or a ZIP of PNG or JPEG images.") from error
+                raise UserError(
+                    f"{self.path} is not a ZIP file that can be read ({error}); "
+                    "expected a folder or a ZIP of PNG or JPEG images."
+                ) from error
             except OSError as error:
                 raise UserError(f"cannot open {self.path}: {error.strerror}.") from error
             # Two threads may both open one; the first to store it wins.
@@ -126,8 +135,10 @@ def open_container(path: str | Path) -> Container:
     if not path.exists():
         parent = next(p for p in path.parents if p.exists())
         there = sorted(p.name for p in parent.iterdir())[:8] if parent.is_dir() else []
-        raise UserError(f"{path} does not exist; {parent} holds {', '.join(there) or 'nothing'}. "
-                        "Give a folder or ZIP of images as data.path.")
+        raise UserError(
+            f"{path} does not exist; {parent} holds {', '.join(there) or 'nothing'}. "
+            "Give a folder or ZIP of images as data.path."
+        )
     return Zip(path)
 
 
@@ -144,6 +155,12 @@ def _walk_error(error: OSError) -> None:
 def _named_errors(where: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError,
-            RuntimeError) as error:  # RuntimeError: encrypted entry
+    except (
+        OSError,
+        EOFError,
+        zipfile.BadZipFile,
+        zlib.error,
+        NotImplementedError,
+        RuntimeError,
+    ) as error:  # RuntimeError: encrypted entry
         raise UserError(f"cannot read {where}: {error}. Restore or remove it.") from error

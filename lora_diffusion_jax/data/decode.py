@@ -32,8 +32,13 @@ def read_shape(file: BinaryIO, where: str) -> tuple[int, int, int]:
         return image.height, image.width, _channels(image, where)
 
 
-def decode(data: bytes, where: str, shape: tuple[int, int, int], *, convert: bool = False,
-           ) -> np.ndarray:
+def decode(
+    data: bytes,
+    where: str,
+    shape: tuple[int, int, int],
+    *,
+    convert: bool = False,
+) -> np.ndarray:
     """Decodes one image, which must have the given shape, to uint8 [H, W, C].
 
     The header is compared with shape before any pixel is decoded, so a file that declares a huge
@@ -52,9 +57,11 @@ def decode(data: bytes, where: str, shape: tuple[int, int, int], *, convert: boo
     with _named_errors(where), Image.open(io.BytesIO(data), formats=FORMATS) as image:
         found = (image.height, image.width, shape[2] if convert else _channels(image, where))
         if found != shape:
-            raise UserError(f"{where} is {describe_shape(found)}, but the first image of this data "
-                            f"set is {describe_shape(shape)}. All images must have one size and "
-                            "one number of channels: resize or convert them first.")
+            raise UserError(
+                f"{where} is {describe_shape(found)}, but the first image of this data "
+                f"set is {describe_shape(shape)}. All images must have one size and "
+                "one number of channels: resize or convert them first."
+            )
         if "A" in image.mode.upper() or "transparency" in image.info:
             _refuse_transparency(image, where)
         mode = _MODES[shape[2]]
@@ -70,9 +77,11 @@ def describe_shape(shape: tuple[int, int, int]) -> str:
 
 def _channels(image: Image.Image, where: str) -> int:
     if image.mode not in _CHANNELS:
-        raise UserError(f"{where} has Pillow's colour mode {image.mode!r}; expected 8-bit gray, "
-                        "RGB or a palette. Convert it first, e.g. with Pillow's "
-                        "image.convert('RGB').")
+        raise UserError(
+            f"{where} has Pillow's colour mode {image.mode!r}; expected 8-bit gray, "
+            "RGB or a palette. Convert it first, e.g. with Pillow's "
+            "image.convert('RGB')."
+        )
     return _CHANNELS[image.mode]
 
 
@@ -80,8 +89,10 @@ def _refuse_transparency(image: Image.Image, where: str) -> None:
     alpha = image.convert("RGBA").getchannel("A")
     lowest = alpha.getextrema()[0]
     if lowest < 255:
-        raise UserError(f"{where} has transparent pixels (lowest alpha {lowest}), which an "
-                        "array of colours cannot hold. Put the images on a background first.")
+        raise UserError(
+            f"{where} has transparent pixels (lowest alpha {lowest}), which an "
+            "array of colours cannot hold. Put the images on a background first."
+        )
 
 
 @contextmanager
@@ -93,11 +104,22 @@ def _named_errors(where: str) -> Iterator[None]:
         raise
     except Image.DecompressionBombError as error:
         raise UserError(f"{where} declares an absurd size: {error}. Remove it.") from error
-    except (OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, EOFError,
-            OverflowError, MemoryError, ArithmeticError) as error:
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        TypeError,
+        IndexError,
+        KeyError,
+        EOFError,
+        OverflowError,
+        MemoryError,
+        ArithmeticError,
+    ) as error:
         # Pillow has no common base class for "this file is damaged".
-        raise UserError(f"{where} cannot be read as PNG or JPEG ({_first_line(error)}). "
-                        "Replace or remove it.") from error
+        raise UserError(
+            f"{where} cannot be read as PNG or JPEG ({_first_line(error)}). Replace or remove it."
+        ) from error
 
 
 def _first_line(error: BaseException) -> str:

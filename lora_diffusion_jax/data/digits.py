@@ -32,10 +32,12 @@ class Digits(tfds.core.GeneratorBasedBuilder):
         return tfds.core.DatasetInfo(
             builder=self,
             description="scikit-learn's 1,797 handwritten digits, 8x8, gray, 10 classes.",
-            features=tfds.features.FeaturesDict({
-                "image": tfds.features.Image(shape=(8, 8, 1), encoding_format="png"),
-                "label": tfds.features.ClassLabel(names=[str(digit) for digit in range(10)]),
-            }),
+            features=tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(shape=(8, 8, 1), encoding_format="png"),
+                    "label": tfds.features.ClassLabel(names=[str(digit) for digit in range(10)]),
+                }
+            ),
             supervised_keys=("image", "label"),
             homepage="https://archive.ics.uci.edu/dataset/80",
         )
@@ -46,11 +48,17 @@ class Digits(tfds.core.GeneratorBasedBuilder):
         images, labels = load_digits(return_X_y=True)
         images = np.round(images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
         train, test = split_indices(labels)
-        return {"train": self._generate_examples(images, labels, train),
-                "test": self._generate_examples(images, labels, test)}
+        return {
+            "train": self._generate_examples(images, labels, train),
+            "test": self._generate_examples(images, labels, test),
+        }
 
-    def _generate_examples(self, images: np.ndarray, labels: np.ndarray, indices: np.ndarray,
-                           ) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _generate_examples(
+        self,
+        images: np.ndarray,
+        labels: np.ndarray,
+        indices: np.ndarray,
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
         for i in indices.tolist():
             # A file object of encoded bytes: TFDS would import TensorFlow to encode an array.
             file = io.BytesIO()
@@ -76,7 +84,7 @@ def split_indices(labels: np.ndarray, num_test: int = NUM_TEST) -> tuple[np.ndar
     classes, counts = np.unique(labels, return_counts=True)
     share = counts * num_test / len(labels)
     quota = np.floor(share).astype(int)
-    short = np.argsort(-(share - quota), kind="stable")[:num_test - quota.sum()]
+    short = np.argsort(-(share - quota), kind="stable")[: num_test - quota.sum()]
     quota[short] += 1
     is_test = np.zeros(len(labels), bool)
     for name, count, taken in zip(classes, counts, quota, strict=True):
@@ -109,8 +117,10 @@ def prepare(data_dir: str | Path) -> Path:
                 if not _is_prepared(target):
                     raise
     except OSError as error:
-        raise UserError(f"cannot prepare the digits in {target.parent}: {error}. Choose a "
-                        "directory you can write with data.data_dir or TFDS_DATA_DIR.") from error
+        raise UserError(
+            f"cannot prepare the digits in {target.parent}: {error}. Choose a "
+            "directory you can write with data.data_dir or TFDS_DATA_DIR."
+        ) from error
     return target
 
 

@@ -63,12 +63,25 @@ class Batches:
     images: np.ndarray | None = None
     labels: np.ndarray | None = None
 
-    def __init__(self, source: Source, batch_size: int, seed: int, *, process_index: int = 0,
-                 process_count: int = 1, memory_limit: int = 2**30, num_threads: int | None = None,
-                 num_workers: int = 0, read_ahead: int = 8, progress: bool = True) -> None:
+    def __init__(
+        self,
+        source: Source,
+        batch_size: int,
+        seed: int,
+        *,
+        process_index: int = 0,
+        process_count: int = 1,
+        memory_limit: int = 2**30,
+        num_threads: int | None = None,
+        num_workers: int = 0,
+        read_ahead: int = 8,
+        progress: bool = True,
+    ) -> None:
         if batch_size < 1 or batch_size % process_count:
-            raise UserError(f"batch size {batch_size} does not divide among {process_count} "
-                            f"processes; expected a positive multiple of {process_count}.")
+            raise UserError(
+                f"batch size {batch_size} does not divide among {process_count} "
+                f"processes; expected a positive multiple of {process_count}."
+            )
         if not 0 <= process_index < process_count:
             raise ValueError(f"process {process_index} of {process_count}")
         if not 0 <= seed < 2**64:
@@ -85,8 +98,9 @@ class Batches:
         self._num_workers = num_workers
         self._read_ahead = read_ahead
         if len(source) * int(np.prod(source.image_shape)) <= memory_limit:
-            self.images, self.labels = decode_all(source, num_threads=num_threads,
-                                                  progress=progress)
+            self.images, self.labels = decode_all(
+                source, num_threads=num_threads, progress=progress
+            )
 
     def indices(self, step: int) -> np.ndarray:
         """Returns the images that this process holds of batch `step`, int32 [b] in [0, N)."""
@@ -97,7 +111,7 @@ class Batches:
         end = position + self.local_batch_size
         while position < end:
             epoch, first = divmod(position, size)
-            parts.append(epoch_order(self.seed, epoch, size)[first:first + end - position])
+            parts.append(epoch_order(self.seed, epoch, size)[first : first + end - position])
             position += len(parts[-1])
         return np.concatenate(parts)
 
@@ -117,15 +131,17 @@ class Batches:
         # From memory a batch is one copy: a single thread stays ahead, and workers would need
         # the images sent to them.
         in_memory = self.images is not None
-        options = grain.ReadOptions(num_threads=1 if in_memory else self._num_threads,
-                                    prefetch_buffer_size=self._read_ahead)
+        options = grain.ReadOptions(
+            num_threads=1 if in_memory else self._num_threads, prefetch_buffer_size=self._read_ahead
+        )
         dataset = grain.MapDataset.range(start_step, sys.maxsize).map(self.__getitem__)
         dataset = dataset.to_iter_dataset(options)
         if self._num_workers and not in_memory:
             if not flags.FLAGS.is_parsed():  # grain's workers read absl flags; a library call has
                 flags.FLAGS.mark_as_parsed()  # no command line, so they keep their defaults
             dataset = dataset.mp_prefetch(
-                grain.MultiprocessingOptions(num_workers=self._num_workers))
+                grain.MultiprocessingOptions(num_workers=self._num_workers)
+            )
         iterator = iter(dataset)
         try:
             while True:
@@ -152,8 +168,12 @@ def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
     return order
 
 
-def decode_all(source: Source, *, num_threads: int | None = None, progress: bool = True,
-               ) -> tuple[np.ndarray, np.ndarray]:
+def decode_all(
+    source: Source,
+    *,
+    num_threads: int | None = None,
+    progress: bool = True,
+) -> tuple[np.ndarray, np.ndarray]:
     """Decodes a whole data set: uint8 [N, H, W, C] and int32 [N].
 
     Raises:
@@ -170,8 +190,14 @@ def decode_all(source: Source, *, num_threads: int | None = None, progress: bool
         return part.stop - part.start
 
     num_threads = num_threads or default_threads(source.image_shape)
-    bar = tqdm(total=size, desc="decoding images", unit="img", delay=2, mininterval=0.5,
-               disable=not progress)
+    bar = tqdm(
+        total=size,
+        desc="decoding images",
+        unit="img",
+        delay=2,
+        mininterval=0.5,
+        disable=not progress,
+    )
     with bar, ThreadPoolExecutor(num_threads) as pool:
         try:
             for count in pool.map(fill, range(0, size, _CHUNK)):
@@ -200,18 +226,27 @@ def check_image_size(shape: tuple[int, int, int], factor: int) -> None:
     height, width = shape[:2]
     if height % factor == 0 and width % factor == 0 and min(height, width) > 0:
         return
-    nearest = sorted({max(factor, size // factor * factor + more)
-                      for size in (height, width) for more in (0, factor)})
+    nearest = sorted(
+        {
+            max(factor, size // factor * factor + more)
+            for size in (height, width)
+            for more in (0, factor)
+        }
+    )
     levels = factor.bit_length()
-    raise UserError(f"images are {height}x{width} (height x width), but this network's {levels} "
-                    f"levels halve them {levels - 1} times: both must be multiples of {factor}, "
-                    f"such as {' or '.join(map(str, nearest))}. Resize the images or use fewer "
-                    "levels.")
+    raise UserError(
+        f"images are {height}x{width} (height x width), but this network's {levels} "
+        f"levels halve them {levels - 1} times: both must be multiples of {factor}, "
+        f"such as {' or '.join(map(str, nearest))}. Resize the images or use fewer "
+        "levels."
+    )
 
 
 def _read(source: Source, indices: np.ndarray) -> Batch:
     if isinstance(source, ImageSource):
         return source.read(indices)
     items = [source[int(i)] for i in indices]
-    return {"image": np.stack([item["image"] for item in items]),
-            "label": np.array([item["label"] for item in items], np.int32)}
+    return {
+        "image": np.stack([item["image"] for item in items]),
+        "label": np.array([item["label"] for item in items], np.int32),
+    }

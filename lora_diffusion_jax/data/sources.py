@@ -8,8 +8,14 @@ from lora_diffusion_jax.errors import UserError
 __all__ = ["ImageSource", "describe", "fingerprint", "format_description", "open_source"]
 
 
-def open_source(name: str = "", data_dir: str = "", path: str = "", split: str = "train", *,
-                class_folders: bool = False) -> ImageSource:
+def open_source(
+    name: str = "",
+    data_dir: str = "",
+    path: str = "",
+    split: str = "train",
+    *,
+    class_folders: bool = False,
+) -> ImageSource:
     """Opens a data set of images that all have one size.
 
     Args:
@@ -29,16 +35,21 @@ def open_source(name: str = "", data_dir: str = "", path: str = "", split: str =
     """
     if bool(name) == bool(path):
         found = f"data.name={name!r} and data.path={path!r}" if name else "neither"
-        raise UserError(f"expected one of data.name (a TFDS data set) and data.path (a folder or "
-                        f"ZIP of images); found {found}.")
+        raise UserError(
+            f"expected one of data.name (a TFDS data set) and data.path (a folder or "
+            f"ZIP of images); found {found}."
+        )
     if name:
         if class_folders:
-            raise UserError("data.class_folders needs data.path: a TFDS data set has its own "
-                            "labels.")
+            raise UserError(
+                "data.class_folders needs data.path: a TFDS data set has its own labels."
+            )
         return open_tfds(name, data_dir=data_dir, split=split)
     if split != "train":
-        raise UserError(f"data.path has no split {split!r}, only 'train', which is all of it. "
-                        "Put other images into another folder or ZIP and name that.")
+        raise UserError(
+            f"data.path has no split {split!r}, only 'train', which is all of it. "
+            "Put other images into another folder or ZIP and name that."
+        )
     return open_files(path, class_folders=class_folders)
 
 

@@ -48,8 +48,14 @@ class FileSource(ImageSource):
         label_origin: where the labels come from, for people.
     """
 
-    def __init__(self, container: Container, names: Sequence[str], labels: Sequence[int],
-                 class_names: Sequence[str], label_origin: str) -> None:
+    def __init__(
+        self,
+        container: Container,
+        names: Sequence[str],
+        labels: Sequence[int],
+        class_names: Sequence[str],
+        label_origin: str,
+    ) -> None:
         self._container, self._names, self._labels = container, names, labels
         self.title = f"images in {container.path}"
         self.class_names = class_names
@@ -63,9 +69,14 @@ class FileSource(ImageSource):
 
     def records(self, indices: Sequence[int]) -> list[Record]:
         names = [self._names[i] for i in indices]
-        return [Record(self._container.read(name), self._labels[i] if self._labels else 0,
-                       self._container.where(name))
-                for i, name in zip(indices, names, strict=True)]
+        return [
+            Record(
+                self._container.read(name),
+                self._labels[i] if self._labels else 0,
+                self._container.where(name),
+            )
+            for i, name in zip(indices, names, strict=True)
+        ]
 
     def labels(self) -> np.ndarray:
         return np.array(self._labels or [0] * len(self), np.int32)  # known without the files
@@ -73,14 +84,19 @@ class FileSource(ImageSource):
     def _identity(self) -> Sequence[str]:
         sizes = self._container.sizes
         labels = self._labels or [0] * len(self)
-        return [f"{name} {sizes[name]} {label}"
-                for name, label in zip(self._names, labels, strict=True)]
+        return [
+            f"{name} {sizes[name]} {label}" for name, label in zip(self._names, labels, strict=True)
+        ]
 
     def _check_headers(self) -> tuple[int, int, int]:
         """Reads the images' headers; UserError names the first that differs from the first one."""
         expected = None
-        for i in tqdm(spaced(len(self), _MAX_HEADERS), desc=f"checking {self._container.path}",
-                      unit="img", delay=2):
+        for i in tqdm(
+            spaced(len(self), _MAX_HEADERS),
+            desc=f"checking {self._container.path}",
+            unit="img",
+            delay=2,
+        ):
             where = self._container.where(self._names[i])
             try:
                 with self._container.open(self._names[i]) as file:
@@ -93,7 +109,8 @@ class FileSource(ImageSource):
                     f"{where} is {describe_shape(shape)}, but "
                     f"{self._container.where(self._names[0])} is {describe_shape(expected)}. All "
                     "images must have one size and one number of channels: resize or convert them "
-                    "first.")
+                    "first."
+                )
         return expected
 
 
@@ -101,54 +118,73 @@ def _image_names(container: Container) -> list[str]:
     names = [name for name in container.sizes if name.lower().endswith(_SUFFIXES)]
     foreign = [name for name in container.sizes if name.lower().endswith(_FOREIGN)]
     if foreign:
-        raise UserError(f"{container.where(foreign[0])} is neither PNG nor JPEG ({len(foreign):,} "
-                        "such files), and would be left out. Convert or remove them.")
+        raise UserError(
+            f"{container.where(foreign[0])} is neither PNG nor JPEG ({len(foreign):,} "
+            "such files), and would be left out. Convert or remove them."
+        )
     if not names:
         zips = [name for name in container.sizes if name.lower().endswith(".zip")]
         hint = f" It holds {zips[0]!r}: give that file as data.path." if zips else ""
-        raise UserError(f"{container.path} holds no PNG or JPEG images "
-                        f"({len(container.sizes):,} other files).{hint}")
+        raise UserError(
+            f"{container.path} holds no PNG or JPEG images "
+            f"({len(container.sizes):,} other files).{hint}"
+        )
     return names
 
 
-def _labels(container: Container, names: Sequence[str], class_folders: bool,
-            ) -> tuple[list[int], tuple[str, ...], str]:
+def _labels(
+    container: Container,
+    names: Sequence[str],
+    class_folders: bool,
+) -> tuple[list[int], tuple[str, ...], str]:
     """Returns (labels, class names, origin); both lists are empty without labels."""
     has_json = "dataset.json" in container.sizes
     if class_folders:
         if has_json:
-            raise UserError(f"{container.path} has a dataset.json, and data.class_folders asks for "
-                            "labels from folder names. Remove one of them.")
+            raise UserError(
+                f"{container.path} has a dataset.json, and data.class_folders asks for "
+                "labels from folder names. Remove one of them."
+            )
         return _folder_labels(container, names)
     if not has_json:
         nested = [name for name in container.sizes if PurePosixPath(name).name == "dataset.json"]
         if nested:
-            raise UserError(f"{container.where(nested[0])} lies below the top of {container.path}, "
-                            "where it is not looked for: give its own folder as data.path, or pack "
-                            "the ZIP without the outer folder.")
+            raise UserError(
+                f"{container.where(nested[0])} lies below the top of {container.path}, "
+                "where it is not looked for: give its own folder as data.path, or pack "
+                "the ZIP without the outer folder."
+            )
         return [], (), "no dataset.json, so no labels"
     table = _read_dataset_json(container)
     if table is None:
         return [], (), "dataset.json says there are none"
     missing = [name for name in names if name not in table]
     if missing:
-        raise UserError(f"{container.where(missing[0])} has no label in dataset.json "
-                        f"({len(missing):,} of {len(names):,} images have none). Add them, or "
-                        'write {"labels": null} for a data set without labels.')
+        raise UserError(
+            f"{container.where(missing[0])} has no label in dataset.json "
+            f"({len(missing):,} of {len(names):,} images have none). Add them, or "
+            'write {"labels": null} for a data set without labels.'
+        )
     extra = table.keys() - set(names)
     if extra:
-        raise UserError(f"dataset.json labels {container.where(min(extra))}, which is not there "
-                        f"({len(extra):,} such names). Restore the images or drop their labels.")
+        raise UserError(
+            f"dataset.json labels {container.where(min(extra))}, which is not there "
+            f"({len(extra):,} such names). Restore the images or drop their labels."
+        )
     labels = [table[name] for name in names]
     return labels, tuple(str(i) for i in range(max(labels) + 1)), "dataset.json"
 
 
-def _folder_labels(container: Container, names: Sequence[str],
-                   ) -> tuple[list[int], tuple[str, ...], str]:
+def _folder_labels(
+    container: Container,
+    names: Sequence[str],
+) -> tuple[list[int], tuple[str, ...], str]:
     top = [name for name in names if "/" not in name]
     if top:
-        raise UserError(f"{container.where(top[0])} lies in no class's folder ({len(top):,} such "
-                        "images), but data.class_folders takes the first folder as the class.")
+        raise UserError(
+            f"{container.where(top[0])} lies in no class's folder ({len(top):,} such "
+            "images), but data.class_folders takes the first folder as the class."
+        )
     folders = [name.split("/")[0] for name in names]
     classes = tuple(sorted(set(folders)))
     ids = {folder: i for i, folder in enumerate(classes)}
@@ -176,9 +212,10 @@ def _read_dataset_json(container: Container) -> dict[str, int] | None:
             case [str(name), int(label)] if type(label) is int and 0 <= label < _MAX_CLASSES:
                 name = name.replace("\\", "/")
             case _:
-                raise UserError(f"{where}: entry {i} of 'labels' is {json.dumps(entry)[:80]}; "
-                                f"expected [name, class] with a class from 0 to {_MAX_CLASSES - 1}."
-                                )
+                raise UserError(
+                    f"{where}: entry {i} of 'labels' is {json.dumps(entry)[:80]}; "
+                    f"expected [name, class] with a class from 0 to {_MAX_CLASSES - 1}."
+                )
         if table.setdefault(name, label) != label:
             raise UserError(f"{where} gives {name!r} the classes {table[name]} and {label}.")
     return table

@@ -30,13 +30,18 @@ def test_both_splits_together_are_scikit_learns_digits(data_dir):
     parts = [open_source("digits", str(data_dir), split=split) for split in ("train", "test")]
     assert [len(part) for part in parts] == [1500, 297]
     found = [part.read(range(len(part))) for part in parts]
-    pairs = np.concatenate([np.concatenate([part["image"].reshape(-1, 64),
-                                            part["label"][:, None]], 1) for part in found])
+    pairs = np.concatenate(
+        [
+            np.concatenate([part["image"].reshape(-1, 64), part["label"][:, None]], 1)
+            for part in found
+        ]
+    )
     # 0..16 to 0..255; 16 steps of 15.9375, so rounding back is exact
     unscaled = np.round(pairs[:, :64] * (16 / 255))
     np.testing.assert_allclose(unscaled * 255 / 16, pairs[:, :64], atol=0.5)
-    assert pixel_counts(np.concatenate([unscaled, pairs[:, 64:]], 1).astype(np.uint8)) == \
-        pixel_counts(np.concatenate([images, labels[:, None]], 1).astype(np.uint8))
+    assert pixel_counts(
+        np.concatenate([unscaled, pairs[:, 64:]], 1).astype(np.uint8)
+    ) == pixel_counts(np.concatenate([images, labels[:, None]], 1).astype(np.uint8))
     assert parts[0].image_shape == (8, 8, 1)
     assert parts[0].class_names == tuple("0123456789")
 
@@ -64,12 +69,19 @@ def test_tfds_knows_the_builder_by_name_and_reads_it_itself(data_dir):
 
 
 def test_no_tensorflow_and_no_output(tmp_path):
-    code = ("import sys\n"
-            "from lora_diffusion_jax.data.sources import open_source\n"
-            f"open_source('digits', {str(tmp_path)!r})[0]\n"
-            "assert 'tensorflow' not in sys.modules\n")
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                            check=False, cwd=pathlib.Path(__file__).parents[2])
+    code = (
+        "import sys\n"
+        "from lora_diffusion_jax.data.sources import open_source\n"
+        f"open_source('digits', {str(tmp_path)!r})[0]\n"
+        "assert 'tensorflow' not in sys.modules\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=pathlib.Path(__file__).parents[2],
+    )
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 

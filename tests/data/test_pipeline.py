@@ -78,10 +78,12 @@ def test_order_is_fixed_for_good():
 def test_batches_run_through_epochs_and_drop_nothing(batch_size):
     batches = Batches(Numbered(), batch_size, seed=1)
     steps = -(-3 * N // batch_size)
-    indices = np.concatenate([batches.indices(k) for k in range(steps)])[:3 * N]
+    indices = np.concatenate([batches.indices(k) for k in range(steps)])[: 3 * N]
     assert indices.dtype == np.int32
     for epoch in range(3):
-        np.testing.assert_array_equal(indices[epoch * N:(epoch + 1) * N], epoch_order(1, epoch, N))
+        np.testing.assert_array_equal(
+            indices[epoch * N : (epoch + 1) * N], epoch_order(1, epoch, N)
+        )
 
 
 @pytest.mark.parametrize("memory_limit", [0, 2**30])
@@ -111,8 +113,10 @@ def test_streamed_folder_equals_folder_in_memory(folder):
 def test_processes_share_each_batch_in_contiguous_parts():
     whole = Batches(Numbered(), 12, seed=2)
     for count in (2, 3, 12):
-        parts = [Batches(Numbered(), 12, seed=2, process_index=i, process_count=count)
-                 for i in range(count)]
+        parts = [
+            Batches(Numbered(), 12, seed=2, process_index=i, process_count=count)
+            for i in range(count)
+        ]
         assert parts[0].local_batch_size == 12 // count
         for k in (0, 1, 5, 1000):
             joined = np.concatenate([part[k]["image"] for part in parts])
@@ -140,7 +144,7 @@ def test_small_data_set_is_decoded_once_in_order(folder):
 def test_broken_image_is_named_while_training(folder, memory_limit):
     source = open_source(path=str(folder))
     data = (folder / "07.png").read_bytes()
-    (folder / "07.png").write_bytes(data[:len(data) - 20])
+    (folder / "07.png").write_bytes(data[: len(data) - 20])
     with pytest.raises(UserError, match=r"07\.png cannot be read"):
         take(Batches(source, 4, 0, memory_limit=memory_limit, progress=False).iterate(), 7)
 
@@ -175,23 +179,33 @@ def test_worker_processes_give_the_same_batches(folder):
         np.testing.assert_array_equal(batch["image"], batches[k]["image"])
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ({"batch_size": 10, "process_count": 4}, "10 does not divide among 4 processes"),
-    ({"batch_size": 0}, "batch size 0"),
-    ({"seed": -1}, r"seed -1 .* expected 0 to"),
-    ({"seed": 2**64}, "seed"),
-    ({"source": Numbered(0)}, "holds 0 images"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": 10, "process_count": 4}, "10 does not divide among 4 processes"),
+        ({"batch_size": 0}, "batch size 0"),
+        ({"seed": -1}, r"seed -1 .* expected 0 to"),
+        ({"seed": 2**64}, "seed"),
+        ({"source": Numbered(0)}, "holds 0 images"),
+    ],
+)
 def test_sizes_that_do_not_fit(arguments, message):
     with pytest.raises(UserError, match=message):
         Batches(**{"source": Numbered(), "batch_size": 4, "seed": 0, **arguments})
 
 
-@pytest.mark.parametrize(("shape", "factor", "message"), [
-    ((30, 30, 3), 4, r"30x30.*3 levels halve them 2 times: .* multiples of 4, such as 28 or 32\."),
-    ((8, 6, 1), 8, r"8x6.*multiples of 8, such as 8 or 16"),
-    ((3, 3, 1), 4, "such as 4"),
-])
+@pytest.mark.parametrize(
+    ("shape", "factor", "message"),
+    [
+        (
+            (30, 30, 3),
+            4,
+            r"30x30.*3 levels halve them 2 times: .* multiples of 4, such as 28 or 32\.",
+        ),
+        ((8, 6, 1), 8, r"8x6.*multiples of 8, such as 8 or 16"),
+        ((3, 3, 1), 4, "such as 4"),
+    ],
+)
 def test_image_sizes_that_a_network_cannot_take(shape, factor, message):
     with pytest.raises(UserError, match=message):
         check_image_size(shape, factor)

@@ -28,13 +28,18 @@ def png(array, mode="RGB"):
 
 def prepare(data_dir, features, examples, **info):
     """Prepares a TFDS data set 'tiny' of these examples, as another project would."""
+
     class Tiny(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         VERSION = tfds.core.Version("0.1.0")
         name = "tiny"
 
         def _info(self):
-            return tfds.core.DatasetInfo(builder=self, disable_shuffling=True,
-                                         features=tfds.features.FeaturesDict(features), **info)
+            return tfds.core.DatasetInfo(
+                builder=self,
+                disable_shuffling=True,
+                features=tfds.features.FeaturesDict(features),
+                **info,
+            )
 
         def _split_generators(self, dl_manager):
             return {"train": self._generate_examples()}
@@ -80,9 +85,15 @@ def test_description(data_dir):
 
 
 def test_data_set_without_labels_and_with_other_features(tmp_path):
-    prepare(tmp_path, {"image": tfds.features.Image(shape=(4, 5, 3)), "id": tfds.features.Text(),
-                       "mask": tfds.features.Image(shape=(4, 5, 1))},
-            [{"image": png(RED + i), "id": str(i), "mask": png(RED, "L")} for i in range(3)])
+    prepare(
+        tmp_path,
+        {
+            "image": tfds.features.Image(shape=(4, 5, 3)),
+            "id": tfds.features.Text(),
+            "mask": tfds.features.Image(shape=(4, 5, 1)),
+        },
+        [{"image": png(RED + i), "id": str(i), "mask": png(RED, "L")} for i in range(3)],
+    )
     source = open_source("tiny", str(tmp_path))
     assert source.num_classes == 0
     assert source.image_shape == (4, 5, 3)
@@ -92,66 +103,109 @@ def test_data_set_without_labels_and_with_other_features(tmp_path):
 
 def test_supervised_keys_choose_among_labels(tmp_path):
     label = tfds.features.ClassLabel
-    prepare(tmp_path, {"picture": tfds.features.Image(shape=(4, 5, 3)),
-                       "label": label(num_classes=2), "kind": label(names=["a", "b", "c"])},
-            [{"picture": png(RED), "label": 1, "kind": "c"}], supervised_keys=("picture", "kind"))
+    prepare(
+        tmp_path,
+        {
+            "picture": tfds.features.Image(shape=(4, 5, 3)),
+            "label": label(num_classes=2),
+            "kind": label(names=["a", "b", "c"]),
+        },
+        [{"picture": png(RED), "label": 1, "kind": "c"}],
+        supervised_keys=("picture", "kind"),
+    )
     source = open_source("tiny", str(tmp_path))
     assert source[0]["label"] == 2
     assert source.class_names == ("a", "b", "c")
 
 
 def test_gray_image_in_a_colour_data_set_becomes_colour(tmp_path):
-    prepare(tmp_path, {"image": tfds.features.Image(shape=(4, 5, 3))},
-            [{"image": png(RED)}, {"image": png(np.full((4, 5), 77, np.uint8), "L")}])
+    prepare(
+        tmp_path,
+        {"image": tfds.features.Image(shape=(4, 5, 3))},
+        [{"image": png(RED)}, {"image": png(np.full((4, 5), 77, np.uint8), "L")}],
+    )
     source = open_source("tiny", str(tmp_path))
     np.testing.assert_array_equal(source[1]["image"], np.full((4, 5, 3), 77))
 
 
 def test_undeclared_size_is_taken_from_the_images(tmp_path):
-    prepare(tmp_path, {"image": tfds.features.Image(shape=(None, None, 3))},
-            [{"image": png(RED)}, {"image": png(RED)}])
+    prepare(
+        tmp_path,
+        {"image": tfds.features.Image(shape=(None, None, 3))},
+        [{"image": png(RED)}, {"image": png(RED)}],
+    )
     assert open_source("tiny", str(tmp_path)).image_shape == (4, 5, 3)
 
 
-@pytest.mark.parametrize(("features", "example", "message"), [
-    ({"image": tfds.features.Image(shape=(None, None, 3))}, {"image": png(RED[:3])},
-     r"image 1 of TFDS tiny/0\.1\.0.* is 3x5 colour but image 0 is 4x5 colour: .*data\.path"),
-    ({"image": tfds.features.Image(shape=(4, 5, 4))}, {"image": png(RED, "RGBA")},
-     "have 4 channels"),
-    ({"id": tfds.features.Text()}, {"id": "x"}, "has 0 image features; .* features are id"),
-])
+@pytest.mark.parametrize(
+    ("features", "example", "message"),
+    [
+        (
+            {"image": tfds.features.Image(shape=(None, None, 3))},
+            {"image": png(RED[:3])},
+            r"image 1 of TFDS tiny/0\.1\.0.* is 3x5 colour but image 0 is 4x5 colour: .*data\.path",
+        ),
+        (
+            {"image": tfds.features.Image(shape=(4, 5, 4))},
+            {"image": png(RED, "RGBA")},
+            "have 4 channels",
+        ),
+        ({"id": tfds.features.Text()}, {"id": "x"}, "has 0 image features; .* features are id"),
+    ],
+)
 def test_data_sets_that_do_not_fit(tmp_path, features, example, message):
-    first = {key: png(RED, "RGBA" if features["image"].shape[2] == 4 else "RGB") if key == "image"
-             else "x" for key in features}
+    first = {
+        key: png(RED, "RGBA" if features["image"].shape[2] == 4 else "RGB")
+        if key == "image"
+        else "x"
+        for key in features
+    }
     prepare(tmp_path, features, [first, example])
     with pytest.raises(UserError, match=message):
         open_source("tiny", str(tmp_path))
 
 
 def test_split_without_labels_is_refused_when_read(tmp_path):
-    prepare(tmp_path, {"image": tfds.features.Image(shape=(4, 5, 3)),
-                       "label": tfds.features.ClassLabel(num_classes=2)},
-            [{"image": png(RED), "label": -1}])
+    prepare(
+        tmp_path,
+        {
+            "image": tfds.features.Image(shape=(4, 5, 3)),
+            "label": tfds.features.ClassLabel(num_classes=2),
+        },
+        [{"image": png(RED), "label": -1}],
+    )
     source = open_source("tiny", str(tmp_path))
     with pytest.raises(UserError, match="image 0 of .* has label -1; .* classes are 0 to 1"):
         source[0]
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ({"name": "mnist"}, r"'mnist' is not prepared in .* \(there: digits\).*data\.data_dir(.|\n)*"
-                        r"pip install tensorflow(.|\n)*builder\('mnist', data_dir='.*"
-                        r"file_format='array_record'\)\.download_and_prepare"),
-    ({"name": "digits:9.9.9"}, r"versions there: 1\.0\.0"),
-    ({"name": "digits", "split": "val"}, r"'val'.*\['test', 'train'\]|'val'.*\['train', 'test'\]"),
-    ({"name": "digits", "split": "train[:0]"}, "holds no images; there are .*train \\(1,500\\)"),
-    ({"name": "digits", "split": "train[9999:]"}, "9999"),
-    ({"name": "digits", "split": "[["}, "split"),
-    ({"name": "../x"}, "is no TFDS name"),
-    ({}, "found neither"),
-    ({"name": "digits", "path": "x"}, "data.name='digits' and data.path='x'"),
-    ({"path": "x", "split": "test"}, "no split 'test', only 'train'"),
-    ({"name": "digits", "class_folders": True}, "class_folders needs data.path"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"name": "mnist"},
+            r"'mnist' is not prepared in .* \(there: digits\).*data\.data_dir(.|\n)*"
+            r"pip install tensorflow(.|\n)*builder\('mnist', data_dir='.*"
+            r"file_format='array_record'\)\.download_and_prepare",
+        ),
+        ({"name": "digits:9.9.9"}, r"versions there: 1\.0\.0"),
+        (
+            {"name": "digits", "split": "val"},
+            r"'val'.*\['test', 'train'\]|'val'.*\['train', 'test'\]",
+        ),
+        (
+            {"name": "digits", "split": "train[:0]"},
+            "holds no images; there are .*train \\(1,500\\)",
+        ),
+        ({"name": "digits", "split": "train[9999:]"}, "9999"),
+        ({"name": "digits", "split": "[["}, "split"),
+        ({"name": "../x"}, "is no TFDS name"),
+        ({}, "found neither"),
+        ({"name": "digits", "path": "x"}, "data.name='digits' and data.path='x'"),
+        ({"path": "x", "split": "test"}, "no split 'test', only 'train'"),
+        ({"name": "digits", "class_folders": True}, "class_folders needs data.path"),
+    ],
+)
 def test_requests_that_cannot_be_served(data_dir, arguments, message):
     with pytest.raises(UserError, match=message):
         open_source(**{"data_dir": str(data_dir), **arguments})
@@ -179,7 +233,7 @@ def damage(directory, what):
     if what == "missing":
         train.unlink()
     elif what == "truncated":
-        train.write_bytes(train.read_bytes()[:train.stat().st_size // 2])
+        train.write_bytes(train.read_bytes()[: train.stat().st_size // 2])
     elif what == "overwritten":
         train.write_bytes(bytes(train.stat().st_size))
     elif what == "tfrecord":
@@ -189,14 +243,20 @@ def damage(directory, what):
         (directory / what).write_text("{")
 
 
-@pytest.mark.parametrize(("what", "message"), [
-    ("missing", "array_record.* is missing: digits/1.0.0 is incomplete"),
-    ("truncated", "cannot read TFDS digits.*damaged or incomplete: prepare"),
-    ("overwritten", "cannot read TFDS digits.*damaged or incomplete: prepare"),
-    ("tfrecord", r"digits/1\.0\.0 as tfrecord, which cannot.*expected array_record(.|\n)*'digits'"),
-    ("dataset_info.json", "no complete prepared TFDS data set"),
-    ("features.json", "no complete prepared TFDS data set"),
-])
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("missing", "array_record.* is missing: digits/1.0.0 is incomplete"),
+        ("truncated", "cannot read TFDS digits.*damaged or incomplete: prepare"),
+        ("overwritten", "cannot read TFDS digits.*damaged or incomplete: prepare"),
+        (
+            "tfrecord",
+            r"digits/1\.0\.0 as tfrecord, which cannot.*expected array_record(.|\n)*'digits'",
+        ),
+        ("dataset_info.json", "no complete prepared TFDS data set"),
+        ("features.json", "no complete prepared TFDS data set"),
+    ],
+)
 def test_damaged_preparations(data_dir, tmp_path, what, message):
     shutil.copytree(data_dir / "digits", tmp_path / "digits")
     damage(tmp_path / "digits" / "1.0.0", what)

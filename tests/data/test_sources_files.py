@@ -61,12 +61,14 @@ def kind(request):
 def opened(tmp_path, kind):
     def open_(files, **options):
         return open_source(path=write(tmp_path, files, kind), **options)
+
     return open_
 
 
 def test_images_come_in_sorted_order_with_their_labels(opened):
-    source = opened(with_labels({**FILES, "notes.txt": b"x", "a/.hidden.png": b"x",
-                                 "__MACOSX/._c.png": b"x"}))
+    source = opened(
+        with_labels({**FILES, "notes.txt": b"x", "a/.hidden.png": b"x", "__MACOSX/._c.png": b"x"})
+    )
     names = sorted(ARRAYS)
     assert names == ["a/2.PNG", "a/x/0.png", "b/1.png", "c.png"]
     assert len(source) == 4
@@ -96,9 +98,18 @@ def test_no_labels_means_no_classes(opened, table):
 def test_gray_jpeg_oblong_and_bilevel_images(tmp_path, kind):
     gray = np.tile(np.arange(12, dtype=np.uint8)[None, :, None] * 20, (5, 1, 1))
     bilevel = encode(gray, mode="1")
-    source = open_source(path=write(tmp_path, {
-        "0.jpg": encode(gray, "JPEG", quality=100), "1.jpeg": encode(gray, "JPEG", quality=100),
-        "2.png": encode(gray), "3.png": bilevel}, kind))
+    source = open_source(
+        path=write(
+            tmp_path,
+            {
+                "0.jpg": encode(gray, "JPEG", quality=100),
+                "1.jpeg": encode(gray, "JPEG", quality=100),
+                "2.png": encode(gray),
+                "3.png": bilevel,
+            },
+            kind,
+        )
+    )
     assert source.image_shape == (5, 12, 1)
     np.testing.assert_allclose(source[0]["image"].astype(int), gray, atol=3)  # JPEG is lossy
     np.testing.assert_array_equal(source[2]["image"], gray)
@@ -146,20 +157,30 @@ BAD = {
     "truncated header": ({**FILES, "b/1.png": FILES["b/1.png"][:20]}, r"b/1\.png cannot be read"),
     "not an image": ({**FILES, "b/1.png": b"hello"}, r"b/1\.png cannot be read as PNG or JPEG"),
     "empty file": ({**FILES, "b/1.png": b""}, r"b/1\.png cannot be read"),
-    "mixed sizes": ({**FILES, "b/1.png": encode(pixels(7, 6))},
-                    r"b/1\.png is 7x6 colour, but .*a/2\.PNG is 6x6 colour"),
-    "mixed channels": ({**FILES, "c.png": encode(pixels(channels=1))},
-                       r"c\.png is 6x6 gray, but .*a/2\.PNG is 6x6 colour"),
+    "mixed sizes": (
+        {**FILES, "b/1.png": encode(pixels(7, 6))},
+        r"b/1\.png is 7x6 colour, but .*a/2\.PNG is 6x6 colour",
+    ),
+    "mixed channels": (
+        {**FILES, "c.png": encode(pixels(channels=1))},
+        r"c\.png is 6x6 gray, but .*a/2\.PNG is 6x6 colour",
+    ),
     "other format": ({**FILES, "d.webp": b""}, r"d\.webp is neither PNG nor JPEG \(1 such"),
     "gif named png": ({"a.png": encode(pixels(), "GIF")}, r"a\.png cannot be read as PNG or JPEG"),
     "no images": ({"readme.txt": b"x"}, "holds no PNG or JPEG images"),
     "nothing": ({}, "holds no PNG or JPEG images"),
-    "missing label": (with_labels(FILES, {"labels": TABLE["labels"][1:]}),
-                      r"c\.png has no label in dataset\.json \(1 of 4"),
-    "label of nothing": (with_labels(FILES, {"labels": [*TABLE["labels"], ["z.png", 0]]}),
-                         r"dataset\.json labels .*z\.png, which is not there"),
-    "two labels": (with_labels(FILES, {"labels": [*TABLE["labels"], ["c.png", 0]]}),
-                   "gives 'c.png' the classes 2 and 0"),
+    "missing label": (
+        with_labels(FILES, {"labels": TABLE["labels"][1:]}),
+        r"c\.png has no label in dataset\.json \(1 of 4",
+    ),
+    "label of nothing": (
+        with_labels(FILES, {"labels": [*TABLE["labels"], ["z.png", 0]]}),
+        r"dataset\.json labels .*z\.png, which is not there",
+    ),
+    "two labels": (
+        with_labels(FILES, {"labels": [*TABLE["labels"], ["c.png", 0]]}),
+        "gives 'c.png' the classes 2 and 0",
+    ),
     "not json": ({**FILES, "dataset.json": b"{"}, r"dataset\.json is not JSON"),
     "not utf-8": ({**FILES, "dataset.json": b'{"labels": "\xff"}'}, r"dataset\.json is not JSON"),
     "deep json": ({**FILES, "dataset.json": b"[" * 100_000}, r"dataset\.json is not JSON"),
@@ -173,8 +194,10 @@ BAD = {
     "negative": (with_labels(FILES, {"labels": [["c.png", -1]]}), "entry 0"),
     "absurd class": (with_labels(FILES, {"labels": [["c.png", 10**12]]}), "entry 0"),
     "short entry": (with_labels(FILES, {"labels": [["c.png"]]}), "entry 0"),
-    "nested json": ({"top/" + name: data for name, data in with_labels(FILES).items()},
-                    r"top/dataset\.json lies below the top"),
+    "nested json": (
+        {"top/" + name: data for name, data in with_labels(FILES).items()},
+        r"top/dataset\.json lies below the top",
+    ),
 }
 
 
@@ -187,7 +210,7 @@ def test_bad_data_ends_in_a_sentence_that_names_the_file(opened, case):
 
 def test_truncated_pixels_are_found_on_reading(opened):
     data = FILES["b/1.png"]
-    source = opened({**FILES, "b/1.png": data[:len(data) - 40]})
+    source = opened({**FILES, "b/1.png": data[: len(data) - 40]})
     assert source[0]["image"].shape == (6, 6, 3)
     with pytest.raises(UserError, match=r"b/1\.png cannot be read as PNG or JPEG"):
         source[2]
@@ -214,7 +237,7 @@ def test_damaged_zip_files(tmp_path):
     with pytest.raises(UserError, match=r"bad\.zip is not a ZIP file"):
         open_source(path=str(path))
     start = data.index(b"b/1.png") + 60  # inside the compressed image
-    data[start:start + 4] = bytes(255 - byte for byte in data[start:start + 4])
+    data[start : start + 4] = bytes(255 - byte for byte in data[start : start + 4])
     path.write_bytes(data)
     with pytest.raises(UserError, match=r"b/1\.png"):
         open_source(path=str(path))[2]
@@ -222,8 +245,10 @@ def test_damaged_zip_files(tmp_path):
 
 def test_entry_that_declares_a_huge_size_is_not_unpacked(tmp_path):
     path = tmp_path / "bomb.zip"
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, \
-            archive.open("a.png", "w", force_zip64=True) as file:
+    with (
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("a.png", "w", force_zip64=True) as file,
+    ):
         for _ in range(300):
             file.write(bytes(2**20))
     with pytest.raises(UserError, match=r"a\.png is 314,572,800 bytes when unpacked"):
@@ -333,8 +358,12 @@ def test_reading_from_threads_forks_and_pickles(opened):
 
 def test_damaged_bytes_never_raise_anything_but_a_user_error():
     rng = np.random.default_rng(1)
-    originals = [encode(pixels(9, 9)), encode(pixels(9, 9), "JPEG"),
-                 encode(pixels(9, 9), mode="P"), encode(pixels(9, 9), "JPEG", progressive=True)]
+    originals = [
+        encode(pixels(9, 9)),
+        encode(pixels(9, 9), "JPEG"),
+        encode(pixels(9, 9), mode="P"),
+        encode(pixels(9, 9), "JPEG", progressive=True),
+    ]
     messages = []
     for _ in range(400):
         for data in originals:
@@ -347,3 +376,21 @@ def test_damaged_bytes_never_raise_anything_but_a_user_error():
                 messages.append(str(error))
     assert len(messages) > 100
     assert all(message.startswith("x ") for message in messages)
+
+
+def test_damaged_zip_never_raises_anything_but_a_user_error(tmp_path):
+    whole = pathlib.Path(write(tmp_path, with_labels(FILES), "zip")).read_bytes()
+    rng = np.random.default_rng(2)
+    path = tmp_path / "damaged.zip"
+    refused = 0
+    for trial in range(600):
+        damaged = bytearray(whole)
+        for _ in range(rng.integers(1, 4)):
+            damaged[rng.integers(len(damaged))] = rng.integers(256)
+        path.write_bytes(damaged[: rng.integers(len(damaged))] if trial % 10 == 0 else damaged)
+        try:
+            source = open_source(path=str(path))
+            source.read(range(len(source)))
+        except UserError:
+            refused += 1
+    assert refused > 300

@@ -1,0 +1,196 @@
+"""Our networks against the outputs of the authors' PyTorch code (tests/golden/net_*.npz)."""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from lora_diffusion_jax import factory, lora
+from lora_diffusion_jax.default_config import base
+from lora_diffusion_jax.diffusion.precond import Denoiser
+from lora_diffusion_jax.interop import convert
+from lora_diffusion_jax.interop.architecture import check_architecture
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+CASES = sorted(path.stem for path in GOLDEN.glob("net_*.npz"))
+WITH_LORA = [case for case in CASES if case.endswith("_lora")]
+
+# Largest error of a sample over its largest value. The float32 noise of the reference alone (its
+# convolutions by another library) is about 1.5e-6; a wrong operation shows at 1e-3 and above.
+TOLERANCE = 5e-6
+
+
+class Reference(NamedTuple):
+    arrays: dict[str, np.ndarray]
+    architecture: dict[str, Any]
+    denoiser: Denoiser
+    variables: dict[str, Any]
+
+
+def architecture_of(meta: dict[str, Any]) -> dict[str, Any]:
+    """The record of a golden file in the terms of `interop`."""
+    kwargs = dict(meta["init_kwargs"])
+    network = kwargs.pop("model_type")
+    adm, fourier = network == "DhariwalUNet", kwargs.get("embedding_type") == "fourier"
+    adapters = meta["lora"]
+    names = {"lora_rank": "rank", "num_basis": "bases", "mlp_width": "widths"}
+    return check_architecture(
+        {
+            "embedding_type": "positional",
+            "encoder_type": "standard",
+            "decoder_type": "standard",
+            "channel_mult_noise": 1,
+            "resample_filter": [1, 1],
+            "channel_mult_emb": 4,
+            "label_dropout": 0,
+            "use_fp16": False,
+            "use_affine": True,
+            **kwargs,
+            "model": "adm" if adm else "ncsnpp" if fourier else "ddpmpp",
+            "precond": meta["precond_class"].removesuffix("Precond").lower(),
+            "precond_args": {},
+            "lora": adapters and {ours: adapters[theirs] for theirs, ours in names.items()},
+        }
+    )
+
+
+def config_of(architecture: dict[str, Any]) -> Any:
+    config = base()
+    config.model.name = architecture["model"]
+    config.model.channels = architecture["model_channels"]
+    for field in ("num_blocks", "augment_dim", "dropout"):
+        config.model[field] = architecture[field]
+    for field in ("channel_mult", "attn_resolutions"):
+        config.model[field] = tuple(architecture[field])
+    config.precond.name = architecture["precond"]
+    config.data.image_size = architecture["img_resolution"]
+    config.data.channels = architecture["img_channels"]
+    config.data.num_classes = architecture["label_dim"]
+    config.class_conditional = architecture["label_dim"] > 0
+    config.lora.mode = "with_lora" if architecture["lora"] else "baseline"
+    for field, value in (architecture["lora"] or {}).items():
+        config.lora[field] = tuple(value) if isinstance(value, list) else value
+    return config
+
+
+@functools.cache
+def load(case: str) -> Reference:
+    arrays = dict(np.load(GOLDEN / f"{case}.npz"))
+    arch = architecture_of(json.loads(str(arrays["meta"])))
+    state_dict = {k[2:]: np.float32(v) for k, v in arrays.items() if k.startswith("p:")}
+    variables = convert.to_variables(state_dict, arch)
+    return Reference(arrays, arch, factory.build_denoiser(config_of(arch)), variables)
+
+
+def nhwc(images: np.ndarray) -> np.ndarray:
+    return np.moveaxis(np.float32(images), 1, -1)
+
+
+def error(found: Any, expected: np.ndarray) -> float:
+    """Largest error of a sample over the sample's largest value."""
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    assert found.shape == expected.shape
+    axes = tuple(range(1, expected.ndim))
+    return float((np.abs(found - expected).max(axes) / np.abs(expected).max(axes)).max())
+
+
+def variants(case: str) -> dict[str, tuple]:
+    """Name of an output -> the arguments that give it."""
+    z = load(case).arrays
+    x, sigma, labels = nhwc(z["in:x"]), z["in:sigma"], z.get("in:class_labels")
+    calls = {
+        "D": (x, sigma, labels),
+        "D_scalar_sigma": (x, np.float32(0.7), labels),
+        "D_bypass": (x, sigma, labels),
+    }
+    if labels is not None:
+        calls["D_aug"] = (x, sigma, labels, np.float32(z["in:augment_labels"]))
+        calls["D_nolabel"] = (x, sigma)
+    return {name: args for name, args in calls.items() if f"out:{name}" in z}
+
+
+def compile_quickly(function: Any) -> Any:
+    """jit for programs that run once: XLA's own optimisations are off, which halves the wait."""
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@functools.cache
+def inside(case: str) -> dict[str, Any]:
+    """D and what leads to it: the embedding, the raw network and the composition weights."""
+    reference = load(case)
+    denoiser, args = reference.denoiser, variants(case)["D"]
+    wanted = {("model",), ("model", "map")}
+
+    def run(variables: Any) -> dict[str, Any]:
+        images, state = denoiser.apply(
+            variables,
+            *args,
+            mutable=["intermediates"],
+            capture_intermediates=lambda module, name: module.path in wanted,
+        )
+        model = state["intermediates"]["model"]
+        found = {"D": images, "F": model["__call__"][-1], "emb": model["map"]["__call__"][-1]}
+        if reference.architecture["lora"]:
+            found["omega"] = lora.composition_weights(denoiser, variables, *args)
+        return found
+
+    return compile_quickly(run)(reference.variables)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_parameters_have_the_official_names_and_shapes(case: str) -> None:
+    reference = load(case)
+    x, sigma, labels, *_ = variants(case)["D"]
+    augment = reference.arrays.get("in:augment_labels")
+    ours = jax.eval_shape(reference.denoiser.init, jax.random.key(0), x, sigma, labels, augment)
+    converted = dict(reference.variables)
+    if reference.architecture["precond"] == "iddpm":  # the table of levels is no variable here
+        u = converted.pop("buffers")["u"]
+        np.testing.assert_allclose(u[:-1], reference.denoiser.precond.levels()[:-1], rtol=5e-5)
+
+    def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+        return {k: v.shape for k, v in traverse_util.flatten_dict(tree, sep="/").items()}
+
+    assert shapes(ours) == shapes(converted)
+
+
+OUTPUTS = [(case, name) for case in CASES for name in variants(case)]
+
+
+@pytest.mark.parametrize(("case", "name"), OUTPUTS)
+def test_denoiser_agrees_with_the_reference(case: str, name: str) -> None:
+    reference, args = load(case), variants(case)[name]
+    if name == "D":
+        found = inside(case)["D"]
+    else:
+        bypass = factory.bypass_lora if name == "D_bypass" else lambda denoiser: denoiser
+        found = compile_quickly(bypass(reference.denoiser).apply)(reference.variables, *args)
+    assert error(found, nhwc(reference.arrays[f"out:{name}"])) < TOLERANCE
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_raw_network_and_embedding_agree_with_the_reference(case: str) -> None:
+    expected = load(case).arrays
+    assert error(inside(case)["F"], nhwc(expected["mid:D:F"])) < TOLERANCE
+    assert error(inside(case)["emb"], expected["mid:D:emb"]) < TOLERANCE
+
+
+@pytest.mark.parametrize("case", WITH_LORA)
+def test_composition_weights_agree_with_the_reference(case: str) -> None:
+    head = "mid:D:omega:"
+    expected = {k.removeprefix(head): v for k, v in load(case).arrays.items() if k.startswith(head)}
+    found = inside(case)["omega"]
+    assert set(found) == {name.replace(".", "/") for name in expected}
+    for name, value in expected.items():
+        assert error(found[name.replace(".", "/")], value) < TOLERANCE
+
+
+def test_adapters_of_the_reference_matter() -> None:
+    for case in WITH_LORA:
+        z = load(case).arrays
+        assert error(z["out:D_bypass"], z["out:D"]) > 1e-3

@@ -53,3 +53,87 @@ def _half_root(sigma: np.ndarray) -> np.ndarray:
 def count_name(count: int) -> str:
     """Names a number of images as metrics do: 50000 -> '50k', 1000 -> '1k', 1234 -> '1234'."""
     return f"{count // 1000}k" if count >= 1000 and count % 1000 == 0 else str(count)
+
+
+def kernel_distance(
+    features1: np.ndarray,
+    features2: np.ndarray,
+    *,
+    subsets: int = 100,
+    subset_size: int = 1000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Kernel distance (KID; Binkowski et al. 2018): mean and deviation over random subsets.
+
+    Each of `subsets` pairs of subsets, drawn without repetition, gives one unbiased estimate of
+    the squared maximum mean discrepancy.
+
+    Args:
+      features1: rows [n, D] of one set.
+      features2: rows [m, D] of the other.
+      subsets: number of pairs.
+      subset_size: rows in each subset; both sets need as many.
+      seed: of the subsets.
+
+    Returns:
+      (mean, population standard deviation) of the estimates; the mean can be negative.
+    """
+    fewest = min(len(features1), len(features2))
+    if fewest < subset_size:
+        raise UserError(
+            f"The kernel distance uses subsets of {subset_size} images, but one set has {fewest}. "
+            "Give more images."
+        )
+    rng = np.random.default_rng(seed)
+    values = []
+    for _ in range(subsets):
+        rows = [rng.choice(len(f), subset_size, replace=False) for f in (features1, features2)]
+        values.append(squared_mmd(features1[rows[0]], features2[rows[1]]))
+    return float(np.mean(values)), float(np.std(values))
+
+
+def squared_mmd(x: np.ndarray, y: np.ndarray) -> float:
+    """Unbiased squared maximum mean discrepancy with the kernel (x.y / D + 1)^3.
+
+    mean_{i != j} k(x_i, x_j) + mean_{i != j} k(y_i, y_j) - 2 mean_{i, j} k(x_i, y_j)
+    """
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+
+    def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return (a @ b.T / x.shape[1] + 1.0) ** 3
+
+    def off_diagonal_mean(k: np.ndarray) -> float:
+        return (k.sum() - np.trace(k)) / (len(k) * (len(k) - 1))
+
+    inside = off_diagonal_mean(kernel(x, x)) + off_diagonal_mean(kernel(y, y))
+    return float(inside - 2.0 * kernel(x, y).mean())
+
+
+def inception_score(logits: np.ndarray, *, splits: int = 10, seed: int = 0) -> tuple[float, float]:
+    """Inception Score (Salimans et al. 2016): exp of the mean divergence KL(p(y|x) | p(y)).
+
+    Args:
+      logits: [n, K], without the output layer's bias, as all published scores use them.
+      splits: parts of equal size whose scores are averaged.
+      seed: of the order in which images are dealt to the parts (files are often sorted by class).
+
+    Returns:
+      (mean, population standard deviation) over the parts.
+    """
+    if len(logits) < splits:
+        raise UserError(
+            f"The Inception Score is averaged over {splits} parts, but there are only "
+            f"{len(logits)} images."
+        )
+    order = np.random.default_rng(seed).permutation(len(logits))
+    scores = []
+    for part in np.array_split(np.asarray(logits)[order], splits):
+        z = part.astype(np.float64)
+        z -= z.max(axis=1, keepdims=True)
+        log_p = z - np.log(np.exp(z).sum(axis=1, keepdims=True))
+        p = np.exp(log_p)
+        with np.errstate(divide="ignore"):
+            log_marginal = np.log(p.mean(axis=0))
+        terms = np.where(p > 0, p * (log_p - log_marginal), 0.0)
+        scores.append(np.exp(terms.sum(axis=1).mean()))
+    return float(np.mean(scores)), float(np.std(scores))

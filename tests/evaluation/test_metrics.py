@@ -3,7 +3,13 @@ import pytest
 import scipy.linalg
 
 from lora_diffusion_jax.errors import UserError
-from lora_diffusion_jax.evaluation.metrics import count_name, frechet_distance
+from lora_diffusion_jax.evaluation.metrics import (
+    count_name,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    squared_mmd,
+)
 
 
 def moments(rng, dim, count=None):
@@ -69,3 +75,48 @@ def test_different_features_and_broken_covariances_are_errors():
 )
 def test_count_name(count, name):
     assert count_name(count) == name
+
+
+def test_squared_mmd_equals_its_definition():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(15, 4)), rng.normal(size=(15, 4)) + 0.3
+
+    def k(a, b):
+        return (a @ b / 4 + 1) ** 3
+
+    pairs = [(i, j) for i in range(15) for j in range(15)]
+    expected = (
+        np.mean([k(x[i], x[j]) for i, j in pairs if i != j])
+        + np.mean([k(y[i], y[j]) for i, j in pairs if i != j])
+        - 2 * np.mean([k(x[i], y[j]) for i, j in pairs])
+    )
+    assert squared_mmd(x, y) == pytest.approx(expected, rel=1e-12)
+
+
+def test_kernel_distance_is_unbiased_and_grows_with_a_shift():
+    rng = np.random.default_rng(1)
+    real, same, other = (rng.normal(size=(600, 8)) + m for m in (0, 0, 0.5))
+    value, deviation = kernel_distance(real, same, subsets=50, subset_size=200)
+    assert abs(value) < deviation
+    # the shift moves the mean of the linear part by 3 |shift|^2 / D and the rest up
+    assert kernel_distance(real, other, subsets=50, subset_size=200)[0] > 3 * 0.25
+    assert kernel_distance(real, same, subsets=5, subset_size=200) == kernel_distance(
+        real, same, subsets=5, subset_size=200
+    )
+    with pytest.raises(UserError, match="subsets of 1000 images, but one set has 600"):
+        kernel_distance(real, same)
+
+
+def test_inception_score_closed_forms():
+    sure = np.eye(7)[np.arange(700) % 7] * 200.0  # every image certain, classes even
+    assert inception_score(sure, splits=1) == (pytest.approx(7.0), 0.0)
+    assert inception_score(np.zeros((50, 9))) == (pytest.approx(1.0), pytest.approx(0.0))
+    # two kinds of images, each certain of one of two classes with probability 3/4
+    p = np.array([[0.75, 0.25], [0.25, 0.75]])
+    kl = 0.75 * np.log(1.5) + 0.25 * np.log(0.5)
+    score, _ = inception_score(np.log(np.tile(p, (50, 1))), splits=1)
+    assert score == pytest.approx(np.exp(kl), rel=1e-12)
+    # sorted files do not matter: the parts are dealt at random
+    assert inception_score(np.repeat(np.eye(5) * 50.0, 200, axis=0), splits=5)[0] > 4.9
+    with pytest.raises(UserError, match="only 4"):
+        inception_score(np.zeros((4, 3)))

@@ -1,0 +1,301 @@
+"""Inception features: finding, checking and reading the weights; the two resizing conventions."""
+
+import functools
+import hashlib
+import json
+import os
+import shutil
+import urllib.error
+import urllib.request
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from lora_diffusion_jax.array_types import PyTree
+from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.evaluation.features import Detector, tree_hash
+from lora_diffusion_jax.evaluation.inception_network import (
+    BLOCKS,
+    POOL_DIM,
+    SIDE,
+    STEM,
+    Conv,
+    InceptionV3,
+    Split,
+    Step,
+)
+from lora_diffusion_jax.interop.pickles import read_torch_state_dict
+
+FILE_NAME = "pt_inception-2015-12-05-6726825d.pth"
+FILE_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+FILE_BYTES = 95_628_359
+TORCHSCRIPT_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
+URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE_NAME}"
+VARIABLE = "LORA_DIFFUSION_INCEPTION"
+BATCH_NORM_EPS = 1e-3
+
+WHERE_TO_PUT_IT = (
+    f"Get {FILE_NAME} ({FILE_BYTES:,} bytes, sha256 {FILE_SHA256}) from {URL} on a machine that "
+    f"can, copy it here, and pass --inception=PATH or set {VARIABLE}=PATH. Without it, use "
+    "--features=classifier."
+)
+
+
+def load_inception(path: str | os.PathLike[str] | None = None, detector: str = "edm") -> Detector:
+    """Returns the Inception features; calling them maps uint8 images NHWC to [B, 2048].
+
+    Args:
+      path: pytorch-fid's .pth file, or a .safetensors file made of it by `save_safetensors`; told
+        apart by their content. None: $LORA_DIFFUSION_INCEPTION, else the cache, else a download.
+      detector: 'edm' (TF1 bilinear resize, (x - 128) / 128: the convention of EDM's and the
+        paper's numbers) or 'pytorch-fid' (half-pixel bilinear resize, x / 127.5 - 1).
+
+    Raises:
+      UserError: no such file, a damaged one, or weights of another network. Weights that fit this
+        network but are not the published ones are taken with a warning, and say so in `details`.
+    """
+    if detector not in PREPROCESS:
+        raise UserError(f"There is no detector {detector!r}; choose one of {sorted(PREPROCESS)}.")
+    state_dict, source_hash = read_weights(find_weights(path))
+    variables = {"params": to_params(state_dict)}
+    network, prepare = InceptionV3(), PREPROCESS[detector]
+    return Detector(
+        name=f"inception_{detector.replace('-', '_')}",
+        feature_dim=POOL_DIM,
+        network=lambda variables, images: network.apply(variables, prepare(images)),
+        variables=variables,
+        details={"weights_sha256": source_hash, "verified": int(source_hash == FILE_SHA256)},
+    )
+
+
+# Where the weights are.
+
+
+def cache_folder() -> Path:
+    """The folder for downloaded weights and trained feature networks."""
+    default = os.environ.get("LORA_DIFFUSION_CACHE", "~/.cache/lora_diffusion_jax")
+    return Path(default).expanduser()
+
+
+def present_weights(path: str | os.PathLike[str] | None = None) -> Path | None:
+    """Returns the weights file named by argument, environment or cache; None where none is."""
+    named = path or os.environ.get(VARIABLE)
+    if named:
+        return Path(named).expanduser()
+    cached = cache_folder() / FILE_NAME
+    return cached if cached.is_file() else None
+
+
+def find_weights(path: str | os.PathLike[str] | None = None) -> Path:
+    """Returns the weights file, downloading it into the cache where none is named or cached."""
+    found = present_weights(path)
+    if found is None:
+        return _download(cache_folder() / FILE_NAME)
+    if not found.is_file():
+        raise UserError(f"There is no Inception weights file {found}. {WHERE_TO_PUT_IT}")
+    return found
+
+
+def _download(target: Path) -> Path:
+    partial = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with urllib.request.urlopen(URL, timeout=30) as answer, partial.open("wb") as file:
+            shutil.copyfileobj(answer, file)
+        found = sha256_of(partial)
+        if found != FILE_SHA256:
+            raise UserError(f"What {URL} gave has the sha256 {found}. {WHERE_TO_PUT_IT}")
+        partial.replace(target)
+    except (urllib.error.URLError, OSError) as error:
+        raise UserError(
+            f"The Inception weights are not here and cannot be downloaded ({error}). "
+            f"{WHERE_TO_PUT_IT}"
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return target
+
+
+def sha256_of(path: Path) -> str:
+    """Returns the SHA-256 of a file as 64 hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# What is in them.
+
+
+def read_weights(path: Path) -> tuple[dict[str, np.ndarray], str]:
+    """Returns (state_dict by official names, sha256 of the .pth file it comes from)."""
+    with path.open("rb") as file:
+        head = file.read(16)
+    if head[8:9] == b"{":
+        state_dict, source_hash = _read_safetensors(path)
+    else:
+        source_hash = sha256_of(path)
+        if source_hash == TORCHSCRIPT_SHA256:
+            raise UserError(
+                f"{path} is NVIDIA's TorchScript of this network, which holds a program. "
+                f"{WHERE_TO_PUT_IT}"
+            )
+        state_dict = read_torch_state_dict(path)
+    _check_names(path, state_dict)
+    if source_hash != FILE_SHA256:
+        warnings.warn(
+            f"{path} has the layout of the Inception weights but is not the published file: sha256 "
+            f"{source_hash}, expected {FILE_SHA256}. Distances made with it are not FIDs.",
+            stacklevel=3,
+        )
+    return state_dict, source_hash
+
+
+def save_safetensors(source: Path, target: Path) -> None:
+    """Rewrites a weights file as safetensors, which records the hash of what it was made of."""
+    state_dict, source_hash = read_weights(source)
+    kept = {name: state_dict[name] for name in sorted(expected_shapes())}
+    meta = {"source_sha256": source_hash, "content": tree_hash(kept)}
+    partial = target.with_name(f".{target.name}.part")
+    save_file(kept, partial, metadata={"inception": json.dumps(meta)})
+    partial.replace(target)
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], str]:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            meta = json.loads((file.metadata() or {}).get("inception", "{}"))
+            state_dict = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UserError(f"{path} is a damaged safetensors file ({error}).") from error
+    if meta.get("content") != tree_hash(state_dict):
+        raise UserError(
+            f"{path} is not a safetensors file of these weights as this program writes them, or "
+            f"was changed since. {WHERE_TO_PUT_IT}"
+        )
+    return state_dict, meta["source_sha256"]
+
+
+def convolutions() -> dict[str, tuple[Conv, int]]:
+    """Returns every convolution by its official name, with the number of its input channels."""
+    found: dict[str, tuple[Conv, int]] = {}
+
+    def walk(steps: tuple[Step, ...], channels: int, prefix: str) -> int:
+        for step in steps:
+            convs = step.convs if isinstance(step, Split) else (step,)
+            convs = [conv for conv in convs if isinstance(conv, Conv)]
+            found.update({f"{prefix}{conv.name}": (conv, channels) for conv in convs})
+            channels = sum(conv.features for conv in convs) or channels
+        return channels
+
+    channels = walk(STEM, 3, "")
+    for block, branches in BLOCKS.items():
+        channels = sum(walk(branch, channels, f"{block}.") for branch in branches)
+    return found
+
+
+@functools.cache
+def expected_shapes() -> Mapping[str, tuple[int, ...]]:
+    """Returns the names and shapes of the official state_dict, batch counters left out."""
+    shapes: dict[str, tuple[int, ...]] = {"fc.weight": (1008, POOL_DIM), "fc.bias": (1008,)}
+    for name, (conv, channels) in convolutions().items():
+        shapes[f"{name}.conv.weight"] = (conv.features, channels, *conv.size)
+        for part in ("weight", "bias", "running_mean", "running_var"):
+            shapes[f"{name}.bn.{part}"] = (conv.features,)
+    return shapes
+
+
+def _check_names(path: Path, state_dict: Mapping[str, np.ndarray]) -> None:
+    """Raises UserError unless the state_dict is this network's; extras other than counters are."""
+    wanted = expected_shapes()
+    found = {
+        name: value.shape
+        for name, value in state_dict.items()
+        if not name.endswith("num_batches_tracked") and not name.startswith("AuxLogits.")
+    }
+    wrong = sorted(set(wanted.items()) ^ set(found.items()))
+    if wrong:
+        name = wrong[0][0]
+        raise UserError(
+            f"{path} holds the weights of another network: {name} is {found.get(name, 'absent')} "
+            f"where the Inception of 2015-12-05 has {wanted.get(name, 'nothing')} ({len(wrong)} "
+            f"such differences). {WHERE_TO_PUT_IT}"
+        )
+    broken = [name for name in wanted if not np.isfinite(state_dict[name]).all()]
+    if broken:
+        raise UserError(f"{path}: {broken[0]} holds NaN or infinity; the file is damaged.")
+
+
+def to_params(state_dict: Mapping[str, np.ndarray]) -> PyTree:
+    """Folds batch norm into the convolutions (in float64) and transposes to NHWC kernels.
+
+    conv' = conv * g, bias' = beta - mean * g, with g = gamma / sqrt(var + 1e-3).
+    """
+    params: dict[str, PyTree] = {
+        "fc": {"kernel": np.ascontiguousarray(state_dict["fc.weight"].T, np.float32)}
+    }
+    for name, (conv, _) in convolutions().items():
+        weight = state_dict[f"{name}.conv.weight"].astype(np.float64)
+        gamma, beta, mean, var = (
+            state_dict[f"{name}.bn.{part}"].astype(np.float64)
+            for part in ("weight", "bias", "running_mean", "running_var")
+        )
+        gain = gamma / np.sqrt(var + BATCH_NORM_EPS)
+        kernel = (weight * gain[:, None, None, None]).transpose(2, 3, 1, 0)
+        kernel = kernel[0, 0] if conv.size == (1, 1) else kernel
+        block, _, layer = name.rpartition(".")
+        tree = params.setdefault(block, {}) if block else params
+        tree[layer] = {
+            "kernel": np.ascontiguousarray(kernel, np.float32),
+            "bias": (beta - mean * gain).astype(np.float32),
+        }
+    return params
+
+
+# From uint8 images to what the network sees.
+
+
+def tf1_weights(size: int) -> np.ndarray:
+    """Returns TF1's bilinear resize as a matrix [299, size]: source = target * size / 299."""
+    return _bilinear(np.arange(SIDE) * (size / SIDE), size)
+
+
+def half_pixel_weights(size: int) -> np.ndarray:
+    """Returns half-pixel bilinear resize as [299, size]: source = (target + 1/2) size/299 - 1/2."""
+    return _bilinear((np.arange(SIDE) + 0.5) * (size / SIDE) - 0.5, size)
+
+
+def _bilinear(source: np.ndarray, size: int) -> np.ndarray:
+    """Linear interpolation between the two neighbours; beyond the edge the edge itself."""
+    source = np.clip(source, 0, size - 1)
+    low = np.floor(source).astype(int)
+    high = np.minimum(low + 1, size - 1)
+    rows, weights = np.arange(SIDE), np.zeros((SIDE, size))
+    np.add.at(weights, (rows, low), 1 - (source - low))
+    np.add.at(weights, (rows, high), source - low)
+    return weights.astype(np.float32)
+
+
+def _resized(images: jax.Array, weights: functools.partial) -> jax.Array:
+    """Returns float32 [B, 299, 299, 3] in 0..255; gray becomes three equal channels."""
+    x = images.astype(jnp.float32)
+    rows, columns = (weights(side) for side in images.shape[1:3])
+    x = jnp.einsum("yh,bhwc,xw->byxc", rows, x, columns)
+    return jnp.broadcast_to(x, (*x.shape[:3], 3))
+
+
+def prepare_edm(images: jax.Array) -> jax.Array:
+    """The detector of StyleGAN and EDM: TF1 bilinear, then (x - 128) / 128."""
+    return (_resized(images, tf1_weights) - 128.0) / 128.0
+
+
+def prepare_pytorch_fid(images: jax.Array) -> jax.Array:
+    """The detector of pytorch-fid: half-pixel bilinear without antialias, then x / 127.5 - 1."""
+    return _resized(images, half_pixel_weights) / 127.5 - 1.0
+
+
+PREPROCESS = {"edm": prepare_edm, "pytorch-fid": prepare_pytorch_fid}

@@ -1,0 +1,196 @@
+"""The Inception-v3 of 2015-12-05 (1008 outputs), in whose pooled features the FID is defined.
+
+It differs from torchvision's network of that name: 1008 classes, no auxiliary head, average pools
+that do not count their padding, and a max pool in the last block's pooling branch. Batch
+normalisation is folded into the convolutions when the weights are read (`inception.py`).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+SIDE = 299  # of the image that the network sees
+POOL_DIM, NUM_LOGITS = 2048, 1008
+
+ONE, THREE, FIVE, ROW, COLUMN = (1, 1), (3, 3), (5, 5), (1, 7), (7, 1)
+SHORT_ROW, SHORT_COLUMN = (1, 3), (3, 1)
+
+
+class Conv(NamedTuple):
+    """A convolution with bias and ReLU; with stride 1 in a block it keeps the size."""
+
+    name: str
+    features: int
+    size: tuple[int, int] = ONE
+    stride: int = 1
+    same: bool = True  # pad to keep the size; with stride 2 nothing is padded
+
+
+class Pool(NamedTuple):
+    """A 3x3 pool: stride 1 with padding, or stride 2 without."""
+
+    kind: str  # 'mean' or 'max'
+    stride: int = 1
+
+
+class Split(NamedTuple):
+    """Convolutions of one input whose outputs are joined."""
+
+    convs: tuple[Conv, ...]
+
+
+Step = Conv | Pool | Split
+Branches = tuple[tuple[Step, ...], ...]
+
+
+def _block_a(pool_features: int) -> Branches:
+    return (
+        (Conv("branch1x1", 64),),
+        (Conv("branch5x5_1", 48), Conv("branch5x5_2", 64, FIVE)),
+        (
+            Conv("branch3x3dbl_1", 64),
+            Conv("branch3x3dbl_2", 96, THREE),
+            Conv("branch3x3dbl_3", 96, THREE),
+        ),
+        (Pool("mean"), Conv("branch_pool", pool_features)),
+    )
+
+
+def _block_b() -> Branches:
+    return (
+        (Conv("branch3x3", 384, THREE, 2),),
+        (
+            Conv("branch3x3dbl_1", 64),
+            Conv("branch3x3dbl_2", 96, THREE),
+            Conv("branch3x3dbl_3", 96, THREE, 2),
+        ),
+        (Pool("max", 2),),
+    )
+
+
+def _block_c(inner: int) -> Branches:
+    return (
+        (Conv("branch1x1", 192),),
+        (
+            Conv("branch7x7_1", inner),
+            Conv("branch7x7_2", inner, ROW),
+            Conv("branch7x7_3", 192, COLUMN),
+        ),
+        (
+            Conv("branch7x7dbl_1", inner),
+            Conv("branch7x7dbl_2", inner, COLUMN),
+            Conv("branch7x7dbl_3", inner, ROW),
+            Conv("branch7x7dbl_4", inner, COLUMN),
+            Conv("branch7x7dbl_5", 192, ROW),
+        ),
+        (Pool("mean"), Conv("branch_pool", 192)),
+    )
+
+
+def _block_d() -> Branches:
+    return (
+        (Conv("branch3x3_1", 192), Conv("branch3x3_2", 320, THREE, 2)),
+        (
+            Conv("branch7x7x3_1", 192),
+            Conv("branch7x7x3_2", 192, ROW),
+            Conv("branch7x7x3_3", 192, COLUMN),
+            Conv("branch7x7x3_4", 192, THREE, 2),
+        ),
+        (Pool("max", 2),),
+    )
+
+
+def _block_e(pool: str) -> Branches:
+    def split(prefix: str) -> Split:
+        return Split((Conv(f"{prefix}a", 384, SHORT_ROW), Conv(f"{prefix}b", 384, SHORT_COLUMN)))
+
+    return (
+        (Conv("branch1x1", 320),),
+        (Conv("branch3x3_1", 384), split("branch3x3_2")),
+        (
+            Conv("branch3x3dbl_1", 448),
+            Conv("branch3x3dbl_2", 384, THREE),
+            split("branch3x3dbl_3"),
+        ),
+        (Pool(pool), Conv("branch_pool", 192)),
+    )
+
+
+STEM: tuple[Step, ...] = (
+    Conv("Conv2d_1a_3x3", 32, THREE, 2),
+    Conv("Conv2d_2a_3x3", 32, THREE, same=False),
+    Conv("Conv2d_2b_3x3", 64, THREE),
+    Pool("max", 2),
+    Conv("Conv2d_3b_1x1", 80),
+    Conv("Conv2d_4a_3x3", 192, THREE, same=False),
+    Pool("max", 2),
+)
+BLOCKS: dict[str, Branches] = {
+    "Mixed_5b": _block_a(32),
+    "Mixed_5c": _block_a(64),
+    "Mixed_5d": _block_a(64),
+    "Mixed_6a": _block_b(),
+    "Mixed_6b": _block_c(128),
+    "Mixed_6c": _block_c(160),
+    "Mixed_6d": _block_c(160),
+    "Mixed_6e": _block_c(192),
+    "Mixed_7a": _block_d(),
+    "Mixed_7b": _block_e("mean"),
+    "Mixed_7c": _block_e("max"),
+}
+
+
+class Block(nn.Module):
+    """Parallel branches over one input, their outputs joined along the channels."""
+
+    branches: Branches
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return jnp.concatenate([_run(branch, x) for branch in self.branches], axis=-1)
+
+
+class InceptionV3(nn.Module):
+    """Maps scaled images [B, 299, 299, 3] to (features [B, 2048], logits [B, 1008]).
+
+    The logits leave out the output layer's bias, as the Inception Score's authors and the tools
+    after them do; add params['fc']['bias'] for the classifier's own.
+    """
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        x = _run(STEM, x)
+        for name, branches in BLOCKS.items():
+            x = Block(branches, name=name)(x)
+        features = x.mean(axis=(1, 2))
+        return features, nn.Dense(NUM_LOGITS, use_bias=False, name="fc")(features)
+
+
+def _run(steps: tuple[Step, ...], x: jax.Array) -> jax.Array:
+    for step in steps:
+        match step:
+            case Conv():
+                x = _convolve(step, x)
+            case Pool(kind, stride):
+                x = _pool(x, kind, stride)
+            case Split(convs):
+                x = jnp.concatenate([_convolve(conv, x) for conv in convs], axis=-1)
+    return x
+
+
+def _convolve(conv: Conv, x: jax.Array) -> jax.Array:
+    if conv.size == ONE:
+        return nn.relu(nn.Dense(conv.features, name=conv.name)(x))
+    padded = conv.same and conv.stride == 1
+    pads = [(k // 2, k // 2) if padded else (0, 0) for k in conv.size]
+    strides = (conv.stride, conv.stride)
+    return nn.relu(nn.Conv(conv.features, conv.size, strides, pads, name=conv.name)(x))
+
+
+def _pool(x: jax.Array, kind: str, stride: int) -> jax.Array:
+    strides, pads = (stride, stride), "SAME" if stride == 1 else "VALID"
+    if kind == "max":
+        return nn.max_pool(x, (3, 3), strides, pads)
+    return nn.avg_pool(x, (3, 3), strides, pads, count_include_pad=False)

@@ -1,6 +1,8 @@
 """Checkpoints in and out: official snapshots and PyTorch files in, safetensors in and out."""
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +80,7 @@ def load_pretrained(path: str | Path, base: str | Path | None = None) -> Pretrai
 
 
 def _load_file(path: str | Path, base: str | Path | None) -> tuple[dict[str, Any], Architecture]:
+    """Variables and architecture of a network in a file."""
     if Path(path).is_file() and is_safetensors(path):
         export = read_export(path)
         if export.content == "adapters":
@@ -86,24 +89,42 @@ def _load_file(path: str | Path, base: str | Path | None) -> tuple[dict[str, Any
                     f"{path} holds adapters alone, for the base {export.base_hash[:12]}; "
                     "give that network too (load_pretrained(path, base=...))."
                 )
-            under, architecture = _load_file(base, None)
-            return attach_adapters(export, under, architecture, path)
+            return attach_adapters(export, *_load_base(base), path)
         state_dict, architecture = export.state_dict, export.architecture
     else:
         ema = read_snapshot(path).ema
-        state_dict, architecture = ema.state_dict(), infer_architecture(ema)
+        state_dict = ema.state_dict()
+        with _naming(path):
+            architecture = infer_architecture(ema)
     if base is not None:
         raise UserError(f"{path} is a whole network; a base ({base}) goes with adapters alone.")
-    state_dict = {name: _float32(path, name, value) for name, value in state_dict.items()}
-    return to_variables(state_dict, architecture), architecture
+    with _naming(path):
+        weights = {name: _float32(name, value) for name, value in state_dict.items()}
+        return to_variables(weights, architecture), architecture
 
 
-def _float32(path: str | Path, name: str, value: np.ndarray) -> np.ndarray:
+@contextlib.contextmanager
+def _naming(path: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _load_base(path: str | Path) -> tuple[dict[str, Any], Architecture]:
+    """Variables and architecture of a network in a file or a workdir."""
+    from lora_diffusion_jax import factory
+
+    if not Path(path).is_dir():
+        return _load_file(path, None)
+    network = factory.load_workdir(path)
+    return network.variables, factory.architecture_from_config(network.config)
+
+
+def _float32(name: str, value: np.ndarray) -> np.ndarray:
     """Half-precision weights widened, which is exact; others are not this network's."""
     if value.dtype == np.float32:
         return value
     if value.dtype.itemsize == 2 and value.dtype.kind in "fV":
         return value.astype(np.float32)
-    raise UserError(
-        f"{path}: {name} has the type {value.dtype}; expected float32 or a half precision."
-    )
+    raise UserError(f"{name} has the type {value.dtype}; expected float32 or a half precision.")

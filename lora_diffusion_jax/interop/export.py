@@ -1,7 +1,7 @@
 """Weights as safetensors under their official names: whole networks, and adapters alone.
 
-A file's metadata says what it is, so that it needs nothing beside it; the same facts are written to a
-.json next to it for people to read. Files appear whole or not at all.
+A file's metadata says what it is, so that it needs nothing beside it; the same facts are written
+to a .json next to it for people to read. Files appear whole or not at all.
 """
 
 import contextlib
@@ -220,11 +220,12 @@ def _replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        try:
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be written: {shorten(str(error), 200)}.") from error
-    finally:
-        temporary.unlink(missing_ok=True)

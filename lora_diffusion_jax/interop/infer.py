@@ -12,7 +12,6 @@ from lora_diffusion_jax.interop.machine import shorten, show
 from lora_diffusion_jax.interop.names import StateDict
 from lora_diffusion_jax.interop.pickles import ModuleNode
 
-
 # Official class -> our name, and its constants: official attribute -> our argument.
 PRECONDS = {
     "EDMPrecond": (

@@ -93,6 +93,8 @@ def read_snapshot(path: str | Path) -> Snapshot:
     """
     data = _map(path)
     try:
+        if bytes(data[:4]) == ZIP_MAGIC:
+            raise Refused(f"it is {describe(data)} (a training state has no averaged weights)")
         if bytes(data[:1]) != b"\x80":
             raise Refused(f"it is {describe(data)}")
         budget = Budget(tensors=2 * len(data) + SLACK, nested=len(data))
@@ -148,7 +150,10 @@ def describe(data: memoryview | bytes) -> str:
         return "a web page or XML (a failed download?)"
     if head.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer; fetch the file itself with `git lfs pull`"
-    for magic, name in {b"\x1f\x8b": "a gzip file", ZIP_MAGIC: "a zip archive"}.items():
+    for magic, name in {
+        b"\x1f\x8b": "a gzip file",
+        ZIP_MAGIC: "a zip archive, perhaps a PyTorch file",
+    }.items():
         if head.startswith(magic):
             return name
     try:

@@ -1,5 +1,6 @@
 """Checkpoints of a run: saved in the background, restored onto any mesh, read by others."""
 
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -61,9 +62,15 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_Newest(keep, keep_step),
             enable_async_checkpointing=True,
+            # Made in the background, a folder that cannot be made lets the other threads wait for
+            # it for five minutes.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
             cleanup_tmp_directories=True,
         )
+        self.saving = False  # a save was begun whose outcome is not known yet
         with plain_disk_errors(self.directory):
+            if jax.process_index() == 0:
+                self.directory.mkdir(parents=True, exist_ok=True)
             self.manager = _manager(self.directory, options)
 
     def __enter__(self) -> "Checkpoints":
@@ -87,16 +94,18 @@ class Checkpoints:
             return
         items = {name: ocp.args.PyTreeSave(part) for name, part in parts.items()}
         with plain_disk_errors(self.directory):
+            self.saving = True
             self.manager.save(step, args=ocp.args.Composite(**items))
 
     def check(self) -> None:
-        """Raises what went wrong in the background since the last call."""
-        with plain_disk_errors(self.directory):
-            self.manager.check_for_errors()
+        """Raises what went wrong in the background since the last call; costs next to nothing."""
+        if self.saving and not self.manager.is_saving_in_progress():
+            self.wait()
 
     def wait(self) -> None:
         """Returns when all is on disk."""
         with plain_disk_errors(self.directory):
+            self.saving = False
             self.manager.wait_until_finished()
             self.manager.check_for_errors()
 
@@ -140,7 +149,13 @@ class _Newest:
         return [i >= newest or self.keep_step(c.step) for i, c in enumerate(checkpoints)]
 
 
+def _not_from_orbax(record: logging.LogRecord) -> bool:
+    """Leaves out orbax's lines: what goes wrong is raised to us, with a trace of its own."""
+    return "orbax" not in Path(record.pathname).parts
+
+
 def _manager(directory: Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
+    logging.getLogger("absl").addFilter(_not_from_orbax)
     handlers = {name: ocp.PyTreeCheckpointHandler() for name in PARTS}
     return ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
 

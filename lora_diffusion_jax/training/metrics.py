@@ -62,7 +62,12 @@ class SigmaAverage(metrics.Metric):
 
     @classmethod
     def from_model_output(
-        cls, *, image_loss: Float[Array, " B"], sigma: Float[Array, " B"], mask: Bool[Array, "1"], **_
+        cls,
+        *,
+        image_loss: Float[Array, " B"],
+        sigma: Float[Array, " B"],
+        mask: Bool[Array, "1"],
+        **_,
     ) -> "SigmaAverage":
         bins = jnp.searchsorted(jnp.asarray(SIGMA_EDGES, jnp.float32), jnp.log(sigma), side="right")
         member = jax.nn.one_hot(bins, SIGMA_BINS) * mask  # [B, bins]

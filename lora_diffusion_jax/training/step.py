@@ -205,10 +205,10 @@ def _apply(
         loss=loss[None],
         image_loss=image_loss,
         sigma=sigma,
-        grad_norm=optax.global_norm(grads)[None],
+        grad_norm=optax.tree.norm(grads)[None],
         lora_grad_norm=_lora_norm(grads)[None],
-        param_norm=optax.global_norm(params)[None],
-        update_norm=optax.global_norm(updates)[None],
+        param_norm=optax.tree.norm(params)[None],
+        update_norm=optax.tree.norm(updates)[None],
         learning_rate=rate[None],
     )
     state = _count(state, good, replaced, max_bad_steps)
@@ -237,7 +237,7 @@ def _lora_norm(grads: PyTree) -> Float[Array, ""]:
         for path, leaf in jax.tree_util.tree_leaves_with_path(grads)
         if has_adapters([path_of(path)])
     ]
-    return optax.global_norm(leaves) if leaves else jnp.float32(jnp.nan)
+    return optax.tree.norm(leaves) if leaves else jnp.float32(jnp.nan)
 
 
 def compile_step(

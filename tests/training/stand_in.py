@@ -95,13 +95,18 @@ def make_data(count=64):
 
 
 def make_step(optimizer, **options):
-    options = {"ema": Ema(200.0), "batch_size": BATCH, "num_classes": CLASSES, "draw": draw} | options
+    options = {
+        "ema": Ema(200.0),
+        "batch_size": BATCH,
+        "num_classes": CLASSES,
+        "draw": draw,
+    } | options
     return make_train_step(options.pop("loss_fn", loss_fn), optimizer, **options)
 
 
 def init_variables():
     x = jnp.zeros((1, SIZE, SIZE, 3))
-    return Net().init(jax.random.key(1), x, jnp.ones(1), jnp.zeros((1, CLASSES)))
+    return jax.jit(Net().init)(jax.random.key(1), x, jnp.ones(1), jnp.zeros((1, CLASSES)))
 
 
 def make_run(workdir, *, total=40, mesh=None, callbacks=None, step_options=None, **options):
@@ -125,6 +130,12 @@ def make_run(workdir, *, total=40, mesh=None, callbacks=None, step_options=None,
     return {"workdir": workdir} | arguments | options
 
 
+def fast_compile_env(flags=""):
+    """The environment for a subprocess that compiles fast, and each program once."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0 {flags}"
+    return {**os.environ, "XLA_FLAGS": flags, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+
+
 def digest(state):
     """One hash over every bit of a state."""
     total = hashlib.sha256()
@@ -135,7 +146,9 @@ def digest(state):
 
 def train_lines(workdir):
     """metrics.jsonl without what depends on the clock."""
-    lines = [json.loads(text) for text in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(text) for text in (Path(workdir) / "metrics.jsonl").read_text().splitlines()
+    ]
     return [{k: v for k, v in line.items() if k in ("step", "images") or k.startswith("train/")}
             for line in lines]  # fmt: skip
 

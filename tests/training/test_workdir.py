@@ -1,0 +1,116 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.training.workdir import (
+    differences,
+    open_workdir,
+    plain_disk_errors,
+    read_config,
+    reconcile_config,
+)
+
+CONFIG = {
+    "model": {"channels": 32, "mult": (1, 2)},
+    "train": {"lr": 1e-3, "log_every": 10},
+    "e": {},
+}
+
+
+def test_config_is_written_then_compared(tmp_path):
+    said = []
+    reconcile_config(tmp_path, CONFIG, (), said.append)
+    assert read_config(tmp_path) == json.loads(json.dumps(CONFIG))
+    reconcile_config(tmp_path, CONFIG, (), said.append)
+    assert said == []
+
+
+def test_a_difference_that_matters_is_told_with_both_values(tmp_path):
+    reconcile_config(tmp_path, CONFIG, (), print)
+    other = {
+        "model": {"channels": 64, "mult": (1, 2)},
+        "train": {"lr": 2e-3, "log_every": 10},
+        "n": 1,
+    }
+    with pytest.raises(UserError) as caught:
+        reconcile_config(tmp_path, other, ("train.*_every",), print)
+    message = str(caught.value)
+    assert "model.channels: 32 there, 64 now" in message
+    assert "train.lr: 0.001 there, 0.002 now" in message
+    assert "n: 'absent' there, 1 now" in message
+    assert "another workdir" in message
+    assert read_config(tmp_path)["model"]["channels"] == 32
+
+
+def test_a_harmless_difference_is_said_and_kept(tmp_path):
+    reconcile_config(tmp_path, CONFIG, (), print)
+    said, other = [], {**CONFIG, "train": {"lr": 1e-3, "log_every": 20}}
+    reconcile_config(tmp_path, other, ("train.*_every",), said.append)
+    assert said == ["config: train.log_every changes from 10 to 20"]
+    assert read_config(tmp_path)["train"]["log_every"] == 20
+
+
+def test_differences_see_lists_tuples_and_empty_groups_alike():
+    assert differences({"a": [1, 2], "b": {}}, {"a": (1, 2), "b": {}}) == ({}, {})
+    assert differences({"a": [1, 2]}, {"a": [2, 1]}) == ({"a": ([1, 2], [2, 1])}, {})
+
+
+@pytest.mark.parametrize("text", ["", '{"a": 1'])
+def test_a_damaged_config_is_told(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match="damaged"):
+        reconcile_config(tmp_path, CONFIG, (), print)
+
+
+def test_a_folder_that_is_no_run_is_told(tmp_path):
+    with pytest.raises(UserError, match="is not a run"):
+        read_config(tmp_path)
+
+
+def test_a_workdir_that_cannot_be_made_is_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(UserError, match=f"Cannot use {path}"), open_workdir(path):
+            pass
+
+
+HOLD = """
+import sys
+from lora_diffusion_jax.training.workdir import open_workdir
+with open_workdir(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_the_lock_keeps_a_second_run_out_until_the_first_dies(tmp_path):
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        assert holder.stdout.readline() == b"held\n"
+        with (
+            pytest.raises(UserError, match=rf"Another run .* \(process {holder.pid} on "),
+            open_workdir(tmp_path),
+        ):
+            pass
+    finally:
+        holder.kill()
+        holder.wait()
+    with open_workdir(tmp_path) as directory:
+        assert directory == tmp_path
+
+
+def test_disk_errors_become_plain(tmp_path):
+    with pytest.raises(UserError, match="no space left on device"), plain_disk_errors("/dev/full"):
+        Path("/dev/full").write_text("x")
+    with pytest.raises(UserError, match="no space left"), plain_disk_errors(tmp_path):
+        raise ValueError("RESOURCE_EXHAUSTED: write failed: No space left on device [source 17]")
+    with pytest.raises(UserError, match="it is gone"), plain_disk_errors(tmp_path / "gone"):
+        raise ValueError("NOT_FOUND")
+    with pytest.raises(ValueError, match="a bug"), plain_disk_errors(tmp_path):
+        raise ValueError("a bug")

@@ -1,0 +1,98 @@
+import json
+import re
+import struct
+
+import numpy as np
+import pytest
+from tensorboardX.proto import event_pb2
+
+from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.training.writers import (
+    Progress,
+    Writers,
+    callbacks_done,
+    duration,
+    read_metrics,
+)
+
+
+def read_events(directory):
+    """TensorBoard's record format: length, its checksum, data, its checksum."""
+    events = []
+    for path in sorted(directory.glob("events.out.tfevents.*")):
+        data = path.read_bytes()
+        while data:
+            (length,) = struct.unpack("<Q", data[:8])
+            events.append(event_pb2.Event.FromString(data[12 : 12 + length]))
+            data = data[16 + length :]
+    return events
+
+
+def test_lines_and_events_hold_the_same_numbers(tmp_path):
+    picture = np.full((4, 6, 3), 200, np.uint8)
+    with Writers(tmp_path, 0, 0) as writers:
+        writers.write(5, 80, {"train/loss": np.float32(0.5), "perf/eta_sec": 3})
+        writers.write(5, 80, {"samples/grid": picture, "eval/fd": float("inf")}, callback="samples")
+    first, second = read_metrics(tmp_path)
+    assert (first["step"], first["images"], first["train/loss"]) == (5, 80, 0.5)
+    assert second["callback"] == "samples"
+    assert second["eval/fd"] is None  # JSON has no infinity
+    assert "samples/grid" not in second
+    values = [(e.step, v.tag, v) for e in read_events(tmp_path) for v in e.summary.value]
+    assert [v[:2] for v in values] == [
+        (80, "train/loss"),
+        (80, "perf/eta_sec"),
+        (80, "eval/fd"),
+        (80, "samples/grid"),
+    ]
+    assert values[0][2].simple_value == 0.5
+    assert (values[3][2].image.height, values[3][2].image.width) == (4, 6)
+
+
+def test_reopening_drops_what_came_after_the_restored_step(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [{"step": 10, "x": 1.5}, {"step": 20, "callback": "eval"}, {"step": 30}]
+    whole = "".join(json.dumps(line) + "\n" for line in lines)
+    path.write_text(whole + '{"step": 40, "trai')
+    with Writers(tmp_path, 20, 320) as writers:
+        writers.write(30, 480, {"train/loss": 2.0})
+    kept = read_metrics(tmp_path)
+    assert kept[:2] == lines[:2]
+    assert [line["step"] for line in kept] == [10, 20, 30]
+    assert callbacks_done(tmp_path, 20) == {"eval"}
+    assert callbacks_done(tmp_path, 10) == set()
+
+
+def test_an_unknown_name_is_refused_before_anything_is_written(tmp_path):
+    with Writers(tmp_path, 0, 0) as writers, pytest.raises(ValueError, match="loss"):
+        writers.write(1, 16, {"loss": 1.0})
+    assert read_metrics(tmp_path) == []
+
+
+def test_a_full_disk_is_a_plain_error(tmp_path):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with (
+        pytest.raises(UserError, match="no space left on device"),
+        Writers(tmp_path, 0, 0) as writers,
+    ):
+        writers.write(1, 16, {"train/loss": 1.0})
+
+
+def test_progress_speaks_now_and_then_without_a_terminal(capsys):
+    progress = Progress(1000, done=100)
+    progress.update(200, 0.5)
+    assert capsys.readouterr().out == ""
+    progress.spoke -= 60
+    progress.started -= 10
+    progress.update(300, 0.25)
+    out = capsys.readouterr().out
+    assert out.startswith("300 of 1,000 img | loss 0.2500 | ")
+    assert re.search(r"img/s \| [\d:]+ left", out)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0:00"), (62.4, "1:02"), (3661, "1:01:01"), (2 * 86400 + 5, "2d 00:00:05")],
+)
+def test_durations(seconds, text):
+    assert duration(seconds) == text

@@ -107,9 +107,16 @@ def adapter_names(architecture: Architecture) -> set[str]:
 
 
 def is_safetensors(path: str | Path) -> bool:
-    """Whether a file begins like safetensors: a header's length, then its JSON."""
-    with open(path, "rb") as file:
-        head = file.read(9)
+    """Whether a file begins like safetensors: a header's length, then its JSON.
+
+    Raises:
+        UserError: the file cannot be opened.
+    """
+    try:
+        with open(path, "rb") as file:
+            head = file.read(9)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
     return len(head) == 9 and head[8:] == b"{" and struct.unpack("<Q", head[:8])[0] <= MAX_HEADER
 
 

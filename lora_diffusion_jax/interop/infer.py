@@ -241,23 +241,34 @@ def _lora(ema: ModuleNode, weights: StateDict) -> dict[str, Any] | None:
 
 
 def _check_modules(model: ModuleNode) -> None:
-    """Refuses blocks and norms that were built otherwise than the official networks build them."""
+    """Refuses layers that were built otherwise than the official networks build them."""
     song = model.class_name == "SongUNet"
     for name, node in model.walk():
-        found = node.attributes
-        expected: dict[str, Any] = {}
-        if node.class_name == "UNetBlock" and type(found.get("out_channels")) is int:
-            heads = 1 if song else found["out_channels"] // 64
-            expected = {
-                "skip_scale": math.sqrt(0.5) if song else 1,
-                "adaptive_scale": not song,
-                "num_heads": heads if "qkv" in node.children else 0,
-            }
-        elif node.class_name == "GroupNorm" and "comp_weights" not in name:
-            expected = {"eps": 1e-6 if song else 1e-5}
-        for key, value in expected.items():
-            if key in found and found[key] != value:
+        for key, value in _as_official(name, node, song).items():
+            found = node.attributes.get(key, value)
+            if found != value:
                 raise UserError(
-                    f"The snapshot's model.{shorten(name)} has {key} = {show(found[key])}; "
+                    f"The snapshot's model.{shorten(name)} has {key} = {show(found)}; "
                     f"{model.class_name} has {value} here."
                 )
+
+
+def _as_official(name: str, node: ModuleNode, song: bool) -> dict[str, Any]:
+    """The attributes of a layer that have but one value in the official networks."""
+    if node.class_name == "UNetBlock":
+        width = node.attributes.get("out_channels")
+        heads = 1 if song or type(width) is not int else width // 64
+        return {
+            "skip_scale": math.sqrt(0.5) if song else 1,
+            "adaptive_scale": not song,
+            "num_heads": heads if "qkv" in node.children else 0,
+        }
+    if node.class_name == "GroupNorm" and "weight" in node.params:
+        own = song and ".comp_weights." not in name  # the adapters' norms keep the default
+        groups = min(32, node.params["weight"].size // 4)
+        return {"eps": 1e-6 if own else 1e-5, "num_groups": groups}
+    if node.class_name == "Conv2d":
+        return {"fused_resample": name.endswith("_aux_residual")}
+    if node.class_name == "PositionalEmbedding":
+        return {"endpoint": song, "max_positions": 10000}
+    return {}

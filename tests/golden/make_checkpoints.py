@@ -34,7 +34,7 @@ def fill(net) -> None:
 def snapshots(out: str) -> None:
     """One LoRA network (DDPM++ under EDM), one NCSN++ under VE, one ADM under iDDPM."""
     from torch_utils import persistence
-    from training import augment, loss, lora, networks
+    from training import augment, lora, loss, networks
 
     persistence._module_to_src = lambda module: SOURCE
     for cls in persistence._decorators:

@@ -267,6 +267,8 @@ def test_unknown_classes_and_options_are_named():
             ema, "model", init_kwargs=model.init_kwargs | {"img_resolution": 10**9}
         ),
         "num_heads = 2": replaced(ema, block, attributes=attributes | {"num_heads": 2}),
+        "eps = 0.5": replaced(ema, f"{block}.norm0", attributes={"eps": 0.5}),
+        "endpoint = False": replaced(ema, "model.map_noise", attributes={"endpoint": False}),
         "skip_scale": replaced(ema, block, attributes=attributes | {"skip_scale": 1.0}),
         "different dropout": replaced(ema, block, attributes=attributes | {"dropout": 0.5}),
         "scales the LoRA": replaced(ema, f"{block}.qkv", attributes={"scale": 0.5}),

@@ -93,8 +93,8 @@ def test_adapters_refuse_another_base(network, tmp_path):
 def test_networks_without_adapters_have_none_to_export(network, tmp_path):
     _, variables, architecture = network
     base, _ = split_adapters(variables)
+    path = tmp_path / "a.safetensors"
     with pytest.raises(UserError, match="no adapters"):
-        path = tmp_path / "a.safetensors"
         export_adapters(path, base, architecture | {"lora": None}, weights="ema")
 
 
@@ -118,8 +118,8 @@ def test_a_failed_export_leaves_the_old_file_and_no_litter(network, tmp_path, mo
 def test_places_that_cannot_be_written_are_named(network, tmp_path):
     _, variables, architecture = network
     (tmp_path / "file").write_text("x")
+    path = tmp_path / "file" / "net.safetensors"
     with pytest.raises(UserError, match="file/net.safetensors cannot be written"):
-        path = tmp_path / "file" / "net.safetensors"
         export_network(path, variables, architecture, weights="ema")
     with pytest.raises(UserError, match=r"must end in \.safetensors"):
         export_network(tmp_path / "net.pkl", variables, architecture, weights="ema")

@@ -15,6 +15,7 @@ from lora_diffusion_jax.default_config import base
 from lora_diffusion_jax.diffusion.precond import Denoiser
 from lora_diffusion_jax.interop import convert
 from lora_diffusion_jax.interop.architecture import check_architecture
+from tests.models.running import run_once
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = sorted(path.stem for path in GOLDEN.glob("net_*.npz"))
@@ -114,11 +115,6 @@ def variants(case: str) -> dict[str, tuple]:
     return {name: args for name, args in calls.items() if f"out:{name}" in z}
 
 
-def compile_quickly(function: Any) -> Any:
-    """jit for programs that run once: XLA's own optimisations are off, which halves the wait."""
-    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
-
-
 @functools.cache
 def inside(case: str) -> dict[str, Any]:
     """D and what leads to it: the embedding, the raw network and the composition weights."""
@@ -139,7 +135,7 @@ def inside(case: str) -> dict[str, Any]:
             found["omega"] = lora.composition_weights(denoiser, variables, *args)
         return found
 
-    return compile_quickly(run)(reference.variables)
+    return run_once(run)(reference.variables)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -169,7 +165,7 @@ def test_denoiser_agrees_with_the_reference(case: str, name: str) -> None:
         found = inside(case)["D"]
     else:
         bypass = factory.bypass_lora if name == "D_bypass" else lambda denoiser: denoiser
-        found = compile_quickly(bypass(reference.denoiser).apply)(reference.variables, *args)
+        found = run_once(bypass(reference.denoiser).apply)(reference.variables, *args)
     assert error(found, nhwc(reference.arrays[f"out:{name}"])) < TOLERANCE
 
 

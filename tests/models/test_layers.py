@@ -1,0 +1,127 @@
+"""Group norm, attention and initialisation against flax, NumPy and the equations."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lora_diffusion_jax.models.layers import GroupNorm, Init, conv3x3, dense, self_attention
+
+FLOAT32 = 2e-6  # a few roundings of numbers of order 1
+
+
+def random(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("channels", "groups", "epsilon"),
+    [(8, 2, 1e-5), (12, 3, 1e-6), (64, 16, 1e-5), (256, 32, 1e-6)],
+)
+def test_group_norm_agrees_with_flax(channels: int, groups: int, epsilon: float) -> None:
+    x = 3 * random(2, 6, 5, channels) + random(channels, seed=1)
+    params = {"scale": random(channels, seed=2), "bias": random(channels, seed=3)}
+    theirs = nn.GroupNorm(groups, epsilon=epsilon, use_fast_variance=False)
+    found = jax.jit(GroupNorm(epsilon).apply)({"params": params}, x)
+    expected = jax.jit(theirs.apply)({"params": params}, x)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=5 * FLOAT32)
+
+
+def test_group_norm_keeps_the_variance_of_values_far_from_zero() -> None:
+    x = 1000 + random(1, 8, 8, 8)  # x^2 - mean^2 would lose every digit of the variance here
+    found = GroupNorm().apply({"params": {"scale": np.ones(8), "bias": np.zeros(8)}}, x)
+    groups = np.float64(x).reshape(1, 64, 2, 4)
+    mean, var = groups.mean((1, 3), keepdims=True), groups.var((1, 3), keepdims=True)
+    expected = ((groups - mean) / np.sqrt(var + 1e-5)).reshape(x.shape)
+    np.testing.assert_allclose(found, expected, atol=5e-4)  # the mean has 24 bits: 1000 * 2^-24 off
+
+
+def test_group_norm_computes_in_float32_and_returns_its_dtype() -> None:
+    x = 100 + random(1, 4, 4, 8)
+    params = {"scale": np.ones(8, np.float32), "bias": np.zeros(8, np.float32)}
+    rounded = jnp.asarray(x, jnp.bfloat16)
+    found = GroupNorm(dtype=jnp.bfloat16).apply({"params": params}, rounded)
+    expected = GroupNorm().apply({"params": params}, rounded.astype(jnp.float32))
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(found, expected.astype(jnp.bfloat16))
+
+
+def attention_by_hand(qkv: np.ndarray, num_heads: int) -> np.ndarray:
+    """Softmax attention in float64, one head, one query at a time; channels (head, c, {q, k, v})."""
+    batch, height, width, channels = qkv.shape
+    size = channels // (3 * num_heads)
+    flat = np.float64(qkv).reshape(batch, height * width, channels)
+    out = np.zeros((batch, height * width, channels // 3))
+    for b in range(batch):
+        for head in range(num_heads):
+            first = head * size * 3
+            q, k, v = (flat[b][:, first + i : first + 3 * size : 3] for i in range(3))
+            for i in range(height * width):
+                logits = k @ q[i] / np.sqrt(size)
+                weights = np.exp(logits - logits.max())
+                out[b, i, head * size : (head + 1) * size] = weights @ v / weights.sum()
+    return out.reshape(batch, height, width, channels // 3)
+
+
+@pytest.mark.parametrize("num_heads", [1, 2, 3])
+@pytest.mark.parametrize("magnitude", [1.0, 10.0])
+def test_attention_agrees_with_softmax_by_hand(num_heads: int, magnitude: float) -> None:
+    qkv = magnitude * random(2, 3, 4, 3 * 4 * num_heads)
+    found = jax.jit(self_attention, static_argnums=1)(qkv, num_heads)
+    expected = attention_by_hand(qkv, num_heads)
+    # Logits of size 100 carry an absolute rounding of 1e-5 into the exponent.
+    np.testing.assert_allclose(found, expected, rtol=0, atol=FLOAT32 * magnitude**2)
+
+
+def test_attention_of_equal_keys_is_the_mean_of_the_values() -> None:
+    qkv = random(1, 2, 2, 12).reshape(1, 2, 2, 4, 3)
+    qkv[..., 1] = 1.0
+    mean = qkv[..., 2].mean((1, 2), keepdims=True)
+    found = self_attention(jnp.asarray(qkv.reshape(1, 2, 2, 12)), 1)
+    np.testing.assert_allclose(found, np.broadcast_to(mean, (1, 2, 2, 4)), atol=FLOAT32)
+
+
+# mode, limit of the uniform laws (None: normal), standard deviation, for fan_in 300 and fan_out 500
+LAWS = [
+    ("xavier_uniform", (6 / 800) ** 0.5, (2 / 800) ** 0.5),
+    ("kaiming_uniform", (3 / 300) ** 0.5, (1 / 300) ** 0.5),
+    ("kaiming_normal", None, (1 / 300) ** 0.5),
+]
+
+
+@pytest.mark.parametrize(("mode", "limit", "std"), LAWS)
+@pytest.mark.parametrize("weight", [1.0, 0.2])
+def test_kernels_start_with_their_law(
+    mode: str, limit: float | None, std: float, weight: float
+) -> None:
+    kernel = Init(mode, weight=weight).kernel_init()(jax.random.key(0), (300, 500))
+    assert kernel.std() == pytest.approx(weight * std, rel=0.01)  # 150,000 draws: 0.2 %
+    if limit is not None:
+        assert 0.999 * weight * limit < jnp.abs(kernel).max() <= weight * limit * (1 + 1e-6)
+    else:
+        assert jnp.abs(kernel).max() > 3.5 * weight * std  # not truncated
+
+
+def test_the_fan_of_a_convolution_counts_its_window() -> None:
+    x = jnp.zeros((1, 4, 4, 20))
+    init = Init("kaiming_uniform", weight=1.0, bias=0.5)
+
+    class Layers(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            conv3x3(x, 2000, init, name="conv")
+            return dense(x, 2000, init, name="dense")
+
+    params = Layers().init(jax.random.key(0), x)["params"]
+    for name, fan_in in (("conv", 180), ("dense", 20)):
+        kernel, bias = params[name]["kernel"], params[name]["bias"]
+        assert jnp.abs(kernel).max() == pytest.approx((3 / fan_in) ** 0.5, rel=0.01)
+        assert jnp.abs(bias).max() == pytest.approx(0.5 * (3 / fan_in) ** 0.5, rel=0.01)
+        assert bias.std() == pytest.approx(0.5 * (1 / fan_in) ** 0.5, rel=0.1)
+
+
+def test_an_init_of_weight_zero_is_zero() -> None:
+    init = Init("kaiming_uniform", weight=0.0)
+    assert not init.kernel_init()(jax.random.key(0), (3, 4)).any()
+    assert not init.bias_init(3)(jax.random.key(0), (4,)).any()

@@ -1,0 +1,205 @@
+"""The U-Nets' behaviour: what they refuse, dropout, label dropout, missing labels, `only_lora`."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.models.adm_unet import ADMMapping, ADMUNet
+from lora_diffusion_jax.models.song_unet import SongMapping, SongUNet
+from tests.models.running import run_once
+
+SMALL = {
+    "resolution": 8,
+    "img_channels": 3,
+    "out_channels": 3,
+    "label_dim": 4,
+    "augment_dim": 2,
+    "model_channels": 8,
+    "channel_mult": (1, 2),
+    "num_blocks": 1,
+    "attn_resolutions": (4,),
+}
+
+
+def song(**changes: Any) -> SongUNet:
+    return SongUNet(**{**SMALL, **changes})
+
+
+def adm(**changes: Any) -> ADMUNet:
+    return ADMUNet(**{**SMALL, **changes})
+
+
+NETWORKS = pytest.mark.parametrize("make", [song, adm])
+
+
+def inputs(batch: int = 2) -> tuple[np.ndarray, ...]:
+    """Images, noise labels, class labels."""
+    rng = np.random.default_rng(0)
+    labels = np.eye(4, dtype=np.float32)[np.arange(batch) % 4]
+    x = rng.standard_normal((batch, 8, 8, 3)).astype(np.float32)
+    return x, np.linspace(-1, 1, batch, dtype=np.float32), labels
+
+
+def random_variables(module: nn.Module, *args: Any) -> Any:
+    """Variables in which nothing is zero, without running the initialisers."""
+    rng = np.random.default_rng(1)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), *args)
+    return jax.tree.map(lambda s: jnp.asarray(0.2 * rng.standard_normal(s.shape), s.dtype), shapes)
+
+
+@functools.cache
+def evaluation(make: Callable) -> tuple[Callable, Any]:
+    """The network in evaluation mode, (variables, *inputs) -> output, and variables for it."""
+    return run_once(make().apply), random_variables(make(), *inputs())
+
+
+@NETWORKS
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((2, 9, 8, 3), "multiples of 2.*9x8"),
+        ((2, 8, 7, 3), "multiples of 2.*8x7"),
+        ((2, 8, 8, 1), "built for 3 channels.*have 1"),
+        ((8, 8, 3), r"shape \(8, 8, 3\)"),
+    ],
+)
+def test_images_that_do_not_fit_are_refused_in_plain_words(
+    make: Callable, shape: tuple[int, ...], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        jax.eval_shape(make().init, jax.random.key(0), jnp.zeros(shape), jnp.zeros(2))
+
+
+@NETWORKS
+def test_dropout_acts_in_training_alone(make: Callable) -> None:
+    evaluate, variables = evaluation(make)
+    net = make(dropout=0.3)
+
+    @run_once
+    def train(variables: Any, key: jax.Array) -> jax.Array:
+        return net.apply(variables, *inputs(), None, True, rngs={"dropout": key})
+
+    evaluated = evaluate(variables, *inputs())  # asks for no key
+    first, second = (train(variables, jax.random.key(seed)) for seed in (0, 1))
+    scale = np.abs(evaluated).max()
+    assert np.abs(first - evaluated).max() > 1e-2 * scale
+    assert np.abs(first - second).max() > 1e-2 * scale
+    np.testing.assert_array_equal(train(variables, jax.random.key(0)), first)
+
+
+MAPPINGS = pytest.mark.parametrize(
+    "make",
+    [
+        lambda **kw: SongMapping("positional", 8, 16, label_dim=4, augment_dim=2, **kw),
+        lambda **kw: SongMapping("fourier", 8, 16, label_dim=4, augment_dim=2, **kw),
+        lambda **kw: ADMMapping(8, 16, label_dim=4, augment_dim=2, **kw),
+    ],
+    ids=["ddpmpp", "ncsnpp", "adm"],
+)
+
+
+@MAPPINGS
+def test_label_dropout_zeroes_whole_labels_at_its_rate(make: Callable) -> None:
+    batch, rate = 2000, 0.3
+    levels, labels = np.zeros(batch, np.float32), np.eye(4, dtype=np.float32)[np.arange(batch) % 4]
+    mapping = make(label_dropout=rate)
+    variables = random_variables(mapping, levels, labels)
+    key = {"dropout": jax.random.key(0)}
+    found = mapping.apply(variables, levels, labels, None, True, rngs=key)
+    kept = mapping.apply(variables, levels, labels)
+    dropped = mapping.apply(variables, levels, None)
+
+    def is_like(reference: jax.Array) -> np.ndarray:
+        return np.all(np.abs(np.asarray(found - reference)) < 1e-5, axis=1)
+
+    assert np.abs(kept - dropped).max(axis=1).min() > 1e-3
+    # Each row is a whole label, not scaled up by 1 / (1 - rate), or none at all.
+    assert np.all(is_like(kept) ^ is_like(dropped))
+    deviation = (rate * (1 - rate) / batch) ** 0.5
+    assert abs(is_like(dropped).mean() - rate) < 4 * deviation
+
+
+@MAPPINGS
+def test_missing_labels_are_zeros(make: Callable) -> None:
+    levels, zeros = np.float32([-0.5, 0.7]), np.zeros((2, 4), np.float32)
+    mapping = make()
+    variables = random_variables(mapping, levels, zeros)
+    run = mapping.apply
+    expected = run(variables, levels, zeros, np.zeros((2, 2), np.float32))
+    np.testing.assert_allclose(run(variables, levels), expected, atol=1e-6)
+    labels = np.eye(4, dtype=np.float32)[:2]
+    assert np.abs(run(variables, levels, labels) - expected).max() > 1e-2
+    augmented = run(variables, levels, zeros, np.ones((2, 2), np.float32))
+    assert np.abs(augmented - expected).max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("mapping", "factor"),
+    [(functools.partial(SongMapping, "positional"), 2.0), (ADMMapping, 1.0)],
+    ids=["ddpmpp", "adm"],
+)
+def test_ddpmpp_scales_labels_by_the_root_of_their_number(mapping: Any, factor: float) -> None:
+    module = mapping(8, 16, label_dim=4)
+    levels, labels = np.zeros(1, np.float32), np.float32([[0.5, 0, 0.25, 0.25]])
+    variables = random_variables(module, levels, labels)
+    _, state = module.apply(
+        variables,
+        levels,
+        labels,
+        mutable="intermediates",
+        capture_intermediates=lambda module, name: module.name == "label",
+    )
+    layer = variables["params"]["label"]
+    expected = factor * labels @ layer["kernel"] + layer.get("bias", 0)
+    found = state["intermediates"]["label"]["__call__"][0]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@NETWORKS
+def test_without_affine_a_network_is_one_whose_affine_is_zero(make: Callable) -> None:
+    evaluate, variables = evaluation(make)
+    bare = make(use_affine=False)
+    flat = traverse_util.flatten_dict(variables)
+    zeroed = {k: jnp.zeros_like(v) if "affine" in k else v for k, v in flat.items()}
+    without = {k: v for k, v in flat.items() if "affine" not in k}
+    shapes = jax.eval_shape(bare.init, jax.random.key(0), *inputs())
+    assert set(traverse_util.flatten_dict(shapes)) == set(without) < set(flat)
+    found = run_once(bare.apply)(traverse_util.unflatten_dict(without), *inputs())
+    expected = evaluate(traverse_util.unflatten_dict(zeroed), *inputs())
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@NETWORKS
+def test_bfloat16_keeps_float32_parameters_and_comes_close(make: Callable) -> None:
+    evaluate, variables = evaluation(make)
+    half = make(dtype=jnp.bfloat16)
+    shapes = jax.eval_shape(half.init, jax.random.key(0), *inputs())
+    assert {s.dtype for s in jax.tree.leaves(shapes)} == {np.dtype(np.float32)}
+    found = run_once(half.apply)(variables, *inputs())
+    expected = np.asarray(evaluate(variables, *inputs()))
+    assert found.dtype == jnp.bfloat16
+    assert np.abs(np.float32(found) - expected).max() < 0.1 * np.abs(expected).max()
+
+
+def test_attention_stands_where_the_papers_put_it() -> None:
+    x, noise_labels, _ = inputs()
+
+    def sites(net: nn.Module) -> set[str]:
+        shapes = jax.eval_shape(net.init, jax.random.key(0), x, noise_labels)
+        paths = traverse_util.flatten_dict(shapes["params"])
+        return {"/".join(path[:-2]) for path in paths if path[-2] == "qkv"}
+
+    wide = {"model_channels": 64, "channel_mult": (1, 1)}
+    assert sites(song(attn_resolutions=())) == {"dec/4x4_in0"}
+    assert sites(song(attn_resolutions=(8,))) == {"enc/8x8_block0", "dec/4x4_in0", "dec/8x8_block1"}
+    adm_sites = {"enc/8x8_block0", "dec/4x4_in0", "dec/8x8_block0", "dec/8x8_block1"}
+    assert sites(adm(attn_resolutions=(8,), **wide)) == adm_sites
+    assert sites(adm(attn_resolutions=(8, 4))) == set()  # 8 and 16 channels: less than one head

@@ -1,0 +1,66 @@
+"""Parameter counts of the paper's table and of the reference networks, to the last one."""
+
+import jax
+import pytest
+from ml_collections import ConfigDict
+
+from lora_diffusion_jax import factory, lora
+from lora_diffusion_jax.default_config import base
+
+MODES = ("baseline", "only_lora", "with_lora")
+
+
+def cifar10(model: str, conditional: bool) -> ConfigDict:
+    config = base()
+    config.model.name = model
+    config.class_conditional = conditional
+    config.data.image_size, config.data.channels, config.data.num_classes = 32, 3, 10
+    return config
+
+
+def ffhq64(model: str) -> ConfigDict:
+    config = base()
+    config.model.name = model
+    config.model.channel_mult = (1, 2, 2, 2)
+    config.lora.bases = 20
+    config.data.image_size, config.data.channels = 64, 3
+    return config
+
+
+def imagenet64() -> ConfigDict:
+    config = base()
+    config.model.name = "adm"
+    config.model.channels, config.model.channel_mult = 192, (1, 2, 3, 4)
+    config.model.num_blocks, config.model.attn_resolutions = 3, (32, 16, 8)
+    config.model.augment_dim = 0
+    config.class_conditional = True
+    config.data.image_size, config.data.channels, config.data.num_classes = 64, 3, 1000
+    return config
+
+
+# name -> config, and what its three modes count (None: not published)
+ROWS = {
+    "CIFAR-10 DDPM++ uncond": (cifar10("ddpmpp", False), (55_733_891, 53_411_675, 57_745_499)),
+    "CIFAR-10 DDPM++ cond": (cifar10("ddpmpp", True), (55_735_299, 53_413_083, 57_746_907)),
+    "CIFAR-10 NCSN++ uncond": (cifar10("ncsnpp", False), (56_397_827, None, 58_409_435)),
+    "CIFAR-10 NCSN++ cond": (cifar10("ncsnpp", True), (56_400_643, None, 58_412_251)),
+    "FFHQ-64 DDPM++": (ffhq64("ddpmpp"), (61_805_571, None, 63_941_619)),
+    "FFHQ-64 NCSN++": (ffhq64("ncsnpp"), (62_761_091, None, 64_897_139)),
+    "ImageNet-64 ADM cond": (imagenet64(), (295_899_267, None, 309_923_995)),
+}
+COUNTS = [
+    pytest.param(config, mode, count, id=f"{name} {mode}")
+    for name, (config, counts) in ROWS.items()
+    for mode, count in zip(MODES, counts, strict=True)
+    if count is not None
+]
+
+
+@pytest.mark.parametrize(("config", "mode", "expected"), COUNTS)
+def test_parameter_count(config: ConfigDict, mode: str, expected: int) -> None:
+    config = config.copy_and_resolve_references()
+    config.lora.mode = mode
+    denoiser = factory.build_denoiser(config)
+    init = lambda key: factory.init_variables(config, denoiser, key)  # noqa: E731
+    variables = jax.eval_shape(init, jax.random.key(0))
+    assert lora.count(variables["params"]) == expected

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from lora_diffusion_jax.array_types import PyTree, Source
 from lora_diffusion_jax.errors import UserError
-from lora_diffusion_jax.evaluation.features import Detector
+from lora_diffusion_jax.evaluation.features import Detector, cache_folder
 
 ROTATIONS = 4
 
@@ -107,6 +107,7 @@ def fit(
     *,
     test_source: Source | None = None,
     settings: Settings | None = None,
+    use_labels: bool = True,
     cache_dir: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Detector:
@@ -117,30 +118,48 @@ def fit(
     Args:
       source: the training images; labels are used if source.num_classes > 1.
       test_source: held-out images; accuracy on them lands in details['test_accuracy'].
+      use_labels: False learns quarter turns even where there are labels.
       settings: size and training; default `default_settings` of the image size.
       cache_dir: default $LORA_DIFFUSION_CACHE, else ~/.cache/lora_diffusion_jax.
       progress: show a progress bar while training.
     """
     settings = settings or default_settings(source.image_shape)
     images, labels = read_images(source, settings.max_images)
-    classes = source.num_classes if source.num_classes > 1 else 0
+    classes = source.num_classes if use_labels and source.num_classes > 1 else 0
     network = ConvClassifier(classes or ROTATIONS, settings)
     path = _cache_file(cache_dir, images, labels, classes, settings)
     params = _read_cache(path)
     if params is None:
         params = _train(network, images, labels if classes else None, progress)
         _write_cache(path, params)
-    details: dict[str, Any] = {"trained_on": len(images), "classes": classes or ROTATIONS}
+    details: dict[str, Any] = {"trained_on": len(images), "classes": network.num_classes}
     if test_source is not None:
         held = read_images(test_source, settings.max_images)
         details["test_accuracy"] = accuracy(network, params, *held, rotate=not classes)
+    recipe = {
+        "name": "classifier" if classes else "rotation",
+        "classes": network.num_classes,
+        "image_shape": list(source.image_shape),
+        "settings": dataclasses.asdict(settings),
+    }
+    return rebuild(recipe, {"params": params}, details)
+
+
+def rebuild(
+    recipe: dict[str, Any], variables: PyTree, details: dict[str, Any] | None = None
+) -> Detector:
+    """Returns the detector of a recipe (see `fit`) around given weights."""
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in recipe["settings"].items()}
+    settings = Settings(**fields)
+    network = ConvClassifier(recipe["classes"], settings)
     return Detector(
-        name="classifier" if classes else "rotation",
+        name=recipe["name"],
         feature_dim=settings.feature_dim,
         network=lambda variables, x: network.apply(variables, _scaled(x)),
-        variables={"params": params},
-        image_shape=tuple(source.image_shape),
-        details=details,
+        variables=variables,
+        image_shape=tuple(recipe["image_shape"]),
+        details=details or {},
+        recipe=recipe,
     )
 
 
@@ -214,7 +233,9 @@ def _train(
 
     state, rng = tx.init(params), np.random.default_rng(s.seed)
     order = np.zeros(0, np.int64)
-    bar = tqdm(range(steps), desc="feature network", unit="step", disable=not progress)
+    bar = tqdm(
+        range(steps), desc="feature network", unit="step", disable=None if progress else True
+    )
     for number in bar:  # a Python loop: XLA's CPU backend is slow at gradients inside a scan
         while len(order) < batch:
             order = np.concatenate([order, rng.permutation(len(images))])
@@ -235,14 +256,13 @@ def _cache_file(
     classes: int,
     settings: Settings,
 ) -> Path:
-    default = os.environ.get("LORA_DIFFUSION_CACHE", "~/.cache/lora_diffusion_jax")
     digest = hashlib.sha256(np.ascontiguousarray(images).tobytes())
     facts = {"shape": images.shape, "classes": classes, **dataclasses.asdict(settings)}
     digest.update(labels.tobytes() if classes else b"")
     digest.update(json.dumps(facts, sort_keys=True).encode())
     digest.update(Path(__file__).read_bytes())
     name = f"features-{digest.hexdigest()[:16]}.safetensors"
-    return Path(cache_dir or default).expanduser() / name
+    return Path(cache_dir or cache_folder()).expanduser() / name
 
 
 def _read_cache(path: Path) -> PyTree | None:

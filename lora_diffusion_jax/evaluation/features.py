@@ -3,7 +3,10 @@
 import dataclasses
 import functools
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -27,7 +30,9 @@ class Detector:
       network: (variables, uint8 images) -> (float32 features, float32 logits); pure.
       variables: its weights.
       image_shape: the only (H, W, C) it takes, or None where it resizes by itself.
-      details: facts that a report may repeat (test accuracy, training settings).
+      details: facts that a report may repeat (test accuracy, hash of the weights file).
+      recipe: JSON values from which the network can be rebuilt around saved weights; None for
+        published networks, whose weights lie in a file of their own.
     """
 
     name: str
@@ -36,6 +41,7 @@ class Detector:
     variables: PyTree
     image_shape: tuple[int, int, int] | None = None
     details: dict[str, float | int | str] = dataclasses.field(default_factory=dict)
+    recipe: dict[str, Any] | None = None
 
     @functools.cached_property
     def hash(self) -> str:
@@ -59,6 +65,12 @@ class Detector:
     def __call__(self, images: jax.Array | np.ndarray) -> jax.Array:
         """Returns the features [B, D], float32, of uint8 images [B, H, W, C]."""
         return self.outputs(images)[0]
+
+
+def cache_folder() -> Path:
+    """The folder of downloaded weights and trained networks: $LORA_DIFFUSION_CACHE or ~/.cache."""
+    default = os.environ.get("LORA_DIFFUSION_CACHE", "~/.cache/lora_diffusion_jax")
+    return Path(default).expanduser()
 
 
 def tree_hash(tree: PyTree) -> str:

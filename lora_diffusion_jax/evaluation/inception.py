@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 
 from lora_diffusion_jax.array_types import PyTree
 from lora_diffusion_jax.errors import UserError
-from lora_diffusion_jax.evaluation.features import Detector, tree_hash
+from lora_diffusion_jax.evaluation.features import Detector, cache_folder, tree_hash
 from lora_diffusion_jax.evaluation.inception_network import (
     BLOCKS,
     POOL_DIM,
@@ -75,12 +75,6 @@ def load_inception(path: str | os.PathLike[str] | None = None, detector: str = "
 
 
 # Where the weights are.
-
-
-def cache_folder() -> Path:
-    """The folder for downloaded weights and trained feature networks."""
-    default = os.environ.get("LORA_DIFFUSION_CACHE", "~/.cache/lora_diffusion_jax")
-    return Path(default).expanduser()
 
 
 def present_weights(path: str | os.PathLike[str] | None = None) -> Path | None:

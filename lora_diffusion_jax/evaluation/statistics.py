@@ -1,6 +1,8 @@
 """Mean and covariance of features, summed in float64, and the npz files that hold them."""
 
 import dataclasses
+import functools
+import hashlib
 import json
 import os
 import zipfile
@@ -15,6 +17,7 @@ from lora_diffusion_jax.errors import UserError
 # Rows are added in blocks of this many, in order, whatever batches they arrive in: the sums, and
 # with them a distance's last digits, do not depend on the batch size.
 BLOCK = 500
+WEIGHTS = "weights/"  # prefix of a detector's arrays in a reference file
 
 
 class Moments:
@@ -103,20 +106,36 @@ def moments_of(batches: Iterable[np.ndarray], dim: int) -> Moments:
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """Statistics to compare with: mu [D], sigma [D, D] float64, and what is known about them."""
+    """Statistics to compare with, and what is known about them.
+
+    Attributes:
+      mu: mean [D], float64.
+      sigma: covariance [D, D], float64.
+      meta: JSON values: images, features, detector_hash, ...; empty for files of other tools.
+      features: float32 [n, D], where the rows were kept: kernel distances and neighbours need them.
+      weights: arrays of the detector where it was trained on the dataset itself, by path.
+    """
 
     mu: np.ndarray
     sigma: np.ndarray
-    meta: dict[str, Any]
-    features: np.ndarray | None = None  # float32 [n, D]: KID and precision need the rows
-    logits: np.ndarray | None = None
+    meta: dict[str, Any] = dataclasses.field(default_factory=dict)
+    features: np.ndarray | None = None
+    weights: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """First 16 hex digits of the SHA-256 of mu and sigma."""
+        digest = hashlib.sha256(np.ascontiguousarray(self.mu, np.float64).tobytes())
+        digest.update(np.ascontiguousarray(self.sigma, np.float64).tobytes())
+        return digest.hexdigest()[:16]
 
 
 def save_reference(path: str | os.PathLike[str], reference: Reference) -> None:
     """Writes EDM's npz format: `mu` [D] and `sigma` [D, D] in float64.
 
-    What EDM's readers do not know lies beside them under its own keys: `meta` (a JSON text),
-    and `features` where the rows are kept. The file appears whole or not at all.
+    What EDM's readers do not know lies beside them under keys of its own: `meta` (a JSON text),
+    `features` where the rows are kept, and `weights/...` of a detector that was trained on the
+    dataset itself, so that the file is all one needs. It appears whole or not at all.
     """
     arrays = {
         "mu": np.asarray(reference.mu, np.float64),
@@ -125,6 +144,7 @@ def save_reference(path: str | os.PathLike[str], reference: Reference) -> None:
     }
     if reference.features is not None:
         arrays["features"] = np.asarray(reference.features, np.float32)
+    arrays |= {WEIGHTS + name: value for name, value in reference.weights.items()}
     write_npz(path, arrays)
 
 
@@ -156,7 +176,8 @@ def load_reference(path: str | os.PathLike[str]) -> Reference:
         with np.load(path, allow_pickle=False) as file:
             if not isinstance(file, np.lib.npyio.NpzFile):
                 raise ValueError("a single array")
-            arrays = {key: file[key] for key in ("mu", "sigma", "meta", "features") if key in file}
+            wanted = ("mu", "sigma", "meta", "features")
+            arrays = {k: file[k] for k in file.files if k in wanted or k.startswith(WEIGHTS)}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, KeyError) as error:
         raise UserError(
             f"{path} is not a readable npz file ({error}); expected EDM's reference format with "
@@ -170,7 +191,8 @@ def load_reference(path: str | os.PathLike[str]) -> Reference:
     mu, sigma = (arrays[key].astype(np.float64) for key in ("mu", "sigma"))
     check_moments(mu, sigma, str(path))
     meta = json.loads(str(arrays["meta"])) if "meta" in arrays else {}
-    return Reference(mu, sigma, meta, arrays.get("features"))
+    weights = {k.removeprefix(WEIGHTS): v for k, v in arrays.items() if k.startswith(WEIGHTS)}
+    return Reference(mu, sigma, meta, arrays.get("features"), weights)
 
 
 def check_moments(mu: np.ndarray, sigma: np.ndarray, where: str) -> None:

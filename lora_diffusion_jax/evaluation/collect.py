@@ -1,0 +1,182 @@
+"""From image batches to what metrics need: moments always, rows where asked; resumable on disk."""
+
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.evaluation.features import Detector, extract
+from lora_diffusion_jax.evaluation.statistics import Moments, write_npz
+
+
+@dataclasses.dataclass
+class FeatureSet:
+    """What is known of one set of images in one feature space."""
+
+    moments: Moments
+    features: np.ndarray | None = None  # float32 [n, D], where they were kept
+    logits: np.ndarray | None = None  # float32 [n, K]
+
+    def __len__(self) -> int:
+        return len(self.moments)
+
+
+def collect(
+    detector: Detector,
+    batches: Iterable[np.ndarray],
+    *,
+    keep_rows: bool = False,
+    total: int | None = None,
+    mesh: Mesh | None = None,
+    progress: bool = False,
+) -> FeatureSet:
+    """Returns moments (and rows) of the detector's features over uint8 batches [n, H, W, C].
+
+    Raises:
+      UserError: no images, or not exactly `total` where that is given.
+    """
+    moments, rows = Moments(detector.feature_dim), []
+    bar = tqdm(
+        total=total,
+        desc=f"{detector.name} features",
+        unit="img",
+        disable=None if progress else True,
+    )
+    with bar:
+        for features, logits in extract(detector, batches, mesh=mesh):
+            moments.add(features)
+            if keep_rows:
+                rows.append((features, logits))
+            bar.update(len(features))
+    _check_count(len(moments), total)
+    if not keep_rows:
+        return FeatureSet(moments)
+    return FeatureSet(moments, *(np.concatenate(parts) for parts in zip(*rows, strict=True)))
+
+
+def _check_count(found: int, wanted: int | None) -> None:
+    if found == 0:
+        raise UserError("There are no images to evaluate.")
+    if wanted is not None and found != wanted:
+        raise UserError(f"{wanted} images were asked for, but there are {found}.")
+
+
+def collect_resumable(
+    detector: Detector,
+    batches_from: Callable[[int], Iterable[np.ndarray]],
+    total: int,
+    folder: Path,
+    *,
+    identity: dict[str, object],
+    keep_rows: bool = False,
+    save_seconds: float = 30.0,
+    mesh: Mesh | None = None,
+    progress: bool = False,
+) -> FeatureSet:
+    """Like `collect`, but a killed run goes on where it last saved, to the same result bit for bit.
+
+    Args:
+      detector: the feature space.
+      batches_from: k -> the images from number k on; image k must not depend on what came before.
+      total: number of images.
+      folder: holds the partial sums while they grow; removed by `forget` when they are not needed.
+      identity: what the sums are of; a folder with another identity is started anew.
+      keep_rows: keep features and logits of every image.
+      save_seconds: time between saves.
+      mesh: devices; all by default.
+      progress: show a bar.
+    """
+    partial = _Partial(folder, {**identity, "detector": detector.hash, "rows": keep_rows})
+    moments = partial.restore(detector.feature_dim)
+    bar = tqdm(
+        total=total,
+        initial=len(moments),
+        desc=f"{detector.name} features",
+        unit="img",
+        disable=None if progress else True,
+    )
+    saved_at = time.monotonic()
+    with bar:
+        batches = batches_from(len(moments)) if len(moments) < total else ()
+        for features, logits in extract(detector, batches, mesh=mesh):
+            moments.add(features)
+            if keep_rows:
+                partial.append(features, logits)
+            bar.update(len(features))
+            if time.monotonic() - saved_at >= save_seconds:
+                partial.save(moments)
+                saved_at = time.monotonic()
+    _check_count(len(moments), total)
+    partial.save(moments)
+    return FeatureSet(moments, *partial.rows(len(moments), detector.feature_dim))
+
+
+def forget(folder: Path) -> None:
+    """Removes the partial sums of a finished evaluation."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+class _Partial:
+    """Sums on disk: state.npz, replaced whole, and rows appended to two plain float32 files."""
+
+    def __init__(self, folder: Path, identity: dict[str, object]):
+        self.folder, self.identity = folder, json.dumps(identity, sort_keys=True)
+        self.state = folder / "state.npz"
+        self.files = (folder / "features.f32", folder / "logits.f32")
+        self.keep_rows = bool(identity["rows"])
+        self.widths = (0, 0)
+
+    def restore(self, dim: int) -> Moments:
+        """Returns the saved moments where they are of the same thing, else fresh ones."""
+        if self.state.is_file():
+            with np.load(self.state, allow_pickle=False) as file:
+                saved = {key: file[key] for key in file}
+            if str(saved.pop("identity")) == self.identity:
+                self.widths = tuple(int(w) for w in saved.pop("widths"))
+                moments = Moments.from_state(saved)
+                if self._cut(len(moments)):
+                    return moments
+        forget(self.folder)
+        try:
+            self.folder.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(
+                f"Cannot make the folder {self.folder} for partial results: {error.strerror}."
+            ) from error
+        return Moments(dim)
+
+    def _cut(self, count: int) -> bool:
+        """Drops rows that were appended after the last save; False if some are missing."""
+        if self.keep_rows and count:
+            for path, width in zip(self.files, self.widths, strict=True):
+                size = count * width * 4
+                if not path.is_file() or path.stat().st_size < size:
+                    return False
+                with path.open("r+b") as file:
+                    file.truncate(size)
+        return True
+
+    def append(self, features: np.ndarray, logits: np.ndarray) -> None:
+        self.widths = (features.shape[1], logits.shape[1])
+        for path, rows in zip(self.files, (features, logits), strict=True):
+            with path.open("ab") as file:
+                file.write(np.ascontiguousarray(rows, np.float32).tobytes())
+
+    def save(self, moments: Moments) -> None:
+        extra = {"identity": np.array(self.identity), "widths": np.array(self.widths)}
+        write_npz(self.state, moments.state() | extra)
+
+    def rows(self, count: int, dim: int) -> tuple[np.ndarray | None, np.ndarray | None]:
+        if not self.keep_rows:
+            return None, None
+        return tuple(
+            np.fromfile(path, np.float32).reshape(count, width)
+            for path, width in zip(self.files, self.widths, strict=True)
+        )

@@ -1,7 +1,6 @@
 """What the modes of main.py do: train, sample, describe, import and export, put together."""
 
 import functools
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -315,9 +314,7 @@ def export_checkpoint(
 
 def about(run: interop.Pretrained, weights: str, step: int | None) -> dict[str, Any]:
     """What made some samples: which weights, and the sampler's settings."""
-    sampler = {k: v for k, v in run.config.sampler.to_dict().items() if k != "batch_size"}
-    return {
-        "weights": weights,
-        "step": step,
-        "sampler": json.loads(json.dumps(sampler, default=str)),
-    }
+    fields = run.config.sampler.to_dict()
+    sampler = {k: str(v) if v == float("inf") else v for k, v in fields.items()}  # JSON has no inf
+    del sampler["batch_size"]
+    return {"weights": weights, "step": step, "sampler": sampler}

@@ -93,7 +93,7 @@ class Generator:
             seeds: whole numbers in [0, 2^32).
             class_ids: one class for all, or one per seed; None draws each image's class from its
                 seed, uniformly.
-            progress: show a bar.
+            progress: show a bar, on a terminal.
 
         Raises:
             UserError: a seed or class out of range, classes for an unconditional network.
@@ -101,7 +101,9 @@ class Generator:
         seeds = check_seeds(seeds)
         labels = self.choose_labels(seeds, class_ids)
         sample = self.compile()
-        bar = tqdm(total=len(seeds), unit="img", desc="sampling", disable=not progress)
+        bar = tqdm(
+            total=len(seeds), unit="img", desc="sampling", disable=None if progress else True
+        )
         with bar:
             for start in range(0, len(seeds), self.call_size):
                 part = slice(start, start + self.call_size)
@@ -215,16 +217,20 @@ def to_pil(image: np.ndarray) -> Image.Image:
     return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
 
 
-def grid(images: np.ndarray, columns: int, *, least_side: int = 32) -> np.ndarray:
-    """Tiles uint8 images [N, H, W, C] row by row; small ones are enlarged by a whole factor."""
+def grid(images: np.ndarray, columns: int, *, least_side: int = 48, gap: int = 4) -> np.ndarray:
+    """Tiles uint8 images [N, H, W, C] row by row on gray; small ones are enlarged by a whole factor."""
     factor = max(1, -(-least_side // images.shape[1]))
     images = images.repeat(factor, axis=1).repeat(factor, axis=2)
     count, height, width, channels = images.shape
     rows = -(-count // columns)
-    tiles = np.zeros((rows * columns, height, width, channels), np.uint8)
-    tiles[:count] = images
-    tiles = tiles.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
-    return tiles.reshape(rows * height, columns * width, channels)
+    canvas = np.full(
+        (gap + rows * (height + gap), gap + columns * (width + gap), channels), 96, np.uint8
+    )
+    for i, image in enumerate(images):
+        top = gap + i // columns * (height + gap)
+        left = gap + i % columns * (width + gap)
+        canvas[top : top + height, left : left + width] = image
+    return canvas
 
 
 def write_png(path: Path, image: np.ndarray) -> None:

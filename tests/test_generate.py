@@ -1,0 +1,141 @@
+"""Images are functions of their seeds; files hold what they say."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from lora_diffusion_jax import generate
+from lora_diffusion_jax.diffusion.samplers import edm_sampler
+from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.training.sharding import make_mesh
+
+
+def apply(variables, x, sigma, labels):
+    """The ideal denoiser of points at the class's mean: 0.1 * class - 0.4 (or the variable)."""
+    mean = variables["mean"] if labels is None else (labels @ (0.1 * np.arange(8)) - 0.4)
+    return (0.01 * x + sigma**2 * np.float32(1) * mean.reshape(-1, 1, 1, 1)) / (0.01 + sigma**2)
+
+
+def make(batch_size=4, num_classes=8, **settings):
+    def sampler(denoise, latents, *, key):
+        return edm_sampler(denoise, latents, num_steps=6, key=key, **settings)
+
+    return generate.Generator(apply, sampler, (4, 4, 1), num_classes, make_mesh(), batch_size)
+
+
+VARIABLES = {"mean": np.zeros(1, np.float32)}
+
+
+def images_of(generator, seeds, classes=None):
+    batches = list(generator.batches(VARIABLES, seeds, classes))
+    return generate.Batch(*(np.concatenate(parts) for parts in zip(*batches, strict=True)))
+
+
+@pytest.mark.parametrize("s_churn", [0.0, 30.0])
+def test_image_depends_on_its_seed_alone(s_churn):
+    """Not on the batch size, the place in the batch, or the padding of a short last one."""
+    whole = images_of(make(4, s_churn=s_churn), range(10))
+    for size, seeds in ((3, [7, 2, 9, 2]), (16, [9]), (1, [0, 7])):
+        part = images_of(make(size, s_churn=s_churn), seeds)
+        np.testing.assert_array_equal(part.seeds, seeds)
+        np.testing.assert_array_equal(part.labels, whole.labels[seeds])
+        # One unit: the compiler may round differently at another batch size.
+        assert np.abs(part.images.astype(int) - whole.images[seeds]).max() <= 1
+    assert np.ptp(whole.images.reshape(10, -1).mean(1)) > 5
+
+
+def test_classes_follow_the_request_or_the_seed():
+    generator = make()
+    drawn = generator.choose_labels(np.arange(4000))
+    counts = np.bincount(drawn, minlength=8)
+    assert counts.min() > 400  # 500 each, standard deviation 21
+    assert counts.max() < 600
+    asked = images_of(generator, range(6), [0, 1, 2, 5, 6, 7])
+    # The ideal denoiser of class c gives 0.1 c - 0.4 with deviation 0.1: means apart by 12.75 units.
+    means = asked.images.reshape(6, -1).mean(1)
+    np.testing.assert_allclose(means, 128 + 127.5 * (0.1 * asked.labels - 0.4), atol=12)
+    np.testing.assert_array_equal(images_of(generator, range(3), 4).labels, 4)
+
+
+def test_unconditional_images_have_no_label():
+    assert (images_of(make(num_classes=0), range(3)).labels == generate.NO_LABEL).all()
+
+
+@pytest.mark.parametrize(
+    ("classes", "num_classes", "words"),
+    [(8, 8, "Class 8 does not exist"), (-1, 8, "Class -1"), (0, 0, "unconditional")],
+)
+def test_impossible_classes_are_refused(classes, num_classes, words):
+    with pytest.raises(UserError, match=words):
+        images_of(make(num_classes=num_classes), [0], classes)
+
+
+def test_seed_lists():
+    assert generate.parse_seeds("0-3, 7,10-11") == [0, 1, 2, 3, 7, 10, 11]
+    for text in ("", "3-1", "a", "1-", "-4", "1,,2", "0x10"):
+        with pytest.raises(UserError, match="--seeds"):
+            generate.parse_seeds(text)
+    with pytest.raises(UserError, match="4294967296"):
+        generate.check_seeds([2**32])
+    with pytest.raises(UserError, match="No seeds"):
+        generate.check_seeds([])
+
+
+def test_files_hold_images_seeds_and_labels(tmp_path):
+    generator, seeds = make(), [3, 11, 5]
+    expected = images_of(generator, seeds)
+    about = {"weights": "ema"}
+    path = tmp_path / "new" / "samples.npz"
+    assert generate.write_npz(path, generator.batches(VARIABLES, seeds), about) == 3
+    with np.load(path) as file:
+        assert set(file) == {"images", "seeds", "labels", "about"}
+        assert file["images"].dtype == np.uint8
+        for name in ("images", "seeds", "labels"):
+            np.testing.assert_array_equal(file[name], getattr(expected, name))
+        assert json.loads(str(file["about"])) == about
+    folder = tmp_path / "folder"
+    generate.write_folder(folder, generator.batches(VARIABLES, seeds), about)
+    with Image.open(folder / "000011.png") as picture:
+        np.testing.assert_array_equal(np.asarray(picture), expected.images[1, ..., 0])
+    listed = json.loads((folder / "dataset.json").read_text())["labels"]
+    assert listed == [[f"{s:06d}.png", int(c)] for s, c in zip(seeds, expected.labels, strict=True)]
+    assert sorted(p.name for p in tmp_path.rglob("*.partial")) == []
+
+
+def test_grid_places_images_row_by_row():
+    images = np.arange(5, dtype=np.uint8).reshape(5, 1, 1, 1) * np.ones((1, 2, 3, 1), np.uint8)
+    picture = generate.grid(images, columns=3, least_side=4, gap=1)
+    assert picture.shape == (1 + 2 * 5, 1 + 3 * 7, 1)
+    assert (picture[1:5, 8:14] == 1).all()
+    assert (picture[6:10, 1:7] == 3).all()
+    assert (picture[6:10, 15:21] == 96).all()  # the sixth place is empty
+
+
+_ON_MANY = """
+import sys, numpy as np
+sys.path.insert(0, sys.argv[2])
+from tests.test_generate import images_of, make
+import jax
+assert len(jax.devices()) == 8
+np.save(sys.argv[1], images_of(make(8, s_churn=30.0), range(10)).images)
+"""
+
+
+def test_image_does_not_depend_on_the_number_of_devices(tmp_path):
+    path, root = tmp_path / "images.npy", os.getcwd()
+    flags = "--xla_force_host_platform_device_count=8"
+    subprocess.run(
+        [sys.executable, "-c", _ON_MANY, str(path), root],
+        check=True,
+        env={**os.environ, "XLA_FLAGS": flags},
+        cwd=root,
+    )
+    assert len(jax.devices()) == 1
+    here = images_of(make(8, s_churn=30.0), range(10)).images
+    assert np.abs(np.load(path).astype(int) - here).max() <= 1

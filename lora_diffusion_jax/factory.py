@@ -253,6 +253,34 @@ def bypass_lora(denoiser: precond.Denoiser) -> precond.Denoiser:
     return denoiser.clone(model=denoiser.model.clone(enabled=False))
 
 
+def fold_lora(
+    denoiser: precond.Denoiser,
+    variables: Variables,
+    sigma: float,
+    class_labels: Labels | None = None,
+) -> tuple[precond.Denoiser, Variables]:
+    """A network without adapters that equals this one at one noise level and class label.
+
+    W + sum_i omega_i(condition) B_i A_i replaces each adapted W (`lora.fold`).
+
+    Args:
+        denoiser: with LoRA attached.
+        variables: its variables.
+        sigma: the noise level.
+        class_labels: one label [1, num_classes]; None for zeros.
+
+    Raises:
+        UserError: the network has no adapters.
+    """
+    if not isinstance(denoiser.model, lora.Adapted):
+        raise UserError("This network has no adapters to fold.")
+    size = denoiser.model.module.resolution, denoiser.model.module.img_channels
+    x = jnp.zeros((1, size[0], size[0], size[1]))
+    omegas = lora.composition_weights(denoiser, variables, x, sigma, class_labels)
+    base = denoiser.clone(model=denoiser.model.module)
+    return base, {**variables, "params": lora.fold(variables["params"], omegas)}
+
+
 def init_variables(config: ConfigDict, denoiser: precond.Denoiser, key: Key) -> Variables:
     """Fresh variables {'params', optional 'buffers'} of a denoiser."""
     labels = jnp.zeros((1, num_labels(config))) if num_labels(config) else None

@@ -283,7 +283,7 @@ def check_key(key: Any) -> Any:
 def shorten(text: str, limit: int = 80) -> str:
     """Text from a file in a form that is safe to print: one line, escaped, bounded."""
     text = text if len(text) <= limit else text[:limit] + "..."
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def show(value: Any) -> str:

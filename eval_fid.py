@@ -9,6 +9,7 @@
 """
 
 import argparse
+import ast
 import dataclasses
 import functools
 import hashlib
@@ -20,8 +21,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from lora_diffusion_jax import experiment, factory, generate, interop
 from lora_diffusion_jax.array_types import Source
@@ -31,6 +31,7 @@ from lora_diffusion_jax.evaluation import classifier, history, images, report
 from lora_diffusion_jax.evaluation.collect import collect, collect_resumable, forget
 from lora_diffusion_jax.evaluation.features import Detector, cache_folder, tree_hash
 from lora_diffusion_jax.evaluation.inception import load_inception, present_weights
+from lora_diffusion_jax.evaluation.inception_network import POOL_DIM
 from lora_diffusion_jax.evaluation.quick import source_batches
 from lora_diffusion_jax.evaluation.references import detector_of, make_reference
 from lora_diffusion_jax.evaluation.statistics import Reference, load_reference, save_reference
@@ -97,6 +98,11 @@ def choose_detector(args: argparse.Namespace, reference: Reference | None) -> De
     if reference is not None:
         own = detector_of(reference)
         made_with = reference.meta.get("features", "inception_edm")  # EDM's own files say nothing
+        if own is None and len(reference.mu) != POOL_DIM:
+            raise UserError(
+                f"{args.ref} has {len(reference.mu)} features and does not say which; Inception's "
+                f"are {POOL_DIM}. Make a reference with: eval_fid.py ref"
+            )
         if own is not None and wanted in ("auto", own.name):
             return own
         if wanted == "auto" and made_with in INCEPTION_DETECTORS:
@@ -189,14 +195,25 @@ def choose_seeds(args: argparse.Namespace) -> list[list[int]]:
 
 
 def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
-    """Applies `--config.a.b=value` arguments, as main.py does; what does not fit is a UserError."""
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_dict("config", config, lock_config=True, flag_values=values)
-    try:
-        values(["eval_fid.py", *overrides])
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{' '.join(overrides)}: {error}") from error
-    return values.config
+    """Applies `--config.a.b=value` arguments; unknown fields and other types are UserErrors."""
+    config = config.copy_and_resolve_references()
+    for argument in overrides:
+        name, equals, text = argument.removeprefix("--config.").partition("=")
+        if not argument.startswith("--config.") or not equals:
+            raise UserError(f"{argument} is not an option; see eval_fid.py VERB --help.")
+        *parents, field = name.split(".")
+        group = config
+        for parent in parents:
+            group = group.get(parent) if isinstance(group, ConfigDict) else None
+        if not isinstance(group, ConfigDict) or field not in group:
+            raise UserError(f"{argument}: the config has no field {name}.")
+        kind = type(group[field])
+        try:
+            value = text if kind is str else ast.literal_eval(text)
+            group[field] = float(text) if kind is float else value
+        except (ValueError, SyntaxError, TypeError) as error:
+            raise UserError(f"{argument}: expected a value of type {kind.__name__}.") from error
+    return config
 
 
 def load_network(args: argparse.Namespace, step: int | None) -> interop.Pretrained:

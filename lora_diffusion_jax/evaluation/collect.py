@@ -15,6 +15,8 @@ from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.evaluation.features import Detector, extract
 from lora_diffusion_jax.evaluation.statistics import Moments, write_npz
 
+SAVE_SECONDS = 30.0  # between saves of partial sums
+
 
 @dataclasses.dataclass
 class FeatureSet:
@@ -76,7 +78,6 @@ def collect_resumable(
     *,
     identity: dict[str, object],
     keep_rows: bool = False,
-    save_seconds: float = 30.0,
     mesh: Mesh | None = None,
     progress: bool = False,
 ) -> FeatureSet:
@@ -89,7 +90,6 @@ def collect_resumable(
       folder: holds the partial sums while they grow; removed by `forget` when they are not needed.
       identity: what the sums are of; a folder with another identity is started anew.
       keep_rows: keep features and logits of every image.
-      save_seconds: time between saves.
       mesh: devices; all by default.
       progress: show a bar.
     """
@@ -110,7 +110,7 @@ def collect_resumable(
             if keep_rows:
                 partial.append(features, logits)
             bar.update(len(features))
-            if time.monotonic() - saved_at >= save_seconds:
+            if time.monotonic() - saved_at >= SAVE_SECONDS:
                 partial.save(moments)
                 saved_at = time.monotonic()
     _check_count(len(moments), total)

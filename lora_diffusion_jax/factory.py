@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -202,17 +203,26 @@ def _set_lora(config: ConfigDict, architecture: Architecture) -> None:
 
 
 def denoiser_from_architecture(
-    architecture: Architecture, *, dtype: str = "float32", sites: str = SITES
+    architecture: Architecture,
+    variables: Variables | None = None,
+    *,
+    dtype: str = "float32",
+    sites: str = SITES,
 ) -> precond.Denoiser:
     """Builds the network that an architecture describes: U-Net, LoRA, preconditioning.
 
     Args:
         architecture: see `architecture_from_config`.
+        variables: of a checkpoint, which for iDDPM holds the table of noise levels.
         dtype: of the computation: float32, bfloat16 or float16; parameters are float32.
         sites: pattern of the layers that receive LoRA.
     """
     a = architecture
     preconditioning = PRECONDS[a["precond"]](**a["precond_args"])
+    table = (variables or {}).get("buffers", {}).get("u")
+    if a["precond"] == "iddpm" and table is not None:
+        table = tuple(np.asarray(table, np.float64).tolist())
+        preconditioning = dataclasses.replace(preconditioning, table=table)
     common = {
         "resolution": a["img_resolution"],
         "img_channels": a["img_channels"],
@@ -239,11 +249,12 @@ def denoiser_from_architecture(
     return precond.Denoiser(unet, preconditioning, a["label_dim"])
 
 
-def build_denoiser(config: ConfigDict) -> precond.Denoiser:
+def build_denoiser(config: ConfigDict, variables: Variables | None = None) -> precond.Denoiser:
     """The network of a config: U-Net, LoRA as `lora.mode` says, and preconditioning."""
     check(config)
-    architecture = architecture_from_config(config)
-    return denoiser_from_architecture(architecture, dtype=config.dtype, sites=config.lora.sites)
+    return denoiser_from_architecture(
+        architecture_from_config(config), variables, dtype=config.dtype, sites=config.lora.sites
+    )
 
 
 def bypass_lora(denoiser: precond.Denoiser) -> precond.Denoiser:
@@ -542,12 +553,15 @@ def load_workdir(
     config = config_from_dict(workdir.read_config(path))
     _, saved = checkpoint.open_for_reading(path, at_step)
     assemble = choose("weights", weights, {"ema": state.ema_variables, "raw": state.raw_variables})
-    return interop.Pretrained(build_denoiser(config), assemble(saved), config)
+    variables = assemble(saved)
+    return interop.Pretrained(build_denoiser(config, variables), variables, config)
 
 
 def with_config(loaded: interop.Pretrained, config: ConfigDict) -> interop.Pretrained:
     """The same weights under an overridden config (sampler, mesh, dtype, LoRA's sites)."""
-    return dataclasses.replace(loaded, denoiser=build_denoiser(config), config=config)
+    return dataclasses.replace(
+        loaded, denoiser=build_denoiser(config, loaded.variables), config=config
+    )
 
 
 def config_from_dict(saved: dict[str, Any]) -> ConfigDict:

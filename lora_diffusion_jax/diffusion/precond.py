@@ -123,14 +123,18 @@ class IDDPM:
     c_1: float = 0.001
     c_2: float = 0.008
     num_steps: int = 1000  # M
+    table: tuple[float, ...] | None = None  # the levels as a checkpoint holds them; None: computed
     out_factor: ClassVar[int] = 2
 
     def levels(self) -> np.ndarray:
         """U [M + 1] float32: u_{j-1}^2 + 1 = (u_j^2 + 1) / max(abar_{j-1} / abar_j, C_1).
 
         Computed in float32 step by step as the reference does: its networks were trained on
-        those levels, which lie 5e-4 off the float64 ones.
+        those levels, which lie 5e-4 off the float64 ones. Another library's sine still moves them by
+        1e-5, so a checkpoint's own table is used where there is one.
         """
+        if self.table is not None:
+            return np.asarray(self.table, np.float32)
         f32 = np.float32
         j = np.arange(self.num_steps + 1, dtype=np.float32)
         abar = np.sin(f32(0.5 * np.pi) * j / f32(self.num_steps) / f32(self.c_2 + 1)) ** 2

@@ -73,7 +73,7 @@ def load_pretrained(path: str | Path, base: str | Path | None = None) -> Pretrai
         return factory.load_workdir(path)
     variables, architecture = _load_file(path, base)
     return Pretrained(
-        denoiser=factory.denoiser_from_architecture(architecture),
+        denoiser=factory.denoiser_from_architecture(architecture, variables),
         variables=variables,
         config=factory.config_from_architecture(architecture),
     )

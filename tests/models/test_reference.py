@@ -155,7 +155,22 @@ def test_parameters_have_the_official_names_and_shapes(case: str) -> None:
     assert shapes(ours) == shapes(converted)
 
 
-OUTPUTS = [(case, name) for case in CASES for name in variants(case)]
+# Each path of the code once; what only repeats it on another network waits for the slow tests.
+REPEATED = {
+    "net_ve_ncsnpp_cond_lora": {"D_nolabel", "D_bypass"},
+    "net_iddpm_ddpmpp_cond": {"D_nolabel", "D_aug"},
+    "net_vp_ddpmpp_uncond": {"D_scalar_sigma"},
+}
+OUTPUTS = [
+    pytest.param(
+        case,
+        name,
+        marks=[pytest.mark.slow] if name in REPEATED.get(case, ()) else [],
+        id=f"{case}-{name}",
+    )
+    for case in CASES
+    for name in variants(case)
+]
 
 
 @pytest.mark.parametrize(("case", "name"), OUTPUTS)

@@ -23,7 +23,7 @@ demo: $(VENV)/installed
 	@echo "Checkpoints: workdirs/demo/checkpoints  Grids during training: workdirs/demo/samples"
 
 test: $(VENV)/installed-dev
-	$(RUN) -m pytest -q -m "not slow" tests
+	$(RUN) -m pytest -q -n auto --dist loadfile -m "not slow" tests
 
 test-slow: $(VENV)/installed-dev
 	$(RUN) -m pytest -q -m slow tests

@@ -193,3 +193,13 @@ def test_class_id_texts(class_id, count, classes, expected):
 def test_class_id_mistakes(class_id, classes):
     with pytest.raises(UserError, match="--class_id"):
         experiment.choose_classes(class_id, 4, classes)
+
+
+@pytest.mark.parametrize(
+    ("channels", "words"), [(14, "14 channels into 3"), (2, "noise embedding of 2 channels")]
+)
+def test_widths_that_no_layer_can_have_are_refused(channels, words):
+    config = tiny(model__channels=channels)
+    denoiser = factory.build_denoiser(config)
+    with pytest.raises(UserError, match=words):
+        jax.eval_shape(lambda: factory.init_variables(config, denoiser, jax.random.key(0)))

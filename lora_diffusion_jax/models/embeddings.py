@@ -6,6 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from lora_diffusion_jax.errors import UserError
+
 
 def positional_embedding(
     t: Float[Array, " B"], channels: int, *, endpoint: bool = False, max_positions: float = 10000.0
@@ -15,6 +17,11 @@ def positional_embedding(
     Vaswani et al. 2017, as DDPM++ (endpoint included) and ADM (not included) use it.
     """
     half = channels // 2
+    if channels % 2 or half <= endpoint:
+        raise UserError(
+            f"A noise embedding of {channels} channels has no frequencies to spread; "
+            "choose an even model.channels of at least 4."
+        )
     exponent = np.arange(half, dtype=np.float32) / np.float32(half - endpoint)
     frequencies = np.power(np.float32(1 / max_positions), exponent)
     phase = t[:, None].astype(jnp.float32) * frequencies

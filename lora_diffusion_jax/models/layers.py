@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from lora_diffusion_jax.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class Init:
@@ -106,6 +108,11 @@ class GroupNorm(nn.Module):
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         batch, height, width, channels = x.shape
         groups = max(1, min(32, channels // 4))
+        if channels % groups:
+            raise UserError(
+                f"Group norm cannot split {channels} channels into {groups} equal groups; choose "
+                "model.channels so that every width is a multiple of 4 (of 32 above 128)."
+            )
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
         count = height * width * (channels // groups)

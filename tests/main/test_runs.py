@@ -1,0 +1,70 @@
+"""Training, resuming, sampling and describing from the command line."""
+
+import json
+
+import numpy as np
+from PIL import Image
+
+from tests.main.running import run, train
+
+
+def test_a_run_is_a_directory(workdir):
+    assert json.loads((workdir / "config.json").read_text())["data"]["num_classes"] == 10
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["train/loss"] for line in lines if "train/loss" in line]
+    assert [line["images"] for line in lines if "train/loss" in line] == [32, 64, 96]
+    assert np.isfinite(losses).all()
+    assert list(workdir.glob("events.out.tfevents.*"))
+    with Image.open(workdir / "samples" / "0000000096.png") as grid:
+        assert grid.size == (4 + 8 * 52, 4 + 10 * 52)
+    assert "lora/down/kernel" in (workdir / "parameters.txt").read_text()
+
+
+def test_the_same_command_goes_on_where_it_was(workdir, data_dir, tmp_path):
+    """Cut in two, a run ends with the metrics of the whole one."""
+    cut = tmp_path / "cut"
+    train(cut, data_dir, 48)
+    _, text = train(cut, data_dir, 96)
+    assert "resuming from the checkpoint of step 3" in text
+
+    def losses(path):
+        lines = map(json.loads, (path / "metrics.jsonl").read_text().splitlines())
+        return {line["images"]: line["train/loss"] for line in lines if "train/loss" in line}
+
+    assert losses(cut)[96] == losses(workdir)[96]
+    _, text = train(cut, data_dir, 96)
+    assert "nothing is left to train" in text
+
+
+def test_samples_are_functions_of_seed_class_and_weights(workdir, tmp_path):
+    sample = ["--mode=sample", f"--workdir={workdir}"]
+    _, text = run(*sample, "--seeds=0-11", "--class_id=3", f"--out={tmp_path / 'a.npz'}")
+    assert json.loads(text.splitlines()[-1])["weights"] == "ema"
+    with np.load(tmp_path / "a.npz") as file:
+        images = file["images"]
+        assert images.shape == (12, 8, 8, 1)
+        assert images.dtype == np.uint8
+        np.testing.assert_array_equal(file["seeds"], np.arange(12))
+        assert (file["labels"] == 3).all()
+    run(
+        *sample,
+        "--seeds=7,2",
+        "--class_id=3",
+        "--config.sampler.batch_size=5",
+        f"--out={tmp_path / 'folder'}",
+    )
+    for seed in (2, 7):
+        with Image.open(tmp_path / "folder" / f"{seed:06d}.png") as picture:
+            difference = np.abs(np.asarray(picture, int) - images[seed, ..., 0])
+            assert difference.max() <= 1
+    run(*sample, "--seeds=0-19", "--class_id=all", "--weights=raw", f"--out={tmp_path / 'g.png'}")
+    with Image.open(tmp_path / "g.png") as grid:
+        assert grid.size == (4 + 2 * 52, 4 + 10 * 52)
+
+
+def test_info_counts_the_paper_row():
+    _, text = run("--mode=info", "--config=configs/cifar10_edm.py")
+    assert "Total parameters: 57,746,907" in text.splitlines()
+    assert "LoRA sites (with_lora): 12" in text
+    _, text = run("--mode=info", "--config=configs/cifar10_edm.py", "--config.lora.mode=only_lora")
+    assert "Total parameters: 53,413,083" in text.splitlines()

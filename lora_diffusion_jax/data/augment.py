@@ -52,6 +52,7 @@ def augment(images: Images, draws: Draws) -> tuple[Images, AugmentLabels]:
     if not values:
         return images, jnp.zeros([images.shape[0], config.label_dim], jnp.float32)
     _check(images, draws)
+    draws = _like_images(draws, images)
     _, height, width, _ = images.shape
     images = _move_pixels(images, draws)
     if any(name in values for name in _GEOMETRIC):
@@ -59,7 +60,7 @@ def augment(images: Images, draws: Draws) -> tuple[Images, AugmentLabels]:
     if any(name in values for name in _COLOUR):
         images = _recolour(images, _colour_map(draws))
     columns = [column for name in config.active for column in _labels(name, draws, height, width)]
-    return images, jnp.stack(columns, axis=-1).astype(jnp.float32)
+    return images, jnp.stack([column.astype(jnp.float32) for column in columns], axis=-1)
 
 
 def _check(images: Images, draws: Draws) -> None:
@@ -85,6 +86,15 @@ def _check(images: Images, draws: Draws) -> None:
         )
 
 
+def _like_images(draws: Draws, images: Images) -> Draws:
+    """Spreads the draws as the images are, which JAX leaves to us if the mesh's axes are Explicit.
+
+    Adding zeros does it, and costs nothing: XLA removes them.
+    """
+    zeros = jnp.zeros_like(images[:, 0, 0, 0], jnp.float32)
+    return jax.tree.map(lambda value: value + (zeros if value.ndim == 1 else zeros[:, None]), draws)
+
+
 def _pixel_shift(draws: Draws, height: int, width: int) -> tuple[Array, Array]:
     """Whole pixels [B] to the right and upwards."""
     reach = draws.config.translate_int_max
@@ -97,7 +107,7 @@ def _move_pixels(images: Images, draws: Draws) -> Images:
     _, height, width, _ = images.shape
     values = draws.values
     if "xflip" in values or "yflip" in values:
-        none = jnp.zeros(images.shape[0])
+        none = jnp.zeros(images.shape[0], jnp.float32)
         flips = (values.get(name, none) == 1 for name in ("xflip", "yflip"))
         images = augment_geometry.flip(images, *flips)
     if "rotate_int" in values:
@@ -138,7 +148,8 @@ def _colour_map(draws: Draws) -> Float[Array, "B 3 4"]:
         return value[:, None, None]
 
     if "brightness" in values:
-        total = total.at[:, :, 3].add(values["brightness"][:, None] * config.brightness_std)
+        offset = np.float32([0, 0, 0, 1]) * per_sample(values["brightness"])
+        total = total + config.brightness_std * offset
     if "contrast" in values:
         total = total * per_sample(jnp.exp2(values["contrast"] * config.contrast_std))
     if "lumaflip" in values:

@@ -4,6 +4,11 @@ The warp of Karras et al. 2020, "Training Generative Adversarial Networks with L
 appendix B: reflect-pad, upsample by 2 with the 12-tap sym6 low-pass filter, sample bilinearly at
 the transformed positions, downsample by 2 with the same filter. Here every stage is a fixed
 matrix but the bilinear one, so that shapes are static and nothing depends on the rest of the batch.
+
+The reference pads as much as the batch's widest sample seems to need, at most by size - 1 pixels;
+here it is always size - 1. Given equal draws the results agree to 4e-6 (white noise: 3e-5), but for
+samples that its estimate serves too little: strongly shrunk ones read zeros there close to the
+border, which changed 3 in 100 batches of 64 white-noise images by more than 1e-4, at most 9e-4.
 """
 
 import functools
@@ -12,7 +17,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from lora_diffusion_jax.array_types import Images
 
@@ -53,11 +58,11 @@ def shift(images: Images, right: Array, up: Array) -> Images:
     """
     _, height, width, _ = images.shape
 
-    def reflected(position: Array, size: int) -> Array:
-        return size - 1 - jnp.abs(size - 1 - position.astype(jnp.int32) % (2 * size - 2))
+    def reflected(by: Array, size: int) -> Int[Array, "B size"]:
+        position = jnp.arange(size, dtype=jnp.int32) + by[:, None].astype(jnp.int32)
+        return size - 1 - jnp.abs(size - 1 - position % (2 * size - 2))
 
-    rows = reflected(jnp.arange(height) + up[:, None], height)
-    columns = reflected(jnp.arange(width) - right[:, None], width)
+    rows, columns = reflected(up, height), reflected(-right, width)
     images = jnp.take_along_axis(images, rows[:, :, None, None], axis=1)
     return jnp.take_along_axis(images, columns[:, None, :, None], axis=2)
 
@@ -151,14 +156,15 @@ def sample_by_gather(images: Images, y: Array, x: Array) -> Planes:
     """Upsamples, then reads four neighbours per position; the fast way where indexing is cheap."""
     batch, height, width, channels = images.shape
     up_y, up_x = upsampling_matrix(height), upsampling_matrix(width)
-    up = jnp.einsum("vh,uw,bhwc->bcvu", up_y, up_x, images, precision=_EXACT)
+    planes = jnp.moveaxis(images, -1, 1)
+    up = jnp.einsum("vh,uw,bchw->bcvu", up_y, up_x, planes, precision=_EXACT)
+    up = up.reshape(batch, channels, -1)
     (row, fy), (column, fx) = _lower(y, len(up_y)), _lower(x, len(up_x))
-    index = (row * len(up_x) + column).reshape(batch, -1)
-    planes = up.reshape(batch, channels, -1)
+    index = (row * len(up_x) + column).reshape(batch, -1)[:, None]
 
-    def read(shift: int) -> Planes:
-        picked = jax.vmap(lambda plane, i: jnp.take(plane, i, axis=1, mode="clip"))
-        return picked(planes, index + shift).reshape(batch, channels, *x.shape[1:])
+    def read(ahead: int) -> Planes:
+        values = jnp.take_along_axis(up, index + ahead, axis=2, mode="clip")
+        return values.reshape(batch, channels, *x.shape[1:])
 
     fy, fx = fy[:, None], fx[:, None]
     upper = (1 - fx) * read(0) + fx * read(1)
@@ -176,12 +182,14 @@ def sample_by_products(images: Images, y: Array, x: Array) -> Planes:
 
     def pixel_weights(position: Array, size: int) -> Float[Array, "B V U size"]:
         up = upsampling_matrix(size)
-        triangle = jax.nn.relu(1 - jnp.abs(position[..., None] - jnp.arange(len(up))))
+        rows = jnp.arange(len(up), dtype=jnp.float32)
+        triangle = jax.nn.relu(1 - jnp.abs(position[..., None] - rows))
         return jnp.einsum("bvur,rs->bvus", triangle, up, precision=_EXACT)
 
     _, height, width, _ = images.shape
+    columns = pixel_weights(x, width)
     lines = jnp.einsum("bvuh,bhwc->bvuwc", pixel_weights(y, height), images, precision=_EXACT)
-    return jnp.einsum("bvuwc,bvuw->bcvu", lines, pixel_weights(x, width), precision=_EXACT)
+    return jnp.einsum("bvuwc,bvuw->bcvu", lines, columns, precision=_EXACT)
 
 
 def warp(images: Images, affine: Affine, sample: Callable[..., Planes] | None = None) -> Images:
@@ -206,4 +214,5 @@ def warp(images: Images, affine: Affine, sample: Callable[..., Planes] | None = 
     else:
         half_pixels = sample(images, y, x)
     down_y, down_x = downsampling_matrix(height), downsampling_matrix(width)
-    return jnp.einsum("hv,wu,bcvu->bhwc", down_y, down_x, half_pixels, precision=_EXACT)
+    rows = jnp.einsum("wu,bcvu->bcvw", down_x, half_pixels, precision=_EXACT)
+    return jnp.moveaxis(jnp.einsum("hv,bcvw->bchw", down_y, rows, precision=_EXACT), 1, -1)

@@ -6,7 +6,7 @@ the transformed positions, downsample by 2 with the same filter. Here every stag
 matrix but the bilinear one, so that shapes are static and nothing depends on the rest of the batch.
 
 The reference pads as much as the batch's widest sample seems to need, at most by size - 1 pixels;
-here it is always size - 1. Given equal draws the results agree to 4e-6 (white noise: 3e-5), but for
+here it is always size - 1. Given equal draws the results agree to 4e-6 (white noise: 4e-5), but for
 samples that its estimate serves too little: strongly shrunk ones read zeros there close to the
 border, which changed 3 in 100 batches of 64 white-noise images by more than 1e-4, at most 9e-4.
 """

@@ -3,8 +3,9 @@
 import os
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -12,6 +13,12 @@ from jax.experimental import multihost_utils
 
 # With several processes, steps between agreements on whether one of them was told to stop.
 AGREE_EVERY = 10
+
+Result = TypeVar("Result")
+
+
+class Interrupted(BaseException):
+    """Raised where a signal cuts work short; no Exception, so that the work does not catch it."""
 
 
 class Interrupts:
@@ -21,6 +28,7 @@ class Interrupts:
 
     def __init__(self):
         self.received: int | None = None
+        self.at_once = False  # raise where the program stands
         self.previous: dict[int, Any] = {}
 
     def __enter__(self) -> "Interrupts":
@@ -40,6 +48,21 @@ class Interrupts:
         # Not print: the signal may have come in the middle of one.
         name = signal.Signals(number).name
         os.write(2, f"\n{name}: saving after this step; once more ends at once\n".encode())
+        if self.at_once:
+            raise Interrupted
+
+    def cut_short(self, work: Callable[[], Result]) -> Result:
+        """Calls work, which a signal, now or before, ends by Interrupted.
+
+        With several processes it runs to its end: the others may be waiting inside it.
+        """
+        self.at_once = jax.process_count() == 1
+        try:
+            if self.at_once and self.received is not None:
+                raise Interrupted
+            return work()
+        finally:
+            self.at_once = False
 
     def agreed(self, step: int) -> int | None:
         """The signal to stop for, the same in all processes, or None."""

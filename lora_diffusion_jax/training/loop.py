@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from lora_diffusion_jax.training import workdir as workdirs
 from lora_diffusion_jax.training import writers
 from lora_diffusion_jax.training.checkpoint import Checkpoints, from_parts, to_parts
 from lora_diffusion_jax.training.feed import Batches, Feed
-from lora_diffusion_jax.training.interrupts import Interrupts
+from lora_diffusion_jax.training.interrupts import Interrupted, Interrupts
 from lora_diffusion_jax.training.metrics import TrainMetrics, to_scalars
 from lora_diffusion_jax.training.sharding import (
     Rules,
@@ -251,19 +251,22 @@ class _Loop:
 
     def run(self, step_fn: StepFn, rules: Rules, key: Key) -> Result:
         """All steps that are left."""
-        self._call_back(skip=writers.callbacks_done(self.directory, self.step))
+        with Interrupts() as interrupts:
+            done = writers.callbacks_done(self.directory, self.step)
+            self._call_back(interrupts, skip=done)
         if self.step >= self.total:
-            done = self.step * self.batch_size
-            self.progress.say(f"{done:,} images are done; nothing is left to train")
-            return self._result(None)
+            images = self.step * self.batch_size
+            self.progress.say(f"{images:,} images are done; nothing is left to train")
+        if self.step >= self.total or interrupts.received is not None:
+            return self._result(interrupts.received)
         item = self.feed.next()
         began = time.perf_counter()
         self.compiled = compile_step(
             step_fn, self.state, self.interval, self.feed.data, item, key, self.mesh, rules
         )
-        self.progress.say(f"compiled the step in {time.perf_counter() - began:.1f} s")
-        self._start_clock()
         with Interrupts() as interrupts:
+            self.progress.say(f"compiled the step in {time.perf_counter() - began:.1f} s")
+            self._start_clock()
             stopped_by = self._steps(item, key, interrupts)
             self.checkpoints.wait()
         if stopped_by is not None:
@@ -277,8 +280,10 @@ class _Loop:
         """Steps until the end or a signal, which it returns."""
         while True:
             self._advance(item, key)
+            self._events(interrupts)
             stopped_by = interrupts.agreed(self.step)
-            self._events(stopping=stopped_by is not None)
+            if stopped_by is not None:
+                self._save()
             if stopped_by is not None or self.step == self.total:
                 return stopped_by
             item = self.feed.next()
@@ -316,24 +321,24 @@ class _Loop:
                 )
             self.progress.update(step * self.batch_size, loss)
 
-    def _events(self, *, stopping: bool) -> None:
-        """What is due after this step. A run that stops early saves alone: its next part logs."""
+    def _events(self, interrupts: Interrupts) -> None:
+        """What is due after this step."""
         last = self.step == self.total
-        log = last or self._is_due(self.schedule.log_every)
-        save = last or stopping or self._is_due(self.schedule.checkpoint_every)
-        names = [name for name in self.callbacks if self._callback_due(name)]
-        if not (log or save or names):
-            return
-        self._land(0)  # a state that is saved or shown must not be of a diverged run
-        if log:
+        if last or self._is_due(self.schedule.log_every):
             self._log()
-        if save:
-            began = time.perf_counter()
-            self.checkpoints.save(self.step, to_parts(self.state, self.interval))
-            self.saved = self.step
-            self.held_up += time.perf_counter() - began
-        if not stopping:
-            self._call_back()
+        if last or self._is_due(self.schedule.checkpoint_every):
+            self._save()
+        self._call_back(interrupts)
+
+    def _save(self) -> None:
+        """Begins the checkpoint of this step, unless that was done."""
+        if self.saved == self.step:
+            return
+        self._land(0)  # a diverged state is not saved
+        began = time.perf_counter()
+        self.checkpoints.save(self.step, to_parts(self.state, self.interval))
+        self.saved = self.step
+        self.held_up += time.perf_counter() - began
 
     def _is_due(self, every: int) -> bool:
         return _due(every, self.step, self.batch_size)
@@ -342,21 +347,23 @@ class _Loop:
         every = self.schedule.every(name)
         return every > 0 and self.step > 0 and (self.step == self.total or self._is_due(every))
 
-    def _call_back(self, skip: Sequence[str] = ()) -> None:
-        """Runs the callbacks that are due and writes what they return."""
+    def _call_back(self, interrupts: Interrupts, skip: Collection[str] = ()) -> None:
+        """Runs the callbacks that are due and writes what they return; a signal cuts them short."""
         for name, function in self.callbacks.items():
             if not self._callback_due(name) or name in skip:
                 continue
+            self._land(0)
             began = time.perf_counter()
-            values = dict(function(self.state, self.step) or {})
+            try:
+                values = interrupts.cut_short(lambda f=function: f(self.state, self.step))
+            except Interrupted:
+                return  # no line is written, so that resuming runs it
             spent = time.perf_counter() - began
             self.paused += spent
-            images = self.step * self.batch_size
-            self.writers.write(self.step, images, {**values, "callback/seconds": spent}, name)
+            values = {**(values or {}), "callback/seconds": spent}
+            self.writers.write(self.step, self.step * self.batch_size, values, callback=name)
             shown = [f"{k} {v:.5g}" for k, v in values.items() if np.ndim(v) == 0]
-            self.progress.say(
-                " | ".join([f"step {self.step:,}", f"{name} in {spent:.1f} s", *shown])
-            )
+            self.progress.say(" | ".join([f"step {self.step:,}: {name}", *shown]))
 
     def _start_clock(self) -> None:
         self.began, self.began_step = time.perf_counter(), self.step
@@ -365,6 +372,7 @@ class _Loop:
 
     def _log(self) -> None:
         """Writes the line of the interval that ends here, and starts the next."""
+        self._land(0)
         interval, bad, skipped = jax.device_get(
             (self.interval, self.state.nonfinite_grads, self.state.skipped_steps)
         )

@@ -41,16 +41,21 @@ class Writers:
             return
         with plain_disk_errors(directory):
             _drop_after(self.path, step)
-            self.lines = self.path.open("a")
+            self.lines = self.path.open("ab", buffering=0)  # nothing is left over for closing
             self.events = tensorboardX.SummaryWriter(str(directory), purge_step=images + 1)
 
     def __enter__(self) -> "Writers":
         return self
 
-    def __exit__(self, *error: Any) -> None:
-        if self.lines is not None:
-            self.lines.close()
+    def __exit__(self, kind: type | None, *error: Any) -> None:
+        if self.lines is None:
+            return
+        self.lines.close()
+        try:
             self.events.close()
+        except OSError:
+            if kind is None:  # else the error on its way says it
+                raise
 
     def write(
         self, step: int, images: int, values: Mapping[str, Any], callback: str | None = None
@@ -71,8 +76,7 @@ class Writers:
         # JSON has no NaN or infinity.
         line |= {name: v if math.isfinite(v) else None for name, v in scalars.items()}
         with plain_disk_errors(self.path):
-            self.lines.write(json.dumps(line) + "\n")
-            self.lines.flush()
+            self.lines.write((json.dumps(line) + "\n").encode())
             for name, value in scalars.items():
                 self.events.add_scalar(name, value, images)
             for name in values.keys() - scalars.keys():

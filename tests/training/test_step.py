@@ -174,17 +174,18 @@ def test_too_many_bad_steps_in_a_row_halt_for_good(variables):
     assert same(states[0].params, states[4].params)  # though the losses of steps 3, 4 were finite
 
 
-def test_nonfinite_gradients_are_replaced_and_counted(variables):
+def test_nonfinite_gradients_are_replaced_and_counted():
     """sqrt at 0 has an infinite derivative: the loss is finite, the gradient is not."""
 
     def loss(variables, images, labels, random, train):
-        bias = variables["params"]["out"]["bias"]  # zeros at the start
+        bias = variables["params"]["out"]["bias"]  # zeros here
         nan = bias[0] * jnp.where(bias[0] == 0, jnp.sqrt(bias[0]) * 0, 1)
         pixels = jnp.square(images) * 0 + bias[1] + jnp.sqrt(bias[2]) + nan
         return pixels, jnp.ones(())
 
     optimizer = adam(1.0)
     step = jax.jit(make_step(optimizer, loss_fn=loss, ema=Ema(10.0)))
+    variables = {"params": {"out": {"bias": jnp.zeros(3)}}}
     after, metrics = step(create_state(variables, optimizer), batch(), jax.random.key(0))
     assert float(after.nonfinite_grads) == 2
     assert int(after.skipped_steps) == 0

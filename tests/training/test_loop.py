@@ -1,0 +1,229 @@
+import os
+import signal
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.training.checkpoint import SavedWeights, save_weights, saved_steps
+from lora_diffusion_jax.training.feed import Feed, take
+from lora_diffusion_jax.training.loop import DivergedError, Schedule, train
+from lora_diffusion_jax.training.metrics import to_scalars
+from lora_diffusion_jax.training.optimizer import adam
+from lora_diffusion_jax.training.sharding import make_mesh
+from lora_diffusion_jax.training.state import TRAIN, create_state, purpose_key
+from lora_diffusion_jax.training.writers import read_metrics
+from tests.training.stand_in import (
+    BATCH,
+    CLASSES,
+    SIZE,
+    digest,
+    draw,
+    init_variables,
+    loss_fn,
+    make_run,
+    make_step,
+)
+
+
+def run_by_hand(arguments, steps):
+    """The contract of the loop, spelled out: batch k, key k, one step after the other."""
+    step = jax.jit(arguments["step_fn"])
+    state, losses = arguments["init"](), []
+    for k in range(steps):
+        index = arguments["batches"].indices(k)
+        batch = {name: rows[index] for name, rows in arguments["batches"].source.items()}
+        key = jax.random.fold_in(purpose_key(arguments["seed"], TRAIN), k)
+        state, metrics = step(state, batch, key)
+        losses.append(to_scalars(metrics)["train/loss"])
+    return state, losses
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """A run of 17 steps without disturbance."""
+    arguments = make_run(tmp_path_factory.mktemp("straight"), total=17, flops_per_image=1e9)
+    return arguments, train(**arguments)
+
+
+def test_the_loop_is_its_contract(straight):
+    arguments, result = straight
+    state, losses = run_by_hand(arguments, 17)
+    assert (result.step, result.images, result.exit_code) == (17, 17 * BATCH, 0)
+    # Compiled with the gather, the step may be fused otherwise: float32's rounding.
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), result.state, state
+    )
+    lines = read_metrics(arguments["workdir"])
+    assert [line["step"] for line in lines] == [7, 14, 17]
+    assert [line["images"] for line in lines] == [7 * BATCH, 14 * BATCH, 17 * BATCH]
+    for line, part in zip(lines, (losses[:7], losses[7:14], losses[14:]), strict=True):
+        assert line["train/loss"] == pytest.approx(np.mean(part), rel=1e-5)
+    assert saved_steps(arguments["workdir"]) == [10, 15, 17]
+
+
+def test_speed_is_logged(straight):
+    for line in read_metrics(straight[0]["workdir"]):
+        rate = line["perf/images_per_sec"]
+        assert line["perf/sec_per_step"] == pytest.approx(BATCH / rate)
+        assert line["perf/tflops_per_sec"] == pytest.approx(rate / 1e3)
+        left = (17 * BATCH - line["images"]) / rate
+        assert line["perf/eta_sec"] == pytest.approx(left)
+        assert 0 <= line["perf/input_wait"] + line["perf/checkpoint_wait"] <= 1
+
+
+def test_streamed_batches_train_the_same(straight, tmp_path):
+    result = train(**make_run(tmp_path, total=17, in_memory=False))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+        result.state.params,
+        straight[1].state.params,
+    )
+
+
+def test_a_longer_run_goes_on_where_a_shorter_ended(straight, tmp_path, capsys):
+    train(**make_run(tmp_path, total=9))
+    result = train(**make_run(tmp_path, total=17, quiet=False))
+    assert digest(result.state) == digest(straight[1].state)
+    out = capsys.readouterr().out
+    assert "resuming from the checkpoint of step 9" in out
+    assert f"train.total_images changes from {9 * BATCH} to {17 * BATCH}" in out
+    assert [line["step"] for line in read_metrics(tmp_path)] == [7, 9, 14, 17]
+
+
+def test_a_finished_run_has_nothing_left(straight, capsys):
+    arguments, result = straight
+    again = train(**arguments | {"quiet": False})
+    assert "nothing is left to train" in capsys.readouterr().out
+    assert digest(again.state) == digest(result.state)
+
+
+def test_callbacks_get_the_state_of_their_step_and_their_values_are_logged(tmp_path):
+    seen = []
+
+    def sample(state, step):
+        assert int(state.step) == step
+        seen.append(("samples", step))
+        return {"samples/grid": np.zeros((2, 2, 3), np.uint8)}
+
+    def evaluate(state, step):
+        seen.append(("eval", step))
+        return {"eval/norm": float(jnp.abs(state.ema["mid"]["kernel"]).sum())}
+
+    schedule = {"sample_every": 4 * BATCH, "eval_every": 5 * BATCH + 1}
+    callbacks = {"samples": sample, "eval": evaluate}
+    train(**make_run(tmp_path, total=11, callbacks=callbacks, schedule=schedule))
+    assert seen == [("samples", 4), ("eval", 6), ("samples", 8), ("samples", 11), ("eval", 11)]
+    lines = [line for line in read_metrics(tmp_path) if "callback" in line]
+    assert [(line["callback"], line["step"]) for line in lines] == seen
+    assert all("eval/norm" in line for line in lines if line["callback"] == "eval")
+
+
+def test_a_callback_that_fails_ends_the_run_and_is_repeated(tmp_path):
+    calls = []
+
+    def evaluate(state, step):
+        calls.append(step)
+        if calls == [3, 6]:
+            raise RuntimeError("no room for features")
+        return
+
+    options = {"callbacks": {"eval": evaluate}, "schedule": {"eval_every": 3 * BATCH}, "total": 7}
+    options["schedule"]["checkpoint_every"] = 3 * BATCH
+    with pytest.raises(RuntimeError, match="no room for features"):
+        train(**make_run(tmp_path, **options))
+    assert saved_steps(tmp_path) == [3, 6]
+    train(**make_run(tmp_path, **options))
+    assert calls == [3, 6, 6, 7]
+    train(**make_run(tmp_path, **options))
+    assert calls == [3, 6, 6, 7]
+
+
+def test_a_signal_cuts_a_callback_short_and_resuming_repeats_it(tmp_path):
+    calls, after = [], []
+
+    def evaluate(state, step):
+        calls.append(step)
+        if calls == [3]:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0)  # the signal is handled here at the latest
+            after.append(step)
+
+    options = {"callbacks": {"eval": evaluate}, "schedule": {"eval_every": 3 * BATCH}, "total": 5}
+    result = train(**make_run(tmp_path, **options))
+    assert (result.step, result.exit_code) == (3, 128 + signal.SIGTERM)
+    assert saved_steps(tmp_path) == [3]
+    result = train(**make_run(tmp_path, **options))
+    assert (result.step, result.exit_code, calls, after) == (5, 0, [3, 3, 5], [])
+
+
+def test_another_config_is_refused_and_the_run_stays(straight):
+    arguments = straight[0]
+    other = {"train": {"batch_size": 99}, "model": "net"}
+    with pytest.raises(UserError, match="train.batch_size: 16 there, 99 now"):
+        train(**arguments | {"config": other})
+
+
+def poisoned(variables, images, labels, random, train):
+    pixels, sigma = loss_fn(variables, images, labels, random, train)
+    return jnp.where(random["step"][:, None, None, None] >= 6, jnp.nan, pixels), sigma
+
+
+def test_a_loss_that_stays_nan_stops_with_the_step(tmp_path):
+    """Steps 7, 8, 9 (from the seventh on) are bad: the run ends there, with step 5 as last checkpoint."""
+
+    def draw_with_step(key, shape):
+        steps = jnp.arange(20)
+        keys = jax.vmap(lambda k: jax.random.fold_in(purpose_key(3, TRAIN), k))(steps)
+        here = (jax.random.key_data(keys) == jax.random.key_data(key)).all(axis=-1)
+        return {**draw(key, shape), "step": jnp.full(shape[0], jnp.argmax(here))}
+
+    options = {"loss_fn": poisoned, "draw": draw_with_step, "max_bad_steps": 3}
+    with pytest.raises(DivergedError, match="3 steps in a row, from step 7 to 9.*is of step 5"):
+        train(**make_run(tmp_path, total=20, step_options=options))
+    assert saved_steps(tmp_path) == [5]
+
+
+def test_imported_weights_are_what_training_begins_with(tmp_path):
+    optimizer = adam(1e-30)  # does not move the weights
+    state = create_state(init_variables(), optimizer)
+    params = jax.tree.map(lambda p: p + 3, state.params)
+    save_weights(tmp_path, SavedWeights(params, {}, {}, params))
+    options = {"init": state, "step_fn": make_step(optimizer)}  # a state, not a function
+    result = train(**make_run(tmp_path, total=2, **options))
+    jax.tree.map(np.testing.assert_array_equal, result.state.params, params)
+    assert not state.params["mid"]["kernel"].is_deleted()  # the caller's arrays are not donated
+    assert saved_steps(tmp_path) == [0, 2]
+
+
+def test_a_batch_that_the_mesh_cannot_split_is_refused_before_anything_is_made(tmp_path):
+    arguments = make_run(tmp_path / "run")
+    arguments["batches"].batch_size = 0
+    with pytest.raises(UserError, match="batch_size 0"):
+        train(**arguments)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("field", ["total_images", "log_every", "checkpoint_every", "keep"])
+def test_a_schedule_without_an_end_or_a_cadence_is_refused(field):
+    good = {"total_images": 100, "log_every": 10, "checkpoint_every": 10}
+    with pytest.raises(UserError, match=f"train.{field} is 0"):
+        Schedule(**good | {field: 0})
+
+
+@pytest.mark.parametrize("device_bytes", [0, 2**20])
+def test_feed_gives_batch_k_either_way(device_bytes):
+    batches = make_run("unused")["batches"]
+    with Feed(batches, make_mesh(), start=5, device_bytes=device_bytes) as feed:
+        assert bool(feed.data) == bool(device_bytes)
+        for step in (5, 6):
+            batch = take(feed.data, feed.next())
+            index = batches.indices(step)
+            for name, rows in batches.source.items():
+                np.testing.assert_array_equal(batch[name], rows[index])
+    assert feed.waited > 0
+    assert batch["image"].shape == (BATCH, SIZE, SIZE, 3)
+    assert int(batch["label"].max()) < CLASSES

@@ -1,0 +1,94 @@
+"""A run that is killed, asked to stop, killed again, and ends as if nothing had been."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from lora_diffusion_jax.training.checkpoint import saved_steps
+from tests.training.stand_in import fast_compile_env, train_lines
+
+STEPS = 40  # a line every 7, a checkpoint every 5
+
+
+class Run:
+    """The stand-in program at work."""
+
+    def __init__(self, workdir, *options):
+        command = [sys.executable, "-m", "tests.training.stand_in", workdir, *map(str, options)]
+        self.process = subprocess.Popen(
+            [*command, "--total", str(STEPS)],
+            env=fast_compile_env(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self.output = ""
+
+    def wait_for(self, text):
+        """Reads until a line begins with `text`."""
+        for line in self.process.stdout:
+            self.output += line
+            if line.startswith(text):
+                return
+        raise AssertionError(f"ended without {text!r}:\n{self.output}")
+
+    def end(self):
+        """Reads to the end; returns the exit code."""
+        self.output += self.process.communicate(timeout=120)[0]
+        return self.process.returncode
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    run = Run(workdir)
+    assert run.end() == 0, run.output
+    return workdir, json.loads(workdir.with_name(f"{workdir.name}.json").read_text())
+
+
+def test_killed_stopped_and_resumed_it_ends_with_the_same_bits(tmp_path, undisturbed):
+    workdir = tmp_path / "run"
+
+    # kill -9 from within, while the checkpoint of step 10 is being written or just was
+    run = Run(workdir, "--die-at", 11)
+    assert run.end() == -signal.SIGKILL
+
+    # SIGTERM: the step is finished and saved
+    run = Run(workdir, "--pause", 0.05)
+    run.wait_for("resuming from the checkpoint of step ")
+    run.wait_for("batch 17")
+    run.process.send_signal(signal.SIGTERM)
+    assert run.end() == 128 + signal.SIGTERM, run.output
+    assert "SIGTERM: saving after this step" in run.output
+    assert "stopped by SIGTERM after step " in run.output
+    stopped_at = max(saved_steps(workdir))
+    assert stopped_at >= 17
+
+    # kill -9 from outside; a second run meanwhile is refused
+    run = Run(workdir, "--pause", 0.05)
+    run.wait_for(f"resuming from the checkpoint of step {stopped_at}")
+    run.wait_for("batch 27")
+    second = Run(workdir)
+    run.process.send_signal(signal.SIGSTOP)  # hold it while the second one starts
+    assert second.end() == 2
+    assert f"Another run is using {workdir} (process {run.process.pid} on " in second.output
+    run.process.kill()
+    assert run.end() == -signal.SIGKILL
+
+    run = Run(workdir)
+    assert run.end() == 0, run.output
+    reference, told = undisturbed
+    assert json.loads((tmp_path / "run.json").read_text()) == told
+    assert train_lines(workdir) == train_lines(reference)
+
+
+def test_a_second_interrupt_ends_at_once(tmp_path):
+    run = Run(tmp_path / "run", "--pause", 5)
+    run.wait_for("compiled")
+    run.process.send_signal(signal.SIGINT)
+    run.wait_for("SIGINT: saving after this step")
+    run.process.send_signal(signal.SIGINT)
+    assert run.end() == -signal.SIGINT

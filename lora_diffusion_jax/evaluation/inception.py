@@ -153,10 +153,15 @@ def save_safetensors(source: Path, target: Path) -> None:
     """Rewrites a weights file as safetensors, which records the hash of what it was made of."""
     state_dict, source_hash = read_weights(source)
     kept = {name: state_dict[name] for name in sorted(expected_shapes())}
-    meta = {"source_sha256": source_hash, "content": tree_hash(kept)}
     partial = target.with_name(f".{target.name}.part")
-    save_file(kept, partial, metadata={"inception": json.dumps(meta)})
+    save_file(kept, partial, metadata=metadata_of(kept, source_hash))
     partial.replace(target)
+
+
+def metadata_of(state_dict: Mapping[str, np.ndarray], source_hash: str) -> dict[str, str]:
+    """What our safetensors files say of themselves: origin, and a hash that shows changes."""
+    meta = {"source_sha256": source_hash, "content": tree_hash(dict(state_dict))}
+    return {"inception": json.dumps(meta)}
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], str]:
@@ -201,6 +206,25 @@ def expected_shapes() -> Mapping[str, tuple[int, ...]]:
         for part in ("weight", "bias", "running_mean", "running_var"):
             shapes[f"{name}.bn.{part}"] = (conv.features,)
     return shapes
+
+
+def random_state_dict(seed: int = 0) -> dict[str, np.ndarray]:
+    """Returns random weights under the official names, for tests and benchmarks without the file.
+
+    Scaled so that activations keep their size from layer to layer (He et al. 2015).
+    """
+    rng = np.random.default_rng(seed)
+    found = {}
+    for name, shape in expected_shapes().items():
+        value = rng.standard_normal(shape, np.float32)
+        if name.endswith("conv.weight"):
+            value *= np.sqrt(2.0 / np.prod(shape[1:]))
+        elif name.endswith(("bn.weight", "running_var")):
+            value = 1 + 0.1 * value
+        else:
+            value *= 0.1
+        found[name] = value.astype(np.float32)
+    return found
 
 
 def _check_names(path: Path, state_dict: Mapping[str, np.ndarray]) -> None:

@@ -5,11 +5,13 @@ that do not count their padding, and a max pool in the last block's pooling bran
 normalisation is folded into the convolutions when the weights are read (`inception.py`).
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax import lax
 
 SIDE = 299  # of the image that the network sees
 POOL_DIM, NUM_LOGITS = 2048, 1008
@@ -183,14 +185,36 @@ def _run(steps: tuple[Step, ...], x: jax.Array) -> jax.Array:
 def _convolve(conv: Conv, x: jax.Array) -> jax.Array:
     if conv.size == ONE:
         return nn.relu(nn.Dense(conv.features, name=conv.name)(x))
-    padded = conv.same and conv.stride == 1
-    pads = [(k // 2, k // 2) if padded else (0, 0) for k in conv.size]
     strides = (conv.stride, conv.stride)
-    return nn.relu(nn.Conv(conv.features, conv.size, strides, pads, name=conv.name)(x))
+    if conv.same and conv.stride == 1:
+        pads = [(k // 2, k // 2) for k in conv.size]
+        return nn.relu(nn.Conv(conv.features, conv.size, strides, pads, name=conv.name)(x))
+    # XLA's CPU backend is 2.5 times slower at convolutions without any padding: compute one
+    # row and column too many, and cut them off.
+    height, width = (
+        (n - k) // conv.stride + 1 for n, k in zip(x.shape[1:3], conv.size, strict=True)
+    )
+    padded = nn.Conv(conv.features, conv.size, strides, [(0, 1), (0, 1)], name=conv.name)(x)
+    return nn.relu(padded[:, :height, :width])
 
 
 def _pool(x: jax.Array, kind: str, stride: int) -> jax.Array:
-    strides, pads = (stride, stride), "SAME" if stride == 1 else "VALID"
-    if kind == "max":
-        return nn.max_pool(x, (3, 3), strides, pads)
-    return nn.avg_pool(x, (3, 3), strides, pads, count_include_pad=False)
+    """Pools rows, then columns, by combining three shifted slices: faster than windows on a CPU."""
+    combine = jnp.maximum if kind == "max" else jnp.add
+    edge = -jnp.inf if kind == "max" else 0.0
+    count = jnp.ones((1, *x.shape[1:3], 1), x.dtype)
+    for axis in (1, 2):
+        x = _combine(x, axis, stride, combine, edge)
+        count = _combine(count, axis, stride, jnp.add, 0.0)
+    return x if kind == "max" else x / count
+
+
+def _combine(
+    x: jax.Array, axis: int, stride: int, combine: Callable[..., jax.Array], edge: float
+) -> jax.Array:
+    if stride == 1:
+        pads = [(int(i == axis), int(i == axis)) for i in range(x.ndim)]
+        x = jnp.pad(x, pads, constant_values=edge)
+    last = (x.shape[axis] - 3) // stride * stride
+    parts = [lax.slice_in_dim(x, k, last + k + 1, stride, axis) for k in range(3)]
+    return combine(combine(parts[0], parts[1]), parts[2])

@@ -1,5 +1,6 @@
 """The evaluation that every run can afford: Frechet distance in the dataset's own features."""
 
+import functools
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -7,7 +8,8 @@ import numpy as np
 from lora_diffusion_jax.array_types import Source
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.evaluation.features import Detector, extract
-from lora_diffusion_jax.evaluation.metrics import count_name, frechet_distance
+from lora_diffusion_jax.evaluation.metrics import frechet_distance
+from lora_diffusion_jax.evaluation.report import metric_name
 from lora_diffusion_jax.evaluation.statistics import Moments, moments_of
 
 CHUNK = 250  # images read at a time
@@ -41,6 +43,64 @@ def distance(first: Moments, second: Moments) -> float:
     return frechet_distance(*first.result(), *second.result())
 
 
+class QuickEvaluator:
+    """Compares samples with held-out real images, beside a floor and a ceiling, again and again.
+
+    What does not depend on the samples is computed at the first call and kept.
+
+    Args:
+      train: real images that the model was trained on; their distance is the floor.
+      heldout: real images that neither the model nor the detector was trained on.
+      detector: the feature space, e.g. from `classifier.fit` or `load_inception`.
+      num: number of samples; part of the metric's name.
+    """
+
+    def __init__(self, train: Source, heldout: Source, detector: Detector, *, num: int = 1000):
+        self.train, self.heldout, self.detector, self.num = train, heldout, detector, num
+
+    @functools.cached_property
+    def reference(self) -> Moments:
+        """Moments of the held-out images."""
+        return feature_moments(self.detector, source_batches(self.heldout))
+
+    @functools.cached_property
+    def bounds(self) -> dict[str, float | int]:
+        """Floor: `num` training images, or all if fewer (`n_floor`). Ceiling: uniform noise."""
+        floor = feature_moments(self.detector, source_batches(self.train, self.num))
+        noise = noise_batches(self.heldout.image_shape, self.num)
+        ceiling = feature_moments(self.detector, noise)
+        return {
+            f"{self.name}_floor": distance(floor, self.reference),
+            f"{self.name}_ceiling": distance(ceiling, self.reference),
+            "n_floor": len(floor),
+        }
+
+    @property
+    def name(self) -> str:
+        """'fd_classifier_1k', or 'fid_2k' in Inception features."""
+        return metric_name("fid", self.detector, self.num)
+
+    def __call__(self, samples: Iterable[np.ndarray]) -> dict[str, float | int | str]:
+        """Judges the first `num` of some samples, uint8 batches [n, H, W, C].
+
+        Returns:
+          {'fd_classifier_1k', 'fd_classifier_1k_floor', 'fd_classifier_1k_ceiling', 'n',
+          'n_reference', 'n_floor', 'features', 'detector_hash'}.
+
+        Raises:
+          UserError: fewer than `num` samples.
+        """
+        drawn = feature_moments(self.detector, take(samples, self.num))
+        return {
+            self.name: distance(drawn, self.reference),
+            **self.bounds,
+            "n": len(drawn),
+            "n_reference": len(self.reference),
+            "features": self.detector.name,
+            "detector_hash": self.detector.hash,
+        }
+
+
 def quick_report(
     samples: Iterable[np.ndarray],
     train: Source,
@@ -49,35 +109,8 @@ def quick_report(
     *,
     num: int = 1000,
 ) -> dict[str, float | int | str]:
-    """Compares `num` samples with held-out real images, beside a floor and a ceiling.
-
-    Args:
-      samples: uint8 batches [n, H, W, C], at least `num` images in all; the first `num` count.
-      train: real images that the model was trained on; the floor is their distance.
-      heldout: real images that neither the model nor the detector was trained on.
-      detector: the feature space, e.g. from `classifier.fit`.
-      num: number of samples; part of the metric's name.
-
-    Returns:
-      {'fd_classifier_1k': ..., 'fd_classifier_1k_floor': real training images against held-out
-      ones, 'fd_classifier_1k_ceiling': uniform noise against them, and the counts}. With fewer
-      than `num` training images the floor is over all of them, as `n_floor` says.
-    """
-    reference = feature_moments(detector, source_batches(heldout))
-    drawn = feature_moments(detector, take(samples, num))
-    floor = feature_moments(detector, source_batches(train, num))
-    ceiling = feature_moments(detector, noise_batches(heldout.image_shape, num))
-    name = f"fd_{detector.name}_{count_name(num)}"
-    return {
-        name: distance(drawn, reference),
-        f"{name}_floor": distance(floor, reference),
-        f"{name}_ceiling": distance(ceiling, reference),
-        "n": len(drawn),
-        "n_reference": len(reference),
-        "n_floor": len(floor),
-        "features": detector.name,
-        "detector_hash": detector.hash,
-    }
+    """Judges samples once; see `QuickEvaluator`."""
+    return QuickEvaluator(train, heldout, detector, num=num)(samples)
 
 
 def take(batches: Iterable[np.ndarray], count: int) -> Iterator[np.ndarray]:

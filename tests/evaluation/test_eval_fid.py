@@ -154,7 +154,7 @@ def test_stopped_gen_goes_on_to_the_same_number(capsys, reference, run, metrics,
     _, expected, _ = call(capsys, *common, "--seeds=1000-1229")
     original = collect.Moments.add
     monkeypatch.setattr(collect, "SAVE_SECONDS", 0.0)
-    for stop_after in (1, 2):  # the batches of 50 that are done before the process dies
+    for stop_after in (1, 2):  # the batches of 16 that are done before the process dies
         left = [stop_after]
 
         def add(self, rows, left=left):
@@ -172,7 +172,7 @@ def test_stopped_gen_goes_on_to_the_same_number(capsys, reference, run, metrics,
         collect.Moments, "add", lambda self, rows: (added.append(len(rows)), original(self, rows))
     )
     _, rows, _ = call(capsys, *common, "--seeds=1000-1229")
-    assert sum(added) == 230 - 150  # three batches were not made again
+    assert sum(added) == 230 - 48  # three batches were not made again
     assert [r["value"] for r in rows] == [r["value"] for r in expected]
     assert not list((run / "evaluation" / "partial").iterdir())
 

@@ -1,0 +1,161 @@
+"""How the offline features answer to known damage of real images: one JSON line per level, a plot.
+
+    python benchmarks/eval_sensitivity.py --data=cifar10 --data_dir=DIR [--plot=docs/sensitivity.png]
+
+Real test images are blurred, noised, compressed, drawn with uneven classes, or robbed of classes,
+each at growing levels; their distance to the training images should grow with every level.
+"""
+
+import argparse
+import io
+import json
+import pathlib
+import sys
+
+import numpy as np
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+
+from lora_diffusion_jax.data.sources import open_source  # noqa: E402
+from lora_diffusion_jax.evaluation import classifier  # noqa: E402
+from lora_diffusion_jax.evaluation.collect import collect  # noqa: E402
+from lora_diffusion_jax.evaluation.features import Detector  # noqa: E402
+from lora_diffusion_jax.evaluation.metrics import count_name, frechet_distance  # noqa: E402
+from lora_diffusion_jax.evaluation.metrics import kernel_distance as kernel  # noqa: E402
+from lora_diffusion_jax.evaluation.neighbours import manifold_metrics  # noqa: E402
+
+LEVELS = {
+    "blur, sigma in pixels": (0.0, 0.4, 0.6, 0.8, 1.2, 2.0),
+    "noise, standard deviation in grey levels": (0.0, 4.0, 8.0, 16.0, 32.0, 64.0),
+    "JPEG, 100 - quality": (0, 10, 30, 50, 70, 90),
+    "uneven classes, share of the first half": (0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
+    "dropped classes": (0, 1, 2, 4, 6, 8),
+}
+
+
+def blur(images: np.ndarray, sigma: float) -> np.ndarray:
+    smooth = gaussian_filter(images.astype(np.float64), (0, sigma, sigma, 0), mode="nearest")
+    return np.round(smooth).astype(np.uint8)
+
+
+def noise(images: np.ndarray, deviation: float) -> np.ndarray:
+    drawn = np.random.default_rng(1).normal(0, 1, images.shape)
+    return np.clip(np.round(images + deviation * drawn), 0, 255).astype(np.uint8)
+
+
+def jpeg(images: np.ndarray, loss: int) -> np.ndarray:
+    if loss == 0:
+        return images
+    out = []
+    for image in images:
+        buffer = io.BytesIO()
+        picture = Image.fromarray(image.squeeze() if image.shape[-1] == 1 else image)
+        picture.save(buffer, format="JPEG", quality=100 - loss)
+        out.append(np.asarray(Image.open(buffer)).reshape(image.shape))
+    return np.stack(out)
+
+
+def choose(labels: np.ndarray, weights: np.ndarray, count: int) -> np.ndarray:
+    """Indices of `count` different images whose classes follow the weights."""
+    shares = np.floor(weights / weights.sum() * count).astype(int)
+    shares[np.argmax(weights)] += count - shares.sum()
+    rng = np.random.default_rng(2)
+    found = [rng.permutation(np.flatnonzero(labels == c))[:n] for c, n in enumerate(shares)]
+    assert sum(map(len, found)) == count, "a class has too few images for this count"
+    return np.concatenate(found)
+
+
+def damaged(
+    kind: str, level: float, images: np.ndarray, labels: np.ndarray, count: int
+) -> np.ndarray:
+    classes = labels.max() + 1
+    weights = np.ones(classes)
+    if kind.startswith("uneven"):
+        half = classes // 2
+        weights[:half], weights[half:] = level / half, (1 - level) / (classes - half)
+    elif kind.startswith("dropped"):
+        weights[classes - int(level) :] = 0
+    chosen = images[choose(labels, weights, count)]
+    for name, function in (("blur", blur), ("noise", noise), ("JPEG", jpeg)):
+        if kind.startswith(name) and level:
+            return function(chosen, level)
+    return chosen
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", default="digits")
+    parser.add_argument("--data_dir", default="")
+    parser.add_argument("--num", type=int, help="images a level; default: as the classes allow")
+    parser.add_argument("--plot", help="PNG to write")
+    args = parser.parse_args()
+    train, test = (open_source(args.data, args.data_dir, "", s) for s in ("train", "test"))
+    images, labels = classifier.read_images(test, 100_000)
+    count = args.num or 2 * int(np.bincount(labels).min() * 0.9)
+    results: list[dict] = []
+    for use_labels in (True, False):
+        detector = classifier.fit(train, test_source=test, use_labels=use_labels)
+        results += measure(detector, train, images, labels, count)
+    if args.plot:
+        plot(results, args.plot, f"{args.data}, {count:,} test images a level")
+
+
+def measure(
+    detector: Detector, train, images: np.ndarray, labels: np.ndarray, count: int
+) -> list[dict]:
+    real = collect(detector, [classifier.read_images(train, 50_000)[0]], keep_rows=True)
+    whole = collect(detector, [images])
+    name = count_name(count)
+    floor = frechet_distance(*whole.moments.result(), *real.moments.result())
+    accuracy = detector.details["test_accuracy"]
+    line = {"features": detector.name, "test_accuracy": accuracy, "n": len(images)}
+    print(json.dumps({"bench": "train_against_test", **line, "fd": floor}), flush=True)
+    results = []
+    for kind, levels in LEVELS.items():
+        for level in levels:
+            fake = collect(detector, [damaged(kind, level, images, labels, count)], keep_rows=True)
+            rows = real.features[: 5 * count]
+            row = {
+                "bench": "sensitivity",
+                "features": detector.name,
+                "damage": kind,
+                "level": level,
+                f"fd_{name}": frechet_distance(*fake.moments.result(), *real.moments.result()),
+                f"kd_{name}": kernel(fake.features, rows, subsets=20, subset_size=min(1000, count))[
+                    0
+                ],
+                **manifold_metrics(rows, fake.features),
+            }
+            print(json.dumps(row), flush=True)
+            results.append(row)
+    return results
+
+
+def plot(results: list[dict], path: str, title: str) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = [key for key in results[0] if key.startswith(("fd_", "kd_"))]
+    figure = Figure(figsize=(15, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, len(LEVELS))
+    for column, kind in enumerate(LEVELS):
+        for row, name in enumerate(names):
+            for features in dict.fromkeys(r["features"] for r in results):
+                part = [r for r in results if (r["damage"], r["features"]) == (kind, features)]
+                axes[row, column].plot(
+                    [r["level"] for r in part], [r[name] for r in part], "o-", label=features
+                )
+            axes[row, column].set_yscale("symlog", linthresh=0.1 if row == 0 else 0.01)
+            axes[row, column].grid(alpha=0.3)
+            axes[row, 0].set_ylabel(name)
+        axes[1, column].set_xlabel(kind)
+    axes[0, 0].legend()
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main()

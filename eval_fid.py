@@ -29,6 +29,7 @@ from lora_diffusion_jax.data.sources import open_source
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.evaluation import classifier, history, images, report
 from lora_diffusion_jax.evaluation.collect import collect, collect_resumable, forget
+from lora_diffusion_jax.evaluation.dinov2 import load_dinov2
 from lora_diffusion_jax.evaluation.features import Detector, cache_folder, tree_hash
 from lora_diffusion_jax.evaluation.inception import load_inception, present_weights
 from lora_diffusion_jax.evaluation.inception_network import POOL_DIM
@@ -38,7 +39,7 @@ from lora_diffusion_jax.evaluation.statistics import Reference, load_reference, 
 from lora_diffusion_jax.training import checkpoint, workdir
 
 INCEPTION_DETECTORS = {"inception_edm": "edm", "inception_pytorch_fid": "pytorch-fid"}
-FEATURES = ("auto", "edm", "pytorch-fid", "classifier", "rotation")
+FEATURES = ("auto", "edm", "pytorch-fid", "dinov2", "classifier", "rotation")
 POLL_SECONDS = 30.0
 
 
@@ -71,6 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
         verb.add_argument("--num", type=int, help="number of images; another count is an error")
         verb.add_argument("--features", choices=FEATURES, default="auto")
         verb.add_argument("--inception", help="Inception weights file")
+        verb.add_argument("--dinov2", help="DINOv2 weights file")
     for verb in (calc, gen, every):
         verb.add_argument("--ref", required=True, help="statistics written by ref, or EDM's")
         verb.add_argument("--metrics", default="fid", help=",".join(report.METRICS))
@@ -95,10 +97,12 @@ def choose_detector(args: argparse.Namespace, reference: Reference | None) -> De
     wanted = args.features
     if wanted in ("edm", "pytorch-fid"):
         return load_inception(args.inception, wanted)
+    if wanted == "dinov2":
+        return load_dinov2(args.dinov2)
     if reference is not None:
         own = detector_of(reference)
         made_with = reference.meta.get("features", "inception_edm")  # EDM's own files say nothing
-        if own is None and len(reference.mu) != POOL_DIM:
+        if "features" not in reference.meta and len(reference.mu) != POOL_DIM:
             raise UserError(
                 f"{args.ref} has {len(reference.mu)} features and does not say which; Inception's "
                 f"are {POOL_DIM}. Make a reference with: eval_fid.py ref"
@@ -107,6 +111,8 @@ def choose_detector(args: argparse.Namespace, reference: Reference | None) -> De
             return own
         if wanted == "auto" and made_with in INCEPTION_DETECTORS:
             return load_inception(args.inception, INCEPTION_DETECTORS[made_with])
+        if wanted == "auto" and made_with.startswith("dinov2"):
+            return load_dinov2(args.dinov2)
         raise UserError(
             f"The reference {args.ref} was made with {made_with} features, which "
             f"--features={wanted} is not. Leave --features out, or make a reference with it."

@@ -158,6 +158,7 @@ def rebuild(
         network=lambda variables, x: network.apply(variables, _scaled(x)),
         variables=variables,
         image_shape=tuple(recipe["image_shape"]),
+        has_classes=recipe["name"] == "classifier",
         details=details or {},
         recipe=recipe,
     )

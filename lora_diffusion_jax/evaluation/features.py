@@ -32,6 +32,7 @@ class Detector:
       network: (variables, uint8 images) -> (float32 features, float32 logits); pure.
       variables: its weights.
       image_shape: the only (H, W, C) it takes, or None where it resizes by itself.
+      has_classes: whether the logits are of classes, so that scores of them mean something.
       details: facts that a report may repeat (test accuracy, hash of the weights file).
       recipe: JSON values from which the network can be rebuilt around saved weights; None for
         published networks, whose weights lie in a file of their own.
@@ -42,6 +43,7 @@ class Detector:
     network: Callable[[PyTree, jax.Array], tuple[jax.Array, jax.Array]]
     variables: PyTree
     image_shape: tuple[int, int, int] | None = None
+    has_classes: bool = True
     details: dict[str, float | int | str] = dataclasses.field(default_factory=dict)
     recipe: dict[str, Any] | None = None
 

@@ -128,6 +128,11 @@ def check_reference(reference: Reference, detector: Detector, metrics: Sequence[
             f"The reference was made with other weights: detector hash {hashed} there, "
             f"{detector.hash} here. Use the same weights file for both."
         )
+    if "is" in metrics and not detector.has_classes:
+        raise UserError(
+            f"The Inception Score needs classes, which the {detector.name} features do not have. "
+            "Leave `is` out of --metrics."
+        )
     if {"kid", "pr", "memorisation"} & set(metrics):
         _rows(reference)
 

@@ -15,7 +15,7 @@ from lora_diffusion_jax.default_config import base
 from lora_diffusion_jax.evaluation import classifier, collect
 from lora_diffusion_jax.evaluation.quick import source_batches
 from lora_diffusion_jax.evaluation.references import make_reference
-from lora_diffusion_jax.evaluation.statistics import save_reference
+from lora_diffusion_jax.evaluation.statistics import load_reference, save_reference
 from lora_diffusion_jax.training import checkpoint, workdir
 
 SETTINGS = classifier.Settings(widths=(8, 16), feature_dim=16, total_images=3000)
@@ -108,7 +108,7 @@ def test_ref_writes_what_calc_reads(capsys, digits, reference, tmp_path, monkeyp
     dest = tmp_path / "ref.npz"
     status, (made,), _ = call(capsys, "ref", f"--data={tmp_path}/train.npz", f"--dest={dest}")
     assert (status, made["features"], made["n"]) == (0, "rotation", 300)
-    metrics = "--metrics=fid,is,pr,memorisation"
+    metrics = "--metrics=fid,pr,memorisation"
     status, rows, _ = call(
         capsys, "calc", f"--images={tmp_path}/train.npz", f"--ref={dest}", metrics
     )
@@ -226,6 +226,8 @@ BAD = {
     "other features": ("calc --images={npz} --ref={ref} --features=rotation", "made with classif"),
     "no weights": ("calc --images={npz} --ref={ref} --features=edm --inception=/no", "6726825d"),
     "not Inception": ("calc --images={npz} --ref={ref} --features=edm --inception={npz}", "npz"),
+    "no dinov2": ("calc --images={npz} --ref={ref} --features=dinov2", "--dinov2=PATH"),
+    "turns are no classes": ("calc --images={npz} --ref={turns} --metrics=is", "needs classes"),
     "seeds and num": ("gen --workdir={run} --ref={ref} --num=9 --seeds=0-7", "8 seeds"),
     "a seed twice": ("gen --workdir={run} --ref={ref} --seeds=1,1", "twice"),
     "one image": ("gen --workdir={run} --ref={ref} --num=1", "at least 2"),
@@ -256,7 +258,12 @@ def test_bad_input_is_a_plain_error(capsys, case, digits, reference, run, tmp_pa
     np.savez(names["other"], mu=np.zeros(1024), sigma=np.eye(1024))
     with np.load(reference) as file:
         np.savez(names["bare"], **{k: file[k] for k in file if k != "features"})
+    turns = load_reference(reference)
+    turns.meta["recipe"] |= {"name": "rotation"}
+    turns.meta["features"] = "rotation"
+    save_reference(tmp_path / "turns.npz", turns)
     names |= {"empty": tmp_path / "empty", "ref": reference, "run": run}
+    names["turns"] = tmp_path / "turns.npz"
     names["broken"] = write_zip(tmp_path / "broken.zip", images[:9], broken=3)
     command, expected = BAD[case]
     status, rows, said = call(capsys, *command.format(**names).split())

@@ -96,9 +96,9 @@ def run(_: list[str]) -> int:
         experiment.export_checkpoint(
             loaded, FLAGS.out, weights=FLAGS.weights, adapters_only=FLAGS.adapters_only
         )
-        print(f"wrote the {FLAGS.weights} weights to {FLAGS.out}")
+        print(f"wrote the {FLAGS.weights} weights of step {loaded.step} to {FLAGS.out}")
         return 0
-    about = experiment.about(loaded, FLAGS.weights, FLAGS.step)
+    about = experiment.about(loaded, FLAGS.weights, loaded.step)
     count = experiment.sample(loaded, seeds, FLAGS.class_id, FLAGS.out, about)
     print(json.dumps({"images": count, "out": FLAGS.out, **about}))
     return 0

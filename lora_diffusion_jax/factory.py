@@ -83,6 +83,12 @@ def check(config: ConfigDict) -> None:
             raise UserError(f"model.{field} is {config.model[field]}; it must be at least 1.")
     if not 0 <= config.augment.p <= 1:
         raise UserError(f"augment.p is {config.augment.p}; it is a probability, 0 to 1.")
+    labels = augmentation.EDM_TRAINING.label_dim
+    if config.augment.p and config.model.augment_dim not in (0, labels):
+        raise UserError(
+            f"model.augment_dim is {config.model.augment_dim}; the augmentation has {labels} labels "
+            "(0 does not feed them to the network)."
+        )
     if config.train.freeze_base and config.lora.mode == "baseline":
         raise UserError(
             "train.freeze_base=True leaves nothing to train with lora.mode=baseline; choose with_lora."
@@ -551,10 +557,10 @@ def load_workdir(
         UserError: it is not a run, or has no such checkpoint.
     """
     config = config_from_dict(workdir.read_config(path))
-    _, saved = checkpoint.open_for_reading(path, at_step)
+    step_read, saved = checkpoint.open_for_reading(path, at_step)
     assemble = choose("weights", weights, {"ema": state.ema_variables, "raw": state.raw_variables})
     variables = assemble(saved)
-    return interop.Pretrained(build_denoiser(config, variables), variables, config)
+    return interop.Pretrained(build_denoiser(config, variables), variables, config, step_read)
 
 
 def with_config(loaded: interop.Pretrained, config: ConfigDict) -> interop.Pretrained:

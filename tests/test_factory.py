@@ -95,6 +95,7 @@ def test_config_survives_json():
         ({"train__batch_size": 0}, "train.batch_size is 0"),
         ({"model__channels": 0}, "model.channels is 0"),
         ({"augment__p": 1.5}, "augment.p is 1.5"),
+        ({"model__augment_dim": 4}, "model.augment_dim is 4"),
         ({"train__freeze_base": True, "lora__mode": "baseline"}, "nothing to train"),
         ({"data__name": "a", "data__path": "b"}, "Both data.name"),
         ({"class_conditional": True}, "has none"),

@@ -49,11 +49,13 @@ class Pretrained:
             D(x; sigma, c).
         variables: {'params', optional 'buffers'}, float32.
         config: the ConfigDict that describes it.
+        step: of the checkpoint, when it comes from a workdir.
     """
 
     denoiser: Any
     variables: dict[str, Any]
     config: Any
+    step: int | None = None
 
 
 def load_pretrained(path: str | Path, base: str | Path | None = None) -> Pretrained:

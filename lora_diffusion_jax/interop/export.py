@@ -216,6 +216,9 @@ def _write(path: str | Path, export: Export) -> None:
     architecture = json.dumps(export.architecture, allow_nan=False)
     with _replacing(path) as temporary:
         save_file(export.state_dict, temporary, {**facts, "architecture": architecture})
+        mask = os.umask(0)  # the library makes files for their owner alone
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)
     readable = {**facts, "architecture": export.architecture}
     with _replacing(path.with_suffix(".json")) as temporary:
         temporary.write_text(json.dumps(readable, indent=2) + "\n")

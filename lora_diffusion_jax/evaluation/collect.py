@@ -1,10 +1,12 @@
 """From image batches to what metrics need: moments always, rows where asked; resumable on disk."""
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +95,45 @@ def collect_resumable(
       mesh: devices; all by default.
       progress: show a bar.
     """
+    with _locked(folder):
+        return _resume(detector, batches_from, total, folder, identity, keep_rows, mesh, progress)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds the lock of a folder of partial sums; it dies with the process."""
+    path = _lock_of(folder)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+    except OSError as error:
+        raise UserError(
+            f"Cannot make the folder {path.parent} for partial results: {error.strerror}."
+        ) from error
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(
+                f"Another process is computing the same result in {folder}; wait for it or stop it."
+            ) from error
+        yield
+
+
+def _lock_of(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.lock")
+
+
+def _resume(
+    detector: Detector,
+    batches_from: Callable[[int], Iterable[np.ndarray]],
+    total: int,
+    folder: Path,
+    identity: dict[str, object],
+    keep_rows: bool,
+    mesh: Mesh | None,
+    progress: bool,
+) -> FeatureSet:
     partial = _Partial(folder, {**identity, "detector": detector.hash, "rows": keep_rows})
     moments = partial.restore(detector.feature_dim)
     bar = tqdm(
@@ -115,12 +156,13 @@ def collect_resumable(
                 saved_at = time.monotonic()
     _check_count(len(moments), total)
     partial.save(moments)
-    return FeatureSet(moments, *partial.rows(len(moments), detector.feature_dim))
+    return FeatureSet(moments, *partial.rows(len(moments)))
 
 
 def forget(folder: Path) -> None:
     """Removes the partial sums of a finished evaluation."""
     shutil.rmtree(folder, ignore_errors=True)
+    _lock_of(folder).unlink(missing_ok=True)
 
 
 class _Partial:
@@ -143,13 +185,8 @@ class _Partial:
                 moments = Moments.from_state(saved)
                 if self._cut(len(moments)):
                     return moments
-        forget(self.folder)
-        try:
-            self.folder.mkdir(parents=True)
-        except OSError as error:
-            raise UserError(
-                f"Cannot make the folder {self.folder} for partial results: {error.strerror}."
-            ) from error
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir()
         return Moments(dim)
 
     def _cut(self, count: int) -> bool:
@@ -173,7 +210,7 @@ class _Partial:
         extra = {"identity": np.array(self.identity), "widths": np.array(self.widths)}
         write_npz(self.state, moments.state() | extra)
 
-    def rows(self, count: int, dim: int) -> tuple[np.ndarray | None, np.ndarray | None]:
+    def rows(self, count: int) -> tuple[np.ndarray | None, np.ndarray | None]:
         if not self.keep_rows:
             return None, None
         return tuple(

@@ -2,7 +2,11 @@
 
 import io
 import json
+import os
+import subprocess
+import sys
 import zipfile
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -175,6 +179,23 @@ def test_stopped_gen_goes_on_to_the_same_number(capsys, reference, run, metrics,
     assert sum(added) == 230 - 48  # three batches were not made again
     assert [r["value"] for r in rows] == [r["value"] for r in expected]
     assert not list((run / "evaluation" / "partial").iterdir())
+
+
+def test_two_processes_do_not_mix_their_sums(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from lora_diffusion_jax.evaluation import collect\n"
+        "with collect._locked(Path(sys.argv[1])): pass"
+    )
+    root = str(Path(__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": root}
+
+    def other():
+        command = [sys.executable, "-c", code, str(tmp_path / "sums")]
+        return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+    with collect._locked(tmp_path / "sums"):
+        assert "Another process is computing" in other().stderr
+    assert other().returncode == 0
 
 
 def test_all_judges_each_checkpoint_once(capsys, reference, tmp_path, monkeypatch):

@@ -53,8 +53,8 @@ _NAMES = re.compile(
 class SigmaAverage(metrics.Metric):
     """Mean loss of the images in each bin of noise level; NaN in a bin without images."""
 
-    total: Float[Array, "bins"]
-    count: Float[Array, "bins"]
+    total: Float[Array, " bins"]
+    count: Float[Array, " bins"]
 
     @classmethod
     def empty(cls) -> "SigmaAverage":
@@ -77,7 +77,7 @@ class SigmaAverage(metrics.Metric):
     def merge(self, other: "SigmaAverage") -> "SigmaAverage":
         return type(self)(self.total + other.total, self.count + other.count)
 
-    def compute(self) -> Float[np.ndarray, "bins"]:
+    def compute(self) -> Float[np.ndarray, " bins"]:
         total, count = np.asarray(self.total), np.asarray(self.count)
         return np.divide(total, count, out=np.full(SIGMA_BINS, np.nan), where=count > 0)
 

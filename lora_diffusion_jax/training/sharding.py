@@ -119,7 +119,7 @@ def check_batch_size(batch_size: int, mesh: Mesh, microbatch: int | None = None)
         )
 
 
-def local_rows(batch_size: int, mesh: Mesh) -> Int[np.ndarray, "local"]:
+def local_rows(batch_size: int, mesh: Mesh) -> Int[np.ndarray, " local"]:
     """The rows of the global batch that this process' devices hold, ascending."""
     places = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
     rows = [np.arange(batch_size)[place] for place in places.values()]
@@ -135,12 +135,11 @@ def put_batch(local: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
     }
 
 
+def put(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """A host array that all processes hold alike -> a global array, each device taking its part."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
 def put_replicated(tree: PyTree, mesh: Mesh) -> PyTree:
     """Host arrays that all processes hold alike -> arrays that every device holds whole."""
-    sharding = replicated(mesh)
-
-    def put(leaf: np.ndarray) -> jax.Array:
-        leaf = np.asarray(leaf)
-        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
-
-    return jax.tree.map(put, tree)
+    return jax.tree.map(lambda leaf: put(np.asarray(leaf), replicated(mesh)), tree)

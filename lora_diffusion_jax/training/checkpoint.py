@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from lora_diffusion_jax.array_types import PyTree
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.training.sharding import path_of
-from lora_diffusion_jax.training.workdir import Say, plain_disk_errors
+from lora_diffusion_jax.training.workdir import Say, gone, plain_disk_errors
 
 FOLDER = "checkpoints"
 # Parts of a checkpoint, restored one by one: sampling reads the weights alone.
@@ -89,7 +89,13 @@ class Checkpoints:
         return self.manager.latest_step()
 
     def save(self, step: int, parts: Parts) -> None:
-        """Starts to save; a step that is already there is left as it is."""
+        """Starts to save; a step that is already there is left as it is.
+
+        Raises:
+            UserError: the folder is gone (orbax would make a new one), or cannot be written.
+        """
+        if jax.process_index() == 0 and not self.directory.is_dir():
+            raise gone(self.directory)
         if step in self.manager.all_steps():
             return
         items = {name: ocp.args.PyTreeSave(part) for name, part in parts.items()}

@@ -29,6 +29,7 @@ from lora_diffusion_jax.training.metrics import TrainMetrics, to_scalars
 from lora_diffusion_jax.training.sharding import (
     Rules,
     check_batch_size,
+    put,
     put_replicated,
     replicated,
     tree_sharding,
@@ -163,7 +164,8 @@ def train(
             interval=interval,
             step=step,
         )
-        return loop.run(step_fn, rules, jax.device_put(purpose_key(seed, TRAIN), replicated(mesh)))
+        key = jax.jit(lambda: purpose_key(seed, TRAIN), out_shardings=replicated(mesh))()
+        return loop.run(step_fn, rules, key)
 
 
 def _due(every: int, step: int, batch_size: int) -> bool:
@@ -203,7 +205,7 @@ def _place(init: Init, layout: PyTree) -> TrainState:
     """The first state on the mesh, in buffers of its own: the step donates them."""
     if callable(init):
         return jax.jit(init, out_shardings=layout)()
-    return jax.tree.map(lambda a, place: jax.device_put(a, place, may_alias=False), init, layout)
+    return jax.tree.map(lambda a, place: put(np.array(a), place), init, layout)
 
 
 def _overview(directory: Path, state: TrainState, say: workdirs.Say) -> None:

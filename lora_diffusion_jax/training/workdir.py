@@ -48,8 +48,16 @@ def plain_disk_errors(path: str | os.PathLike) -> Iterator[None]:
             if os.strerror(code) in str(error):
                 raise UserError(_disk_message(path, os.strerror(code))) from error
         if not Path(path).exists():
-            raise UserError(_disk_message(path, "it is gone")) from error
+            raise gone(path) from error
         raise
+
+
+def gone(path: str | os.PathLike) -> UserError:
+    """The error for a file or folder of the run that was there and is not any more."""
+    return UserError(
+        f"{path} is gone: it was removed, or its file system is not mounted any more. Bring it back "
+        "and run the same command again; without it the run cannot be resumed."
+    )
 
 
 def _disk_message(path: str | os.PathLike, reason: str) -> str:

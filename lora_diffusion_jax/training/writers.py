@@ -15,7 +15,7 @@ import tensorboardX
 from tqdm import tqdm
 
 from lora_diffusion_jax.training.metrics import check_names
-from lora_diffusion_jax.training.workdir import plain_disk_errors, write_atomically
+from lora_diffusion_jax.training.workdir import gone, plain_disk_errors, write_atomically
 
 METRICS = "metrics.jsonl"
 QUIET_SECONDS = 10.0  # where there is no terminal, say something at least this often
@@ -64,7 +64,7 @@ class Writers:
 
         Raises:
             ValueError: a name outside the vocabulary.
-            UserError: the disk takes no more.
+            UserError: the disk takes no more, or the file is gone.
         """
         check_names(values)
         if self.lines is None:
@@ -75,6 +75,8 @@ class Writers:
             line["callback"] = callback
         # JSON has no NaN or infinity.
         line |= {name: v if math.isfinite(v) else None for name, v in scalars.items()}
+        if not self.path.exists():
+            raise gone(self.path)
         with plain_disk_errors(self.path):
             self.lines.write((json.dumps(line) + "\n").encode())
             for name, value in scalars.items():

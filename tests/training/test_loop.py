@@ -1,4 +1,6 @@
+import dataclasses
 import os
+import shutil
 import signal
 import time
 
@@ -165,6 +167,15 @@ def test_another_config_is_refused_and_the_run_stays(straight):
     other = {"train": {"batch_size": 99}, "model": "net"}
     with pytest.raises(UserError, match="train.batch_size: 16 there, 99 now"):
         train(**arguments | {"config": other})
+
+
+def test_a_workdir_that_vanishes_ends_the_run(tmp_path):
+    workdir = tmp_path / "run"
+    arguments = make_run(workdir, callbacks={"eval": lambda state, step: shutil.rmtree(workdir)})
+    schedule = dataclasses.replace(arguments["schedule"], eval_every=BATCH)
+    with pytest.raises(UserError, match="run/metrics.jsonl is gone"):
+        train(**arguments | {"schedule": schedule})
+    assert not workdir.exists()
 
 
 def poisoned(variables, images, labels, random, train):

@@ -10,7 +10,7 @@ import pytest
 from lora_diffusion_jax.training.checkpoint import saved_steps
 from tests.training.stand_in import fast_compile_env, train_lines
 
-STEPS = 40  # a line every 7, a checkpoint every 5
+STEPS = 34  # a line every 7, a checkpoint every 5
 
 
 class Run:
@@ -86,8 +86,8 @@ def test_killed_stopped_and_resumed_it_ends_with_the_same_bits(tmp_path, undistu
 
 
 def test_a_second_interrupt_ends_at_once(tmp_path):
-    run = Run(tmp_path / "run", "--pause", 5)
-    run.wait_for("compiled")
+    run = Run(tmp_path / "run", "--pause", 60)
+    run.wait_for("batch 1")
     run.process.send_signal(signal.SIGINT)
     run.wait_for("SIGINT: saving after this step")
     run.process.send_signal(signal.SIGINT)

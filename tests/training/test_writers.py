@@ -71,14 +71,11 @@ def test_an_unknown_name_is_refused_before_anything_is_written(tmp_path):
 
 
 def test_a_full_disk_is_a_plain_error(tmp_path):
-    with (
-        pytest.raises(UserError, match="no space left on device"),
-        Writers(tmp_path, 0, 0) as writers,
-        Path("/dev/full").open("ab", buffering=0) as full,
-    ):
+    with Writers(tmp_path, 0, 0) as writers, Path("/dev/full").open("ab", buffering=0) as full:
         writers.lines.close()
         writers.lines = full
-        writers.write(1, 16, {"train/loss": 1.0})
+        with pytest.raises(UserError, match="no space left on device"):
+            writers.write(1, 16, {"train/loss": 1.0})
 
 
 def test_progress_speaks_now_and_then_without_a_terminal(capsys):

@@ -19,6 +19,7 @@ from lora_diffusion_jax.array_types import (
     PyTree,
     Variables,
 )
+from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.training.ema import Ema
 from lora_diffusion_jax.training.feed import take
 from lora_diffusion_jax.training.metrics import TrainMetrics
@@ -93,7 +94,15 @@ def make_train_step(
         max_bad_steps: see above.
         unroll: accumulate in a Python loop instead of a scan. None: on CPU only, where XLA runs the
             gradient of convolutions inside a loop some 20 times slower.
+
+    Raises:
+        UserError: the microbatch does not divide the batch.
     """
+    if microbatch is not None and (microbatch < 1 or batch_size % microbatch):
+        raise UserError(
+            f"microbatch {microbatch} does not divide batch_size {batch_size}; take one of "
+            f"{[m for m in range(1, batch_size + 1) if batch_size % m == 0]}."
+        )
     unroll = jax.default_backend() == "cpu" if unroll is None else unroll
     chunks = batch_size // (microbatch or batch_size)
 

@@ -87,6 +87,12 @@ def test_accumulated_gradients_equal_the_full_batch(variables, chunks, unroll):
         assert to_scalars(measured_b)[name] == pytest.approx(value, rel=1e-4)
 
 
+@pytest.mark.parametrize("microbatch", [0, 3, 32])
+def test_a_microbatch_that_does_not_divide_is_refused(microbatch):
+    with pytest.raises(UserError, match=rf"microbatch {microbatch} .*\[1, 2, 4, 8, 16\]"):
+        make_step(adam(1e-3), microbatch=microbatch)
+
+
 def test_microbatches_without_draw_get_keys_of_their_own(variables):
     seen = []
 

@@ -238,14 +238,16 @@ def check_labels(
     """Returns labels that fit the network; None for networks without classes.
 
     Raises:
-        UserError: labels of another number of classes, or not one row per image.
+        UserError: labels of another number of classes, not one row per image, or class ids.
     """
     if class_labels is None or not label_dim:
         return None
-    class_labels = jnp.asarray(class_labels, jnp.float32).reshape(-1, class_labels.shape[-1])
-    if class_labels.shape[-1] != label_dim or class_labels.shape[0] not in (1, batch):
+    labels = jnp.asarray(class_labels)
+    ids = labels.ndim < 2 and jnp.issubdtype(labels.dtype, jnp.integer)
+    if ids or labels.shape not in ((label_dim,), (1, label_dim), (batch, label_dim)):
         raise UserError(
-            f"class_labels has shape {class_labels.shape}; this network takes one-hot labels or "
-            f"mixtures of shape ({batch}, {label_dim})."
+            f"class_labels has shape {labels.shape} and type {labels.dtype}; this network takes "
+            f"one-hot labels or mixtures of shape ({batch}, {label_dim}): jax.nn.one_hot(ids, "
+            f"{label_dim}) for class ids."
         )
-    return class_labels
+    return labels.astype(jnp.float32).reshape(-1, label_dim)

@@ -16,7 +16,12 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from lora_diffusion_jax.errors import UserError
-from lora_diffusion_jax.lora.composition import ConditionMLP, TimeTable, class_weights
+from lora_diffusion_jax.lora.composition import (
+    ConditionMLP,
+    TimeTable,
+    class_weights,
+    norm_groups,
+)
 
 LAYER_TYPES = (nn.Dense, nn.DenseGeneral, nn.Conv)
 
@@ -159,6 +164,12 @@ class UCLoRA(LowRankAdapter):
             raise UserError(
                 f"LoRA widths are {tuple(self.widths)}; hidden widths must be whole numbers of at least 1."
             )
+        for width in self.widths:
+            if width % norm_groups(width):
+                raise UserError(
+                    f"LoRA widths are {tuple(self.widths)}; group norm cannot split {width} into "
+                    f"{norm_groups(width)} equal groups. Take multiples of 4 (of 32 above 128)."
+                )
 
 
 class TimeLoRA(LowRankAdapter):

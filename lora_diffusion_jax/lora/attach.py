@@ -48,7 +48,8 @@ class _Call:
         y = next_fun(*args, **kwargs)
         if not self.wrapper.enabled:
             return y
-        return y + self._adapter(module)(module, args[0], self._condition_at(path))
+        x = args[0] if args else kwargs["inputs"]  # the name that all LAYER_TYPES give it
+        return y + self._adapter(module)(module, x, self._condition_at(path))
 
     def _taps(self, path: str) -> bool:
         pattern = self.wrapper.condition

@@ -9,6 +9,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 
+def norm_groups(width: int) -> int:
+    """Groups of the group norm of a hidden layer."""
+    return max(1, min(32, width // 4))
+
+
 class ConditionMLP(nn.Module):
     """UC-LoRA's weights: emb -> (Linear, GroupNorm, SiLU) per hidden width -> Linear.
 
@@ -29,8 +34,9 @@ class ConditionMLP(nn.Module):
         h = condition.astype(jnp.float32)
         for i, width in enumerate(self.widths):
             h = nn.Dense(width, kernel_init=init, name=f"dense_{i}")(h)
-            groups = max(1, min(32, width // 4))
-            norm = nn.GroupNorm(groups, epsilon=1e-5, use_fast_variance=False, name=f"norm_{i}")
+            norm = nn.GroupNorm(
+                norm_groups(width), epsilon=1e-5, use_fast_variance=False, name=f"norm_{i}"
+            )
             h = nn.silu(norm(h))
         return nn.Dense(self.bases, kernel_init=init, name="dense_out")(h)
 

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -69,7 +68,7 @@ class Encoder(nn.Module):
                         name=name,
                         dtype=self.dtype,
                     )
-                    x = skips[-1] = aux = (x + branch) / np.sqrt(2)
+                    x = skips[-1] = aux = (x + branch) / 2**0.5
             heads = self.num_heads(width) if res in self.attn_resolutions else 0
             for i in range(self.num_blocks):
                 name = f"{res}x{res}_block{i}"

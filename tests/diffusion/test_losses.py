@@ -118,5 +118,9 @@ def test_denoiser_refuses_labels_and_levels_that_do_not_fit():
     net, x = Denoiser(Raw(), label_dim=10), jnp.zeros((2, 4, 4, 1))
     with pytest.raises(UserError, match=r"\(2, 10\)"):
         net.apply({}, x, 1.0, jnp.zeros((2, 3)))
+    ten = jnp.zeros((10, 4, 4, 1))  # where ten class ids could pass for one label of ten classes
+    with pytest.raises(UserError, match="int32.*one_hot"):
+        net.apply({}, ten, 1.0, jnp.arange(10))
+    net.apply({}, ten, 1.0, np.eye(10).tolist())
     with pytest.raises(UserError, match="3 values for 2 images"):
         net.apply({}, x, jnp.ones(3))

@@ -1,6 +1,7 @@
 """From seeds to images: image k is a function of seed k alone, whatever the batch and the devices."""
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,6 +23,8 @@ from lora_diffusion_jax.errors import UserError
 # Purposes of a seed's random numbers; a purpose never changes its number.
 _SAMPLING = 2  # beside the purposes of training
 _LATENT, _CLASS, _CHURN = 0, 1, 2
+LAST_SEED = 2**32 - 1
+MOST_SEEDS = 10_000_000  # of one range on the command line, before they are listed in memory
 NO_LABEL = -1  # the label of an image from an unconditional network, in files and batches
 
 Sampler = Callable[..., Images]  # (denoise, latents, *, key) -> images in [-1, 1]
@@ -60,8 +63,12 @@ class Generator:
         """Images a call: batch_size rounded up to a multiple of the devices."""
         return -(-self.batch_size // self.mesh.size) * self.mesh.size
 
-    def compile(self) -> Callable[[Variables, jax.Array, Labels], jax.Array]:
-        """The whole sampling run as one jitted function (variables, seeds [B], labels [B, n]) -> uint8."""
+    @functools.cached_property
+    def compiled(self) -> Callable[[Variables, jax.Array, Labels], jax.Array]:
+        """The whole sampling run as one jitted function (variables, seeds [B], labels [B, n]) -> uint8.
+
+        Kept, so that a training run compiles its sampler once and not at every grid of samples.
+        """
         spread = NamedSharding(self.mesh, P(self.mesh.axis_names))
         return jax.jit(self._sample, in_shardings=(None, spread, spread), out_shardings=spread)
 
@@ -100,24 +107,25 @@ class Generator:
         """
         seeds = check_seeds(seeds)
         labels = self.choose_labels(seeds, class_ids)
-        sample = self.compile()
+        whole = NamedSharding(self.mesh, P())  # host arrays go to the devices once, not every call
+        variables = jax.tree.map(
+            lambda v: v if isinstance(v, jax.Array) else jax.device_put(v, whole), variables
+        )
         bar = tqdm(
             total=len(seeds), unit="img", desc="sampling", disable=None if progress else True
         )
         with bar:
             for start in range(0, len(seeds), self.call_size):
                 part = slice(start, start + self.call_size)
-                yield self._run(sample, variables, seeds[part], labels[part])
+                yield self._run(variables, seeds[part], labels[part])
                 bar.update(len(seeds[part]))
 
-    def _run(
-        self, sample: Callable, variables: Variables, seeds: np.ndarray, labels: np.ndarray
-    ) -> Batch:
+    def _run(self, variables: Variables, seeds: np.ndarray, labels: np.ndarray) -> Batch:
         missing = self.call_size - len(seeds)
         padded_seeds = np.pad(seeds, (0, missing), mode="edge").astype(np.uint32)
         padded_labels = np.pad(labels, (0, missing), mode="edge")
         one_hot = np.eye(max(self.num_classes, 1), dtype=np.float32)[np.maximum(padded_labels, 0)]
-        images = np.asarray(sample(variables, padded_seeds, one_hot))
+        images = np.asarray(self.compiled(variables, padded_seeds, one_hot))
         return Batch(images[: len(seeds)], seeds, labels)
 
     def choose_labels(
@@ -134,7 +142,7 @@ class Generator:
             keys = jax.vmap(lambda seed: jax.random.fold_in(seed_key(seed), _CLASS))
             draw = jax.vmap(lambda key: jax.random.randint(key, (), 0, self.num_classes))
             return np.asarray(draw(keys(jnp.asarray(seeds, jnp.uint32))), np.int32)
-        chosen = np.broadcast_to(np.asarray(class_ids, np.int64), len(seeds))
+        chosen = np.broadcast_to(np.asarray(class_ids), len(seeds))
         bad = chosen[(chosen < 0) | (chosen >= self.num_classes)]
         if len(bad):
             raise UserError(
@@ -151,14 +159,12 @@ def seed_key(seed: jax.Array) -> Key:
 
 def check_seeds(seeds: Sequence[int]) -> np.ndarray:
     """Returns the seeds as int64 [N]; raises UserError when there are none or one is out of range."""
-    seeds = np.asarray(seeds, np.int64).reshape(-1)
     if not len(seeds):
         raise UserError("No seeds were given; use for instance --seeds=0-63.")
-    if seeds.min() < 0 or seeds.max() >= 2**32:
-        raise UserError(
-            f"Seeds run from {seeds.min()} to {seeds.max()}; they must lie in [0, {2**32 - 1}]."
-        )
-    return seeds
+    low, high = min(seeds), max(seeds)
+    if low < 0 or high > LAST_SEED:
+        raise UserError(f"Seeds run from {low} to {high}; they must lie in [0, {LAST_SEED}].")
+    return np.asarray(seeds, np.int64)
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -176,7 +182,12 @@ def parse_seeds(text: str) -> list[int]:
                 f"--seeds={text}: {part.strip()!r} is neither a number nor a range; "
                 "write for instance 0-63 or 0-9,20,30-39."
             )
-        seeds.extend(range(int(low), int(high if dash else low) + 1))
+        first, last = int(low), int(high if dash else low)
+        if last > LAST_SEED or last - first >= MOST_SEEDS:
+            raise UserError(
+                f"--seeds={text}: seeds go up to {LAST_SEED}, and at most {MOST_SEEDS:,} in one range."
+            )
+        seeds.extend(range(first, last + 1))
     return seeds
 
 

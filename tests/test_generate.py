@@ -117,6 +117,27 @@ def test_grid_places_images_row_by_row():
     assert (picture[6:10, 15:21] == 96).all()  # the sixth place is empty
 
 
+def test_sampler_is_compiled_once():
+    """Sample grids during training come from one generator."""
+    generator = make()
+    images_of(generator, range(6))
+    images_of(generator, range(2))
+    assert generator.compiled._cache_size() == 1
+
+
+@pytest.mark.parametrize("text", ["0-99999999999", "4294967296", "0-4294967295"])
+def test_seeds_are_bounded_before_they_are_listed(text):
+    with pytest.raises(UserError, match="--seeds="):
+        generate.parse_seeds(text)
+
+
+def test_numbers_beyond_any_integer_are_plain_errors():
+    with pytest.raises(UserError, match="must lie in"):
+        generate.check_seeds([0, 10**30])
+    with pytest.raises(UserError, match=f"Class {10**30} does not exist"):
+        images_of(make(), [0], 10**30)
+
+
 _ON_MANY = """
 import sys, numpy as np
 sys.path.insert(0, sys.argv[2])

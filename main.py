@@ -112,10 +112,10 @@ def main() -> None:
         app.run(run)
     except UserError as error:
         sys.exit(_complain(str(error)))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
         if FLAGS.is_parsed():
-            raise
-        sys.exit(_complain(f"{type(error).__name__}: {error}"))  # an override that does not fit
+            raise  # else an override that does not fit, or a config file that is not there
+        sys.exit(_complain(f"{type(error).__name__}: {error}"))
 
 
 def _complain(message: str) -> int:

@@ -14,7 +14,7 @@ def base() -> ConfigDict:
     config.init_from = ""  # a workdir or an official file whose weights training starts from
 
     config.model = ConfigDict()
-    config.model.name = "ddpmpp"  # ddpmpp | ncsnpp | adm | improved
+    config.model.name = "ddpmpp"  # ddpmpp | ncsnpp | adm
     config.model.channels = 128
     config.model.channel_mult = (2, 2, 2)
     config.model.channel_mult_emb = 4
@@ -25,7 +25,7 @@ def base() -> ConfigDict:
     config.model.augment_dim = 9  # width of the augmentation labels; 0 has no layer for them
 
     config.precond = ConfigDict()
-    config.precond.name = "edm"  # edm | vp | ve | iddpm | ddpm
+    config.precond.name = "edm"  # edm | vp | ve | iddpm
     config.precond.sigma_data = 0.5  # edm only
 
     config.lora = ConfigDict()

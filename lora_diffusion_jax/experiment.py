@@ -38,6 +38,12 @@ HARMLESS = (
     "data.memory_limit_gib",
     "init_from",
 )
+# Fields that an imported network leaves open until it is first trained: all but its architecture.
+OPEN_AFTER_IMPORT = (
+    *("train.*", "augment.p", "dtype", "model.*dropout"),
+    *("data.fingerprint", "data.image_width", "data.split", "data.class_folders"),
+)
+NOT_WRITTEN = (".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".zip", ".npy", ".pt", ".h5")
 
 
 def train(config: ConfigDict, directory: str | os.PathLike) -> loop.Result:
@@ -52,7 +58,7 @@ def train(config: ConfigDict, directory: str | os.PathLike) -> loop.Result:
     denoiser = factory.build_denoiser(config)
     mesh = factory.build_mesh(config)
     generator = factory.build_generator(config, denoiser, mesh)
-    harmless = HARMLESS if _knows_its_data(directory) else (*HARMLESS, "data.fingerprint")
+    harmless = HARMLESS if _knows_its_data(directory) else (*HARMLESS, *OPEN_AFTER_IMPORT)
     return loop.train(
         directory,
         config=config.to_dict(),
@@ -212,7 +218,12 @@ def sample(
     classes = choose_classes(class_id, len(seeds), generator.num_classes)
     batches = generator.batches(run.variables, seeds, classes, progress=True)
     out = Path(out)
+    if out.suffix.lower() in NOT_WRITTEN:
+        raise UserError(
+            f"--out={out}: samples are written as .npz, .png (a grid), or into a folder."
+        )
     with workdir.plain_disk_errors(out.parent):
+        out.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after it
         if out.suffix == ".npz":
             return generate.write_npz(out, batches, dict(about))
         if out.suffix == ".png":

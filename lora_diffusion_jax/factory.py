@@ -74,15 +74,11 @@ def check(config: ConfigDict) -> None:
     choose("precond.name", config.precond.name, PRECONDS)
     choose("lora.mode", config.lora.mode, ("baseline", "with_lora", "only_lora"))
     choose("sampler.name", config.sampler.name, ("edm", "ablation"))
+    if config.sampler.name == "ablation":
+        for field, known in samplers.CHOICES.items():
+            choose(f"sampler.{field}", config.sampler[field], known)
     choose("dtype", config.dtype, DTYPES)
-    for field in ("batch_size", "total_images"):
-        if config.train[field] < 1:
-            raise UserError(f"train.{field} is {config.train[field]}; it must be at least 1.")
-    for field in ("channels", "num_blocks"):
-        if config.model[field] < 1:
-            raise UserError(f"model.{field} is {config.model[field]}; it must be at least 1.")
-    if not 0 <= config.augment.p <= 1:
-        raise UserError(f"augment.p is {config.augment.p}; it is a probability, 0 to 1.")
+    _check_numbers(config)
     labels = augmentation.EDM_TRAINING.label_dim
     if config.augment.p and config.model.augment_dim not in (0, labels):
         raise UserError(
@@ -98,6 +94,35 @@ def check(config: ConfigDict) -> None:
             f"Both data.name={config.data.name} and data.path={config.data.path} are set; "
             "clear one of them (--config.data.name='')."
         )
+
+
+def _check_numbers(config: ConfigDict) -> None:
+    """Raises UserError for a number outside of its range, which would fail late or not at all."""
+    counts = [f"train.{f}" for f in ("batch_size", "total_images")]
+    counts += [f"model.{f}" for f in ("channels", "num_blocks", "channel_mult_emb")]
+    ranges = dict.fromkeys([*counts, "sampler.batch_size"], (1, float("inf")))
+    ranges |= dict.fromkeys(("train.microbatch", "eval.num_samples"), (0, float("inf")))
+    ranges["train.seed"] = (0, 2**32 - 1)  # JAX would drop what lies above
+    for name, (low, high) in ranges.items():
+        group, field = name.split(".")
+        value = config[group][field]
+        if not low <= value <= high:
+            limit = f"at least {low}" if high == float("inf") else f"{low} to {high}"
+            raise UserError(f"{name} is {value}; it must be {limit}.")
+    if not config.model.channel_mult or min(config.model.channel_mult) < 1:
+        raise UserError(
+            f"model.channel_mult is {tuple(config.model.channel_mult)}; give one factor of at least 1 "
+            "per level."
+        )
+    for name, value in (
+        ("augment.p", config.augment.p),
+        ("model.dropout", config.model.dropout),
+        ("model.label_dropout", config.model.label_dropout),
+    ):
+        if not 0 <= value <= 1:
+            raise UserError(f"{name} is {value}; it is a probability, 0 to 1.")
+    if not config.precond.sigma_data > 0:
+        raise UserError(f"precond.sigma_data is {config.precond.sigma_data}; it must be above 0.")
 
 
 def image_shape(config: ConfigDict) -> tuple[int, int, int]:
@@ -564,7 +589,25 @@ def load_workdir(
 
 
 def with_config(loaded: interop.Pretrained, config: ConfigDict) -> interop.Pretrained:
-    """The same weights under an overridden config (sampler, mesh, dtype, LoRA's sites)."""
+    """The same weights under an overridden config: sampler, mesh, dtype, or LoRA off.
+
+    Raises:
+        UserError: a field was changed that decides which weights there are.
+    """
+    old, new = (architecture_from_config(c) for c in (loaded.config, config))
+    if config.lora.mode == "baseline" and old["use_affine"]:
+        new["lora"] = old["lora"]  # the base alone, which is among the weights
+    old["sites"], new["sites"] = loaded.config.lora.sites, config.lora.sites
+    free = ("dropout", "label_dropout")
+    changed = [k for k in old if old[k] != new[k] and k not in free]
+    if image_shape(loaded.config)[:2] != image_shape(config)[:2]:
+        changed.append("image size")
+    if changed:
+        told = ", ".join(f"{k} {old.get(k)!r}, now {new.get(k)!r}" for k in changed)
+        raise UserError(
+            f"These weights belong to another network than the config describes: {told}. Leave out "
+            "these overrides; sampler, mesh and dtype can be changed, and lora.mode to baseline."
+        )
     return dataclasses.replace(
         loaded, denoiser=build_denoiser(config, loaded.variables), config=config
     )

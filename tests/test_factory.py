@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from lora_diffusion_jax import experiment, factory, lora
+from lora_diffusion_jax import experiment, factory, interop, lora
 from lora_diffusion_jax.default_config import base
 from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.training import workdir
 
 CONFIGS = sorted(p.stem for p in Path("configs").glob("*.py") if p.stem != "__init__")
 
@@ -204,3 +205,80 @@ def test_widths_that_no_layer_can_have_are_refused(channels, words):
     denoiser = factory.build_denoiser(config)
     with pytest.raises(UserError, match=words):
         jax.eval_shape(lambda: factory.init_variables(config, denoiser, jax.random.key(0)))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("sampler__batch_size", 0),
+        ("train__microbatch", -4),
+        ("train__seed", 2**32),
+        ("model__channel_mult", ()),
+        ("model__channel_mult_emb", 0),
+        ("model__dropout", 1.5),
+        ("precond__sigma_data", 0.0),
+        ("eval__num_samples", -1),
+    ],
+)
+def test_numbers_out_of_range_are_named(field, value):
+    with pytest.raises(UserError, match=field.replace("__", ".")):
+        factory.check(tiny(**{field: value}))
+
+
+def test_choices_of_the_ablation_sampler_are_checked_before_training():
+    with pytest.raises(UserError, match="sampler.solver is 'rk4'"):
+        factory.check(tiny(sampler__name="ablation", sampler__solver="rk4"))
+
+
+def test_norm_that_cannot_split_a_hidden_width_of_lora_is_refused():
+    with pytest.raises(UserError, match="cannot split 18 into 4"):
+        factory.build_denoiser(tiny(lora__widths=(18, 64)))
+
+
+def test_loaded_weights_refuse_a_config_of_another_network():
+    config = tiny()
+    loaded = interop.Pretrained(factory.build_denoiser(config), {"params": {}}, config)
+    factory.with_config(loaded, tiny(sampler__num_steps=5, dtype="bfloat16", model__dropout=0.0))
+    bypassed = factory.with_config(loaded, tiny(lora__mode="baseline"))
+    assert not isinstance(bypassed.denoiser.model, lora.Adapted)
+    for field, value, words in (
+        ("model__channels", 16, "model_channels 8, now 16"),
+        ("data__image_size", 16, "img_resolution"),
+        ("data__image_width", 16, "image size"),
+        ("lora__rank", 3, "lora"),
+        ("lora__sites", ".*/qkv", "sites"),
+    ):
+        with pytest.raises(UserError, match=words):
+            factory.with_config(loaded, tiny(**{field: value}))
+
+
+def test_residual_encoder_stays_in_half_precision():
+    """A float64 scalar of NumPy would make everything after the first residual sum float32."""
+    config = tiny(model__name="ncsnpp", dtype="bfloat16", lora__mode="baseline")
+    denoiser = factory.build_denoiser(config)
+    x = jnp.ones((1, 8, 8, 1))
+
+    def run(key):
+        variables = factory.init_variables(config, denoiser, key)
+        return denoiser.apply(
+            variables, x, 1.0, capture_intermediates=True, mutable="intermediates"
+        )
+
+    _, state = jax.eval_shape(run, jax.random.key(0))
+    skips = state["intermediates"]["model"]["enc"]["__call__"][0]
+    assert {skip.dtype.name for skip in skips} == {"bfloat16"}
+
+
+def test_an_imported_network_can_be_trained_in_its_workdir():
+    """Its config knows the architecture, and leaves data and training open."""
+    imported = factory.config_from_architecture(factory.architecture_from_config(tiny()))
+    train = imported.copy_and_resolve_references()
+    train.data.image_width, train.data.fingerprint, train.data.name = 8, "abc", "digits"
+    train.train.batch_size, train.augment.p, train.model.dropout = 16, 0.0, 0.1
+    saved = json.loads(json.dumps(imported.to_dict()))
+    free = (*experiment.HARMLESS, *experiment.OPEN_AFTER_IMPORT)
+    matters, _ = workdir.differences(saved, train.to_dict(), free)
+    assert not matters
+    train.lora.rank = 7
+    matters, _ = workdir.differences(saved, train.to_dict(), free)
+    assert list(matters) == ["lora.rank"]

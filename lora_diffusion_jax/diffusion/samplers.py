@@ -18,6 +18,12 @@ from lora_diffusion_jax.diffusion.schedules import Scaling, Schedule
 from lora_diffusion_jax.errors import UserError
 
 Round = Callable[[np.ndarray], np.ndarray]
+CHOICES = {  # of `ablation_sampler`
+    "solver": ("euler", "heun"),
+    "discretization": ("vp", "ve", "iddpm", "edm"),
+    "schedule": ("vp", "ve", "linear"),
+    "scaling": ("vp", "none"),
+}
 
 
 class Plan(NamedTuple):
@@ -273,11 +279,8 @@ def ablation_sampler(
     Raises:
         UserError: an unknown choice, or settings that define no grid.
     """
-    for name, value, known in (
-        ("solver", solver, ("euler", "heun")),
-        ("discretization", discretization, ("vp", "ve", "iddpm", "edm")),
-        ("schedule", schedule, ("vp", "ve", "linear")),
-        ("scaling", scaling, ("vp", "none")),
+    for (name, known), value in zip(
+        CHOICES.items(), (solver, discretization, schedule, scaling), strict=True
     ):
         if value not in known:
             raise UserError(f"{name} is {value!r}; it must be one of {', '.join(known)}.")

@@ -24,6 +24,7 @@ MISTAKES = {
         ["--config.sampler.sigma_min=2", "--config.sampler.sigma_max=1"],
         "sigma_min is 2",
     ),
+    "missing config": (["--config=configs/none.py"], "configs/none.py"),
     "mesh": (["--config.mesh.data=3"], "data=3"),
     "unwritable workdir": (["--workdir=/proc/run"], "/proc/run"),
 }

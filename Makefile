@@ -32,7 +32,8 @@ lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .
 
 bench: $(VENV)/installed
-	for file in benchmarks/*.py; do $(RUN) $$file || exit 1; done
+	$(RUN) -m benchmarks.network
+	$(RUN) -m benchmarks.augment
 
 clean:
 	rm -rf $(VENV) workdirs

@@ -228,7 +228,7 @@ def load_network(args: argparse.Namespace, step: int | None) -> interop.Pretrain
         loaded = interop.load_pretrained(args.workdir)
     else:
         loaded = factory.load_workdir(args.workdir, weights=args.weights, at_step=step)
-    config = override(loaded.config, args.overrides)
+    config = override(factory.config_of(loaded), args.overrides)
     if args.batch_size is not None:
         if args.batch_size < 1:
             raise UserError(f"--batch_size={args.batch_size}; it must be at least 1.")

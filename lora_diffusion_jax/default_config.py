@@ -1,6 +1,6 @@
 """The base that every config starts from: all fields that exist, with their defaults."""
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 
 def base() -> ConfigDict:
@@ -74,8 +74,9 @@ def base() -> ConfigDict:
     config.sampler = ConfigDict()
     config.sampler.name = "edm"  # edm | ablation
     config.sampler.num_steps = 18
-    config.sampler.sigma_min = 0.002
-    config.sampler.sigma_max = 80.0
+    # None: the sampler's own, 0.002 and 80, or what the ablation's discretization has
+    config.sampler.sigma_min = config_dict.placeholder(float)
+    config.sampler.sigma_max = config_dict.placeholder(float)
     config.sampler.rho = 7.0
     config.sampler.s_churn = 0.0
     config.sampler.s_min = 0.0
@@ -86,6 +87,10 @@ def base() -> ConfigDict:
     config.sampler.schedule = "linear"
     config.sampler.scaling = "none"
     config.sampler.alpha = 1.0
+    config.sampler.epsilon_s = 1e-3
+    config.sampler.c_1 = 0.001
+    config.sampler.c_2 = 0.008
+    config.sampler.m = 1000
     config.sampler.batch_size = 64
 
     config.eval = ConfigDict()

@@ -17,7 +17,7 @@ from lora_diffusion_jax.array_types import Variables
 from lora_diffusion_jax.data.sources import describe, format_description
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.evaluation import classifier, quick
-from lora_diffusion_jax.training import checkpoint, loop, state, workdir, writers
+from lora_diffusion_jax.training import checkpoint, loop, sharding, state, workdir, writers
 from lora_diffusion_jax.training.state import INIT
 
 # Fields whose change does not hinder resuming a run.
@@ -55,14 +55,21 @@ def train(config: ConfigDict, directory: str | os.PathLike) -> loop.Result:
     factory.check(config)
     source = factory.open_source(config)
     config = factory.complete(config, source)
-    denoiser = factory.build_denoiser(config)
+    if config.dtype == "float16":
+        raise UserError(
+            "dtype=float16 needs a loss scale in training, which is not there; use bfloat16 "
+            "(float16 works for sampling)."
+        )
+    start = _start(config, directory)
+    denoiser = factory.build_denoiser(config, start and start.variables)
     mesh = factory.build_mesh(config)
+    sharding.check_batch_size(config.train.batch_size, mesh, config.train.microbatch or None)
     generator = factory.build_generator(config, denoiser, mesh)
     harmless = HARMLESS if _knows_its_data(directory) else (*HARMLESS, *OPEN_AFTER_IMPORT)
     return loop.train(
         directory,
         config=config.to_dict(),
-        init=_initial_state(config, denoiser, directory),
+        init=_initial_state(config, denoiser, None if _has_checkpoint(directory) else start),
         step_fn=factory.build_step(config, denoiser),
         batches=factory.build_batches(config, source),
         mesh=mesh,
@@ -81,8 +88,19 @@ def _knows_its_data(directory: str | os.PathLike) -> bool:
     return bool(workdir.read_config(directory).get("data", {}).get("fingerprint"))
 
 
-def _initial_state(config: ConfigDict, denoiser: Any, directory: str | os.PathLike) -> loop.Init:
-    """The state to begin with: fresh weights, or those of init_from with fresh adapters."""
+def _start(config: ConfigDict, directory: str | os.PathLike) -> interop.Pretrained | None:
+    """The network that a run starts from: init_from, or for iDDPM, whose noise levels come with the
+    weights, the run's own checkpoint; None for a fresh one.
+    """
+    if _has_checkpoint(directory):
+        return factory.load_workdir(directory) if config.precond.name == "iddpm" else None
+    return interop.load_pretrained(config.init_from) if config.init_from else None
+
+
+def _initial_state(
+    config: ConfigDict, denoiser: Any, start: interop.Pretrained | None
+) -> loop.Init:
+    """The state to begin with: fresh weights, or those of `start` with fresh adapters."""
     key = state.purpose_key(config.train.seed, INIT)
     optimizer, trainable = factory.build_optimizer(config), factory.trainable(config)
 
@@ -90,11 +108,10 @@ def _initial_state(config: ConfigDict, denoiser: Any, directory: str | os.PathLi
         variables = factory.init_variables(config, denoiser, key)
         return state.create_state(variables, optimizer, trainable)
 
-    if not config.init_from or _has_checkpoint(directory):
+    if start is None:
         return fresh
-    loaded = interop.load_pretrained(config.init_from)
     variables = jax.jit(functools.partial(factory.init_variables, config, denoiser))(key)
-    variables = overlay(variables, loaded.variables, config.init_from)
+    variables = overlay(variables, start.variables, config.init_from)
     return state.create_state(variables, optimizer, trainable)
 
 
@@ -118,7 +135,8 @@ def overlay(fresh: Variables, loaded: Variables, origin: str) -> Variables:
         UserError: other variables are missing, left over, or of another shape.
     """
     new, old = (flax.traverse_util.flatten_dict(v, sep="/") for v in (fresh, loaded))
-    old = {k: v for k, v in old.items() if k != "buffers/u"}  # iDDPM's levels follow from its name
+    if "buffers/u" not in new:
+        old.pop("buffers/u", None)  # iDDPM's noise levels, which another preconditioning has not
     missing = [k for k in new if k not in old and not lora.params.is_adapter(tuple(k.split("/")))]
     over = [k for k in old if k not in new and "/affine/" not in k]
     if any("/affine/" in k for k in new):
@@ -222,6 +240,15 @@ def sample(
         raise UserError(
             f"--out={out}: samples are written as .npz, .png (a grid), or into a folder."
         )
+    if not out.suffix and len(set(seeds)) < len(seeds):
+        raise UserError(
+            "A seed is named twice, and a folder holds one file per seed; name each once."
+        )
+    if out.suffix == ".png" and class_id == "all" and len(seeds) % max(generator.num_classes, 1):
+        raise UserError(
+            f"{len(seeds)} seeds do not fill {generator.num_classes} rows, one per class; give a "
+            f"multiple, such as --seeds=0-{10 * generator.num_classes - 1}."
+        )
     with workdir.plain_disk_errors(out.parent):
         out.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after it
         if out.suffix == ".npz":
@@ -302,8 +329,9 @@ def import_checkpoint(
     weights = checkpoint.SavedWeights(
         params=params, frozen={}, buffers=loaded.variables.get("buffers", {}), ema=params
     )
+    config = factory.config_of(loaded).to_dict()
     with workdir.open_workdir(directory) as path:
-        workdir.reconcile_config(path, loaded.config.to_dict(), (), writers.say)
+        workdir.reconcile_config(path, config, (), writers.say)
         with workdir.plain_disk_errors(path):
             checkpoint.save_weights(path, weights)
     return lora.count(params)
@@ -313,6 +341,12 @@ def export_checkpoint(
     run: interop.Pretrained, out: str | os.PathLike, *, weights: str, adapters_only: bool
 ) -> None:
     """Writes a run's weights as safetensors with official names, whole or the adapters alone."""
+    height, width, _ = factory.image_shape(run.config)
+    if height != width:
+        raise UserError(
+            f"This network makes images of {height}x{width}; the official format knows square ones "
+            "only, and would come back as another network. Keep the workdir."
+        )
     if run.config.lora.mode != "baseline" and run.config.lora.sites != factory.SITES:
         raise UserError(
             f"lora.sites={run.config.lora.sites!r} is not {factory.SITES!r}; the official names know "

@@ -99,6 +99,7 @@ def test_config_survives_json():
         ({"model__augment_dim": 4}, "model.augment_dim is 4"),
         ({"train__freeze_base": True, "lora__mode": "baseline"}, "nothing to train"),
         ({"data__name": "a", "data__path": "b"}, "Both data.name"),
+        ({"lora__widths": ()}, "lora.widths is empty"),
         ({"class_conditional": True}, "has none"),
         ({"data__image_size": 0}, "image size is not known"),
     ],
@@ -282,3 +283,15 @@ def test_an_imported_network_can_be_trained_in_its_workdir():
     train.lora.rank = 7
     matters, _ = workdir.differences(saved, train.to_dict(), free)
     assert list(matters) == ["lora.rank"]
+
+
+def test_ablation_takes_the_ranges_of_its_discretization():
+    """Unset, sigma_min and sigma_max are the discretization's own; set, they are what is set."""
+    denoiser = factory.build_denoiser(tiny())
+    settings = {"sampler__name": "ablation", "sampler__discretization": "ve"}
+    assert factory.build_sampler(tiny(**settings), denoiser).keywords["sigma_max"] == 100.0
+    assert factory.build_sampler(tiny(), denoiser).keywords["sigma_max"] == 80.0
+    settings["sampler__sigma_max"] = 50.0
+    assert factory.build_sampler(tiny(**settings), denoiser).keywords["sigma_max"] == 50.0
+    ve = factory.build_denoiser(tiny(precond__name="ve"))
+    assert factory.build_sampler(tiny(), ve).keywords["sigma_min"] == 0.02  # what the network knows

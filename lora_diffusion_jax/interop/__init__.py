@@ -48,14 +48,17 @@ class Pretrained:
         denoiser: nn.Module; `denoiser.apply(variables, x, sigma, class_labels, augment_labels)` is
             D(x; sigma, c).
         variables: {'params', optional 'buffers'}, float32.
-        config: the ConfigDict that describes it.
+        config: the ConfigDict that describes it; None for a network that no config expresses (an
+            unusual filter, say).
         step: of the checkpoint, when it comes from a workdir.
+        architecture: its plain description, when it comes from a file.
     """
 
     denoiser: Any
     variables: dict[str, Any]
     config: Any
     step: int | None = None
+    architecture: Architecture | None = None
 
 
 def load_pretrained(path: str | Path, base: str | Path | None = None) -> Pretrained:
@@ -74,10 +77,15 @@ def load_pretrained(path: str | Path, base: str | Path | None = None) -> Pretrai
     if Path(path).is_dir():
         return factory.load_workdir(path)
     variables, architecture = _load_file(path, base)
+    try:
+        config = factory.config_from_architecture(architecture)
+    except UserError:  # raised again by who needs a config: factory.config_of
+        config = None
     return Pretrained(
         denoiser=factory.denoiser_from_architecture(architecture, variables),
         variables=variables,
-        config=factory.config_from_architecture(architecture),
+        config=config,
+        architecture=architecture,
     )
 
 

@@ -1,5 +1,6 @@
 """Attaching adapters to the layers of any linen module, from outside, by method interception."""
 
+import dataclasses
 import re
 from collections.abc import Callable
 from typing import Any
@@ -85,6 +86,19 @@ def matches(pattern: str, path: str) -> bool:
     return bool(re.fullmatch(pattern, path) or re.fullmatch(pattern, "/" + path))
 
 
+@dataclasses.dataclass(frozen=True)
+class _Holder:
+    """Hands out an adapter; inside a module's field, flax would take the adapter for a submodule.
+
+    Two of them are equal when their adapters are, so that attaching twice gives equal modules.
+    """
+
+    adapter: nn.Module
+
+    def __call__(self) -> nn.Module:
+        return self.adapter
+
+
 class Adapted(nn.Module):
     """A module with adapters at its sites; made by `attach`, called like the module itself.
 
@@ -156,4 +170,4 @@ def attach(
                 ) from error
     if hasattr(adapter, "validate"):
         adapter.validate()
-    return Adapted(module, sites=sites, make_adapter=lambda: adapter, condition=condition)
+    return Adapted(module, sites=sites, make_adapter=_Holder(adapter), condition=condition)

@@ -246,3 +246,9 @@ def test_rank_one_with_one_basis_works(inputs):
     wrapped = adapted(adapter=lora.UCLoRA(rank=1, bases=1, widths=()))
     variables = wrapped.init(jax.random.key(0), *inputs)
     assert variables["params"]["block"]["qkv"]["lora"]["down"]["kernel"].shape == (5, 1)
+
+
+def test_attaching_twice_gives_equal_modules():
+    """Equal modules share compilations where a module is a static argument of jit."""
+    assert adapted() == adapted()
+    assert adapted() != adapted(adapter=lora.UCLoRA(rank=2, bases=4, widths=(16, 8)))

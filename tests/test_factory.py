@@ -295,3 +295,31 @@ def test_ablation_takes_the_ranges_of_its_discretization():
     assert factory.build_sampler(tiny(**settings), denoiser).keywords["sigma_max"] == 50.0
     ve = factory.build_denoiser(tiny(precond__name="ve"))
     assert factory.build_sampler(tiny(), ve).keywords["sigma_min"] == 0.02  # what the network knows
+
+
+class Pictures:
+    """A data set that is only looked at from outside."""
+
+    title, num_classes = "pictures", 3
+
+    def __init__(self, shape):
+        self.image_shape = shape
+
+    def fingerprint(self):
+        return "f"
+
+
+def test_sizes_come_from_the_data_set_or_agree_with_it():
+    open_sizes = {"data__image_size": 0, "data__channels": 0}
+    config = factory.complete(tiny(**open_sizes), Pictures((8, 16, 3)))
+    assert factory.image_shape(config) == (8, 16, 3)
+    assert config.data.num_classes == 0  # not asked for
+    conditional = tiny(**open_sizes, class_conditional=True)
+    assert factory.complete(conditional, Pictures((8, 8, 1))).data.num_classes == 3
+    for shape, words in (((8, 16, 1), "image_width=8"), ((9, 9, 1), "image_size=8")):
+        with pytest.raises(UserError, match=words):
+            factory.complete(tiny(), Pictures(shape))
+    with pytest.raises(UserError, match="multiples of 2"):
+        factory.complete(tiny(**open_sizes), Pictures((9, 8, 1)))
+    with pytest.raises(UserError, match="channels=1"):
+        factory.complete(tiny(), Pictures((8, 8, 3)))

@@ -75,9 +75,8 @@ def complete(config: ConfigDict, source: data_base.ImageSource) -> ConfigDict:
     if config.class_conditional:
         found["num_classes"] = source.num_classes
     with config.unlocked():
+        config.data.image_width = config.data.image_width or config.data.image_size  # square
         for field, value in found.items():
-            if field == "image_width" and not config.data.image_width:
-                config.data.image_width = config.data.image_size or width
             if config.data[field] not in (0, value):
                 raise UserError(
                     f"The config says data.{field}={config.data[field]}, but {source.title} has "

@@ -149,6 +149,8 @@ class Progress:
 
     def update(self, images: int, loss: float) -> None:
         """Shows that this many images are done, and the loss of the last step known."""
+        if self.done == self.first:  # compiling and the first step say nothing of the rate
+            self.first, self.started = images, time.monotonic()
         fresh, self.done = images - self.done, images
         if self.bar is not None:
             self.bar.set_postfix(loss=f"{loss:.4f}", refresh=False)

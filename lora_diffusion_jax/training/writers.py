@@ -135,7 +135,8 @@ class Progress:
     def __init__(self, total: int, done: int = 0, quiet: bool = False):
         self.silent = quiet or jax.process_index() != 0
         self.total, self.done, self.first = total, done, done
-        self.started = self.spoke = time.monotonic()
+        self.started: float | None = None  # when the first step was done
+        self.spoke = time.monotonic()
         self.bar = None
         if not self.silent and sys.stderr.isatty():
             self.bar = tqdm(total=total, initial=done, unit="img", unit_scale=True, leave=False)
@@ -149,14 +150,14 @@ class Progress:
 
     def update(self, images: int, loss: float) -> None:
         """Shows that this many images are done, and the loss of the last step known."""
-        if self.done == self.first:  # compiling and the first step say nothing of the rate
+        if self.started is None:  # compiling and the first step say nothing of the rate
             self.first, self.started = images, time.monotonic()
         fresh, self.done = images - self.done, images
         if self.bar is not None:
             self.bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
             self.bar.update(fresh)
         elif not self.silent and time.monotonic() - self.spoke > QUIET_SECONDS:
-            rate = (images - self.first) / (time.monotonic() - self.started)
+            rate = (images - self.first) / max(time.monotonic() - self.started, 1e-9)
             left = duration((self.total - images) / max(rate, 1e-9))
             self.say(
                 f"{images:,} of {self.total:,} img | loss {loss:.4f} | {rate:.1f} img/s | "

@@ -12,7 +12,7 @@ from lora_diffusion_jax.models.blocks import UNetBlock, silu_dense
 from lora_diffusion_jax.models.embeddings import positional_embedding
 from lora_diffusion_jax.models.layers import GroupNorm, Init, conv3x3, dense
 from lora_diffusion_jax.models.song_unet import drop_labels
-from lora_diffusion_jax.models.unet import Decoder, Encoder, check_input
+from lora_diffusion_jax.models.unet import Decoder, Encoder, check_input, level_settings
 
 _INIT = Init("kaiming_uniform", weight=(1 / 3) ** 0.5, bias=(1 / 3) ** 0.5)
 _INIT_ZERO = Init("kaiming_uniform", weight=0.0)
@@ -95,23 +95,15 @@ class ADMUNet(nn.Module):
             self.label_dropout,
             name="map",
         )(noise_labels, class_labels, augment_labels, train)
-        levels = {
-            "block": functools.partial(
-                UNetBlock,
-                dropout=self.dropout,
-                use_affine=self.use_affine,
-                init=_INIT,
-                init_zero=_INIT_ZERO,
-                dtype=self.dtype,
-            ),
-            "resolution": self.resolution,
-            "model_channels": self.model_channels,
-            "channel_mult": tuple(self.channel_mult),
-            "num_blocks": self.num_blocks,
-            "attn_resolutions": tuple(self.attn_resolutions),
-            "num_heads": lambda channels: channels // CHANNELS_PER_HEAD,
-            "dtype": self.dtype,
-        }
+        block = functools.partial(
+            UNetBlock,
+            dropout=self.dropout,
+            use_affine=self.use_affine,
+            init=_INIT,
+            init_zero=_INIT_ZERO,
+            dtype=self.dtype,
+        )
+        levels = level_settings(self, block, lambda channels: channels // CHANNELS_PER_HEAD)
         skips = Encoder(**levels, init=_INIT, first_width_mult=True, name="enc")(x, emb, train)
         x = Decoder(
             **levels, attn_last_only=False, out_channels=None, init_zero=_INIT_ZERO, name="dec"

@@ -17,7 +17,7 @@ from lora_diffusion_jax.models.embeddings import (
     swap_halves,
 )
 from lora_diffusion_jax.models.layers import Init, dense
-from lora_diffusion_jax.models.unet import Decoder, Encoder, check_input
+from lora_diffusion_jax.models.unet import Decoder, Encoder, check_input, level_settings
 
 _INIT = Init("xavier_uniform")
 _INIT_ZERO = Init("xavier_uniform", weight=1e-5)
@@ -148,16 +148,7 @@ class SongUNet(nn.Module):
             self.label_dropout,
             name="map",
         )(noise_labels, class_labels, augment_labels, train)
-        levels = {
-            "block": self._block(),
-            "resolution": self.resolution,
-            "model_channels": self.model_channels,
-            "channel_mult": tuple(self.channel_mult),
-            "num_blocks": self.num_blocks,
-            "attn_resolutions": tuple(self.attn_resolutions),
-            "num_heads": lambda channels: 1,
-            "dtype": self.dtype,
-        }
+        levels = level_settings(self, self._block(), num_heads=lambda channels: 1)
         residual = self.resample_filter if self.encoder == "residual" else None
         skips = Encoder(**levels, init=_INIT, residual_filter=residual, name="enc")(x, emb, train)
         return Decoder(

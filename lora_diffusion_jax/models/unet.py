@@ -1,6 +1,7 @@
 """The encoder and the decoder that DDPM++, NCSN++ and ADM share."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -131,6 +132,22 @@ class Decoder(nn.Module):
         return conv3x3(
             x, self.out_channels, self.init_zero, name=f"{prefix}_conv", dtype=self.dtype
         )
+
+
+def level_settings(
+    network: nn.Module, block: BlockFactory, num_heads: Callable[[int], int]
+) -> dict[str, Any]:
+    """What a network's encoder and decoder have in common, from the network's own fields."""
+    return {
+        "block": block,
+        "num_heads": num_heads,
+        "channel_mult": tuple(network.channel_mult),
+        "attn_resolutions": tuple(network.attn_resolutions),
+        **{
+            field: getattr(network, field)
+            for field in ("resolution", "model_channels", "num_blocks", "dtype")
+        },
+    }
 
 
 def check_input(

@@ -2,6 +2,8 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
+from lora_diffusion_jax.evaluation import classifier
+
 
 class ArraySource:
     """Images and labels in memory, behind the Source protocol."""
@@ -33,3 +35,11 @@ def digits():
     order = np.random.default_rng(0).permutation(len(images))
     parts = order[297:], order[:297]
     return tuple(ArraySource(images[part], data.target[part]) for part in parts)
+
+
+@pytest.fixture(scope="session")
+def detector(digits, tmp_path_factory):
+    """The classifier's features of digits, with the default settings."""
+    train, heldout = digits
+    folder = tmp_path_factory.mktemp("cache")
+    return classifier.fit(train, test_source=heldout, cache_dir=folder, progress=False)

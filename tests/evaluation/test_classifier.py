@@ -1,5 +1,6 @@
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
@@ -17,13 +18,6 @@ from lora_diffusion_jax.evaluation.quick import (
 )
 
 TINY = classifier.Settings(widths=(8, 16), feature_dim=16, total_images=64, batch_size=32)
-
-
-@pytest.fixture(scope="module")
-def detector(digits, tmp_path_factory):
-    train, heldout = digits
-    folder = tmp_path_factory.mktemp("cache")
-    return classifier.fit(train, test_source=heldout, cache_dir=folder, progress=False)
 
 
 def test_digits_classifier_is_good(detector, digits):
@@ -49,7 +43,13 @@ def test_quick_report_names_counts_and_orders(detector, digits):
         quick_report(source_batches(train), train, heldout, detector, num=2000)
 
 
-def test_same_data_is_read_from_the_cache_and_other_data_is_not(digits, make_source, tmp_path):
+def test_same_data_is_read_from_the_cache_and_other_data_is_not(
+    digits, make_source, tmp_path, monkeypatch
+):
+    def untrained(network, images, labels, progress):
+        return jax.device_get(network.init(jax.random.key(0), images[:1] / 255.0)["params"])
+
+    monkeypatch.setattr(classifier, "_train", untrained)
     train, _ = digits
     fit = {"settings": TINY, "cache_dir": tmp_path, "progress": False}
     first = classifier.fit(train, **fit)
@@ -83,7 +83,7 @@ def test_any_size_and_channels_with_or_without_labels(make_source, tmp_path, sha
 
 def test_rotation_features_order_real_above_noise(digits, make_source, tmp_path):
     train, heldout = (make_source(source.images) for source in digits)
-    settings = classifier.Settings(widths=(16, 32), total_images=10_000)
+    settings = classifier.Settings(widths=(16, 32), total_images=6_000)
     found = classifier.fit(
         train, test_source=heldout, settings=settings, cache_dir=tmp_path, progress=False
     )

@@ -25,7 +25,7 @@ network = classifier.ConvClassifier(4, settings)
 params = network.init(jax.random.key(0), np.zeros((1, 16, 16, 3), np.float32))["params"]
 recipe = {"name": "rotation", "classes": 4, "image_shape": [16, 16, 3], "settings": vars(settings)}
 detector = classifier.rebuild(recipe, {"params": params})
-for count in (1, 2, 4):
+for count in (1, 4):
     mesh = Mesh(np.array(jax.devices()[:count]).reshape(-1, max(1, count // 2)), ("data", "fsdp"))
     rows = [np.concatenate([f for f, _ in extract(detector, [x], mesh=mesh)]) for x in images]
     value = frechet_distance(*(m for r in rows for m in moments_of([r], 16).result()))
@@ -45,12 +45,12 @@ def results():
     return [json.loads(line) for line in out.splitlines()]
 
 
-def test_features_are_the_same_bits_on_1_2_and_4_devices(results):
-    assert [r["devices"] for r in results] == [1, 2, 4]
+def test_features_are_the_same_bits_on_1_and_4_devices(results):
+    assert [r["devices"] for r in results] == [1, 4]
     assert len({r["hash"] for r in results}) == 1
 
 
-def test_distance_is_the_same_on_1_2_and_4_devices(results):
+def test_distance_is_the_same_on_1_and_4_devices(results):
     values = [r["value"] for r in results]
     assert values[0] > 0
     np.testing.assert_allclose(values, values[0], rtol=1e-9)

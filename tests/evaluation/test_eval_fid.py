@@ -22,14 +22,13 @@ from lora_diffusion_jax.evaluation.references import make_reference
 from lora_diffusion_jax.evaluation.statistics import load_reference, save_reference
 from lora_diffusion_jax.training import checkpoint, workdir
 
-SETTINGS = classifier.Settings(widths=(8, 16), feature_dim=16, total_images=3000)
+SETTINGS = classifier.Settings(widths=(8, 16), feature_dim=16, total_images=500)
 
 
 @pytest.fixture(scope="module")
-def reference(digits, tmp_path_factory):
+def reference(digits, detector, tmp_path_factory):
     folder = tmp_path_factory.mktemp("reference")
     train = digits[0]
-    detector = classifier.fit(train, settings=SETTINGS, cache_dir=folder, progress=False)
     made = make_reference(detector, source_batches(train), len(train), True, {"data": "digits"})
     path = folder / "digits.npz"
     save_reference(path, made)

@@ -34,11 +34,14 @@ from lora_diffusion_jax.evaluation.features import Detector, cache_folder, tree_
 from lora_diffusion_jax.evaluation.inception import load_inception, present_weights
 from lora_diffusion_jax.evaluation.inception_network import POOL_DIM
 from lora_diffusion_jax.evaluation.quick import source_batches
-from lora_diffusion_jax.evaluation.references import detector_of, make_reference
+from lora_diffusion_jax.evaluation.references import (
+    INCEPTION_DETECTORS,
+    detector_of,
+    make_reference,
+)
 from lora_diffusion_jax.evaluation.statistics import Reference, load_reference, save_reference
 from lora_diffusion_jax.training import checkpoint, workdir
 
-INCEPTION_DETECTORS = {"inception_edm": "edm", "inception_pytorch_fid": "pytorch-fid"}
 FEATURES = ("auto", "edm", "pytorch-fid", "dinov2", "classifier", "rotation")
 POLL_SECONDS = 30.0
 

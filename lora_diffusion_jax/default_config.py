@@ -95,6 +95,10 @@ def base() -> ConfigDict:
 
     config.eval = ConfigDict()
     config.eval.num_samples = 1_000  # of the evaluation during training; 0 leaves it out
+    config.eval.final_num_samples = 0  # of the one at the end; 0: as many
+    config.eval.num_steps = 0  # of the sampler during training; 0: sampler.num_steps, as at the end
+    config.eval.reference = ""  # statistics of eval_fid.py ref; "": held-out images, own classifier
+    config.eval.inception = ""  # weights file, where the reference is of Inception features
 
     config.mesh = ConfigDict()
     config.mesh.data = -1  # devices along the data axis; -1: all that fsdp leaves

@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,10 @@ from lora_diffusion_jax import factory, generate, interop, lora
 from lora_diffusion_jax.array_types import Variables
 from lora_diffusion_jax.data.sources import describe, format_description
 from lora_diffusion_jax.errors import UserError
-from lora_diffusion_jax.evaluation import classifier, quick
+from lora_diffusion_jax.evaluation import classifier, quick, references
+from lora_diffusion_jax.evaluation.metrics import frechet_distance
+from lora_diffusion_jax.evaluation.report import metric_name
+from lora_diffusion_jax.evaluation.statistics import load_reference
 from lora_diffusion_jax.training import checkpoint, loop, sharding, state, workdir, writers
 from lora_diffusion_jax.training.state import INIT
 
@@ -76,7 +79,7 @@ def train(config: ConfigDict, directory: str | os.PathLike) -> loop.Result:
         schedule=factory.build_schedule(config),
         seed=config.train.seed,
         harmless=harmless,
-        callbacks=_callbacks(config, directory, generator, source),
+        callbacks=_callbacks(config, directory, denoiser, generator, source),
         flops_per_image=3 * factory.forward_flops(config, denoiser),
     )
 
@@ -165,10 +168,11 @@ def _shorten(names: Sequence[str], limit: int = 4) -> str:
 def _callbacks(
     config: ConfigDict,
     directory: str | os.PathLike,
+    denoiser: Any,
     generator: generate.Generator,
     source: Any,
 ) -> dict[str, loop.Callback]:
-    """Sample grids, and the distance in the features of a classifier trained on the data set."""
+    """Sample grids, and an evaluation that is quick on the way and full at the end."""
 
     def samples(now: state.TrainState, step: int) -> Mapping[str, Any]:
         picture = sample_grid(generator, state.ema_variables(now))
@@ -177,29 +181,63 @@ def _callbacks(
             generate.write_png(Path(directory) / "samples" / f"{images:010d}.png", picture)
         return {"samples/grid": picture}
 
-    callbacks: dict[str, loop.Callback] = {"samples": samples}
-    heldout = factory.open_heldout(config) if config.eval.num_samples else None
-    if heldout is None:
-        writers.say(
-            "no evaluation: eval.num_samples is 0, or there are no held-out images (data.eval_path)"
-        )
-        return callbacks
+    judge = _judge(config, source)
+    if judge is None:
+        return {"samples": samples}
+    steps = config.eval.num_steps or config.sampler.num_steps
+    quick_config = config.copy_and_resolve_references()
+    with quick_config.unlocked():
+        quick_config.sampler.num_steps = steps
+    fast = factory.build_generator(quick_config, denoiser, generator.mesh)
 
     def evaluate(now: state.TrainState, step: int) -> Mapping[str, Any]:
-        detector = classifier.fit(source, test_source=heldout)
-        report = quick.quick_report(
-            (
-                b.images
-                for b in generator.batches(state.ema_variables(now), range(config.eval.num_samples))
-            ),
-            source,
-            heldout,
-            detector,
-            num=config.eval.num_samples,
-        )
-        return {f"eval/{k}": v for k, v in report.items() if k.startswith("fd_")}
+        last = step * config.train.batch_size >= config.train.total_images
+        count = (last and config.eval.final_num_samples) or config.eval.num_samples
+        drawer = generator if last else fast
+        batches = drawer.batches(state.ema_variables(now), range(count))
+        return {f"eval/{k}": v for k, v in judge((b.images for b in batches), count).items()}
 
-    return callbacks | {"eval": evaluate}
+    return {"samples": samples, "eval": evaluate}
+
+
+Judge = Callable[[Iterable[np.ndarray], int], dict[str, float]]
+
+
+def _judge(config: ConfigDict, source: Any) -> Judge | None:
+    """(samples, number) -> distances by name; None where there is nothing to compare with.
+
+    Against eval.reference in its own features (`fid_2k`), or against held-out images in those of a
+    classifier trained on the data set (`fd_classifier_1k`), beside floor and ceiling.
+    """
+    if not config.eval.num_samples:
+        return None
+    if config.eval.reference:
+        reference = load_reference(config.eval.reference)  # now, rather than after hours
+        detector = references.published_detector(reference, config.eval.inception)
+
+        def against_reference(samples: Iterable[np.ndarray], count: int) -> dict[str, float]:
+            drawn = quick.feature_moments(detector, quick.take(samples, count))
+            value = frechet_distance(*drawn.result(), reference.mu, reference.sigma)
+            return {metric_name("fid", detector, count): value}
+
+        return against_reference
+    heldout = factory.open_heldout(config)
+    if heldout is None:
+        writers.say(
+            "no evaluation: there are no held-out images; name some (data.eval_path) or statistics "
+            "(eval.reference)"
+        )
+        return None
+
+    @functools.cache
+    def evaluator(count: int) -> quick.QuickEvaluator:
+        detector = classifier.fit(source, test_source=heldout)
+        return quick.QuickEvaluator(source, heldout, detector, num=count)
+
+    def against_heldout(samples: Iterable[np.ndarray], count: int) -> dict[str, float]:
+        return {k: v for k, v in evaluator(count)(samples).items() if k.startswith("fd_")}
+
+    return against_heldout
 
 
 def sample_grid(

@@ -24,10 +24,10 @@ TINY = [
 ]
 
 
-def run(*arguments, ok=True):
-    """Runs main.py; returns (status, everything it printed)."""
+def run(*arguments, ok=True, program="main.py"):
+    """Runs main.py (or eval_fid.py); returns (status, everything it printed)."""
     done = subprocess.run(
-        [sys.executable, "main.py", *map(str, arguments)],
+        [sys.executable, program, *map(str, arguments)],
         cwd=ROOT,
         env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": FAST_COMPILE},
         capture_output=True,
@@ -39,7 +39,7 @@ def run(*arguments, ok=True):
     return done.returncode, text
 
 
-def train(path, data_dir, images, *more):
+def train(path, data_dir, images, *more, ok=True):
     return run(
         "--mode=train",
         *TINY,
@@ -47,4 +47,5 @@ def train(path, data_dir, images, *more):
         f"--config.data.data_dir={data_dir}",
         f"--config.train.total_images={images}",
         *more,
+        ok=ok,
     )

@@ -68,3 +68,31 @@ def test_info_counts_the_paper_row():
     assert "LoRA sites (with_lora): 12" in text
     _, text = run("--mode=info", "--config=configs/cifar10_edm.py", "--config.lora.mode=only_lora")
     assert "Total parameters: 53,413,083" in text.splitlines()
+
+
+def test_a_reference_judges_during_training(data_dir, tmp_path):
+    """Quick on the way, more samples at the end, both named by their number; resumed without doubling."""
+    reference = tmp_path / "ref.npz"
+    arguments = ["ref", "--data=digits", f"--data_dir={data_dir}", "--features=rotation"]
+    run(*arguments, f"--dest={reference}", program="eval_fid.py")
+    path = tmp_path / "judged"
+    judged = [
+        f"--config.eval.reference={reference}",
+        "--config.eval.num_samples=80",
+        "--config.eval.final_num_samples=160",
+        "--config.eval.num_steps=2",
+        "--config.train.eval_every=32",
+        "--config.sampler.batch_size=80",
+    ]
+    train(path, data_dir, 64, *judged)
+    lines = list(map(json.loads, (path / "metrics.jsonl").read_text().splitlines()))
+    found = {
+        (line["images"], name): line[name] for line in lines for name in line if "eval/" in name
+    }
+    assert set(found) == {(32, "eval/fd_rotation_80"), (64, "eval/fd_rotation_160")}
+    assert all(np.isfinite(value) and value > 0 for value in found.values())
+    _, text = train(
+        tmp_path / "other", data_dir, 64, "--config.eval.reference=/no.npz", *judged[1:], ok=False
+    )
+    assert "/no.npz" in text
+    assert "Traceback" not in text

@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
 
     config.train.batch_size = 128
     config.train.learning_rate = 2e-3
-    config.train.total_images = 128 * 600
+    config.train.total_images = 128 * 800
     config.train.rampup_images = 128 * 50
     config.train.ema_halflife_images = 10_000
     config.train.log_every = 128 * 50

@@ -32,7 +32,7 @@ LEVELS = {
     "blur, sigma in pixels": (0.0, 0.4, 0.6, 0.8, 1.2, 2.0),
     "noise, standard deviation in grey levels": (0.0, 4.0, 8.0, 16.0, 32.0, 64.0),
     "JPEG, 100 - quality": (0, 30, 50, 70, 80, 90),
-    "uneven classes, share of the first half": (0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
+    "uneven classes, share of one half": (0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
     "dropped classes": (0, 1, 2, 4, 6, 8),
 }
 

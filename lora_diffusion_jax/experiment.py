@@ -17,6 +17,7 @@ from lora_diffusion_jax.array_types import Variables
 from lora_diffusion_jax.data.sources import describe, format_description
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.evaluation import classifier, quick, references
+from lora_diffusion_jax.evaluation.features import Detector
 from lora_diffusion_jax.evaluation.metrics import frechet_distance
 from lora_diffusion_jax.evaluation.report import metric_name
 from lora_diffusion_jax.evaluation.statistics import load_reference
@@ -230,9 +231,12 @@ def _judge(config: ConfigDict, source: Any) -> Judge | None:
         return None
 
     @functools.cache
+    def detector() -> Detector:  # at the first evaluation: training it takes a while
+        return classifier.fit(source, test_source=heldout)
+
+    @functools.cache
     def evaluator(count: int) -> quick.QuickEvaluator:
-        detector = classifier.fit(source, test_source=heldout)
-        return quick.QuickEvaluator(source, heldout, detector, num=count)
+        return quick.QuickEvaluator(source, heldout, detector(), num=count)
 
     def against_heldout(samples: Iterable[np.ndarray], count: int) -> dict[str, float]:
         return {k: v for k, v in evaluator(count)(samples).items() if k.startswith("fd_")}

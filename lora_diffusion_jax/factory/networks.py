@@ -1,7 +1,6 @@
 """Networks from configs and from the plain architectures that checkpoints carry, and back."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,7 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from lora_diffusion_jax import lora
-from lora_diffusion_jax.array_types import Images, Key, Labels, Variables
+from lora_diffusion_jax.array_types import Key, Labels, Variables
 from lora_diffusion_jax.default_config import base as default_config
 from lora_diffusion_jax.diffusion import precond
 from lora_diffusion_jax.errors import UserError
@@ -236,15 +235,6 @@ def init_variables(config: ConfigDict, denoiser: precond.Denoiser, key: Key) -> 
             "u": jnp.asarray(table, jnp.float32),
         }
     return variables
-
-
-def apply_function(denoiser: precond.Denoiser) -> Callable[..., Images]:
-    """(variables, x, sigma, class_labels) -> D(x; sigma), for sampling and evaluation."""
-
-    def apply(variables: Variables, x: Images, sigma: jax.Array, labels: Labels | None) -> Images:
-        return denoiser.apply(variables, x, sigma, labels)
-
-    return apply
 
 
 def forward_flops(config: ConfigDict, denoiser: precond.Denoiser) -> float:

@@ -17,7 +17,6 @@ from lora_diffusion_jax.diffusion import precond
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.factory.checks import choose
 from lora_diffusion_jax.factory.networks import (
-    apply_function,
     architecture_from_config,
     build_denoiser,
     config_from_architecture,
@@ -153,7 +152,7 @@ def build_generator(
 ) -> generate.Generator:
     """Draws images from a denoiser with `config.sampler`."""
     return generate.Generator(
-        apply=apply_function(denoiser),
+        apply=denoiser.apply,
         sampler=build_sampler(config, denoiser),
         image_shape=image_shape(config),
         num_classes=num_labels(config),

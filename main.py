@@ -11,6 +11,7 @@ Without --config, the config of the workdir's run is used; overrides apply to it
 
 import json
 import os
+import signal
 import sys
 
 from absl import app, flags, logging
@@ -18,6 +19,7 @@ from ml_collections import ConfigDict, config_flags
 
 from lora_diffusion_jax.errors import UserError
 
+ARGUMENTS = ("workdir", "seeds", "class_id", "weights", "step", "out")  # alike in all processes
 MODES = ("train", "sample", "info", "import", "export")
 FLAGS = flags.FLAGS
 
@@ -33,6 +35,15 @@ flags.DEFINE_string(
     "base", None, "import: for a file of adapters alone, the base's file or workdir."
 )
 flags.DEFINE_bool("adapters_only", False, "export: leave the base out.")
+flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, of several processes.")
+flags.DEFINE_integer("num_processes", None, "How many processes there are.")
+flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+flags.DEFINE_bool(
+    "distributed",
+    None,
+    "Find the others by TPU pod, Slurm, Open MPI or Kubernetes; default: by Slurm.",
+)
+flags.DEFINE_float("process_timeout", 300.0, "Seconds that processes wait for one another.")
 
 
 def define_config(argv: list[str]) -> None:
@@ -71,10 +82,28 @@ def need(*names: str) -> None:
 
 
 def run(_: list[str]) -> int:
-    """Does what --mode says; returns the exit status."""
-    from lora_diffusion_jax import experiment, factory, generate
+    """Joins the other processes, if there are any, and does what --mode says; the exit status."""
+    from lora_diffusion_jax import processes
 
     logging.set_verbosity(logging.WARNING)
+    address, count, index = FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id
+    limit = FLAGS.process_timeout
+    processes.join(address, count, index, detect=FLAGS.distributed, limit=limit)
+    with processes.ending_together():
+        told = {name: FLAGS[name].value for name in ("mode", *ARGUMENTS)}
+        processes.check_same("the command line", json.dumps(told))
+        return do()
+
+
+def do() -> int:
+    """Does what --mode says; returns the exit status."""
+    from lora_diffusion_jax import experiment, factory, generate, processes
+    from lora_diffusion_jax.training import writers
+    from lora_diffusion_jax.training.interrupts import Interrupted, Interrupts
+
+    processes.check_joined()
+    if FLAGS.mode in ("import", "export", "info") and not processes.alone():
+        raise processes.SharedError(f"--mode={FLAGS.mode} is the work of one process alone.")
     if FLAGS.mode == "train":
         need("workdir")
         return experiment.train(FLAGS.config, FLAGS.workdir).exit_code
@@ -99,8 +128,15 @@ def run(_: list[str]) -> int:
         print(f"wrote the {FLAGS.weights} weights of step {loaded.step} to {FLAGS.out}")
         return 0
     about = experiment.about(loaded, FLAGS.weights, loaded.step)
-    count = experiment.sample(loaded, seeds, FLAGS.class_id, FLAGS.out, about)
-    print(json.dumps({"images": count, "out": FLAGS.out, **about}))
+    with Interrupts("stopping after this batch") as interrupts:
+        try:
+            count = experiment.sample(loaded, seeds, FLAGS.class_id, FLAGS.out, about)
+        except Interrupted:
+            stopped_by = interrupts.agreed
+            name = signal.Signals(stopped_by).name
+            writers.say(f"stopped by {name}; the same command goes on from here")
+            return 128 + stopped_by
+    writers.say(json.dumps({"images": count, "out": FLAGS.out, **about}))
     return 0
 
 
@@ -119,7 +155,10 @@ def main() -> None:
 
 
 def _complain(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    from lora_diffusion_jax import processes
+
+    if processes.is_leader():  # what the others do not know of has been said before
+        print(f"error: {message}", file=sys.stderr)
     return 2
 
 

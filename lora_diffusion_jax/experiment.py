@@ -1,6 +1,7 @@
 """What the modes of main.py do: train, sample, describe, import and export, put together."""
 
 import functools
+import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,16 +13,17 @@ import numpy as np
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from lora_diffusion_jax import factory, generate, interop, lora
+from lora_diffusion_jax import factory, generate, interop, lora, outputs, processes
 from lora_diffusion_jax.array_types import Variables
 from lora_diffusion_jax.data.sources import describe, format_description
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.evaluation import classifier, quick, references
-from lora_diffusion_jax.evaluation.features import Detector
+from lora_diffusion_jax.evaluation.features import Detector, tree_hash
 from lora_diffusion_jax.evaluation.metrics import frechet_distance
 from lora_diffusion_jax.evaluation.report import metric_name
 from lora_diffusion_jax.evaluation.statistics import load_reference
 from lora_diffusion_jax.training import checkpoint, loop, sharding, state, workdir, writers
+from lora_diffusion_jax.training.interrupts import pause_point
 from lora_diffusion_jax.training.state import INIT
 
 # Fields whose change does not hinder resuming a run.
@@ -75,7 +77,7 @@ def train(config: ConfigDict, directory: str | os.PathLike) -> loop.Result:
         config=config.to_dict(),
         init=_initial_state(config, denoiser, None if _has_checkpoint(directory) else start),
         step_fn=factory.build_step(config, denoiser),
-        batches=factory.build_batches(config, source),
+        batches=factory.build_batches(config, source, mesh),
         mesh=mesh,
         schedule=factory.build_schedule(config),
         seed=config.train.seed,
@@ -178,8 +180,8 @@ def _callbacks(
     def samples(now: state.TrainState, step: int) -> Mapping[str, Any]:
         picture = sample_grid(generator, state.ema_variables(now))
         images = step * config.train.batch_size
-        if jax.process_index() == 0:
-            generate.write_png(Path(directory) / "samples" / f"{images:010d}.png", picture)
+        if processes.is_leader():
+            outputs.write_png(Path(directory) / "samples" / f"{images:010d}.png", picture)
         return {"samples/grid": picture}
 
     judge = _judge(config, source)
@@ -195,7 +197,7 @@ def _callbacks(
         last = step * config.train.batch_size >= config.train.total_images
         count = (last and config.eval.final_num_samples) or config.eval.num_samples
         drawer = generator if last else fast
-        batches = drawer.batches(state.ema_variables(now), range(count))
+        batches = drawer.batches(state.ema_variables(now), range(count), between=pause_point)
         return {f"eval/{k}": v for k, v in judge((b.images for b in batches), count).items()}
 
     return {"samples": samples, "eval": evaluate}
@@ -250,8 +252,8 @@ def sample_grid(
     """A picture of samples, uint8: one row per class (the first `rows`), or `rows` of any kind."""
     rows = min(rows, generator.num_classes) if generator.num_classes else rows
     classes = np.repeat(np.arange(rows), columns) if generator.num_classes else None
-    batches = generator.batches(variables, range(rows * columns), classes)
-    return generate.grid(np.concatenate([b.images for b in batches]), columns)
+    batches = generator.batches(variables, range(rows * columns), classes, between=pause_point)
+    return outputs.grid(np.concatenate([b.images for b in batches]), columns)
 
 
 def sample(
@@ -263,6 +265,8 @@ def sample(
 ) -> int:
     """Writes the images of some seeds to a folder of PNGs, a .npz, or one .png grid.
 
+    Cut short, the same call goes on where it stopped.
+
     Args:
         run: the network, its weights and its config.
         seeds: one per image.
@@ -273,10 +277,15 @@ def sample(
 
     Returns:
         Number of images.
+
+    Raises:
+        UserError: the seeds, the class or the file's name do not fit, or it cannot be written.
+        Interrupted: by a signal, inside `with Interrupts()`.
     """
     generator = factory.build_generator(run.config, run.denoiser, factory.build_mesh(run.config))
     classes = choose_classes(class_id, len(seeds), generator.num_classes)
-    batches = generator.batches(run.variables, seeds, classes, progress=True)
+    seeds = generate.check_seeds(seeds)
+    labels = generator.choose_labels(seeds, classes)
     out = Path(out)
     if out.suffix.lower() in NOT_WRITTEN:
         raise UserError(
@@ -291,18 +300,36 @@ def sample(
             f"{len(seeds)} seeds do not fill {generator.num_classes} rows, one per class; give a "
             f"multiple, such as --seeds=0-{10 * generator.num_classes - 1}."
         )
-    with workdir.plain_disk_errors(out.parent):
-        out.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after it
-        if out.suffix == ".npz":
-            return generate.write_npz(out, batches, dict(about))
-        if out.suffix == ".png":
-            images = np.concatenate([b.images for b in batches])
-            columns = len(seeds) // generator.num_classes if class_id == "all" else 0
-            generate.write_png(
-                out, generate.grid(images, columns or int(np.ceil(len(seeds) ** 0.5)))
-            )
-            return len(images)
-        return generate.write_folder(out, batches, dict(about))
+    columns = len(seeds) // generator.num_classes if class_id == "all" else 0
+    identity = json.dumps({**about, "of": tree_hash((run.variables, seeds, labels))})
+    opened: list[outputs.Output] = []  # in process 0
+
+    def begin() -> str:
+        with workdir.plain_disk_errors(out.parent):
+            out.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after it
+            shape = generator.image_shape
+            opened.append(outputs.open_output(out, seeds, labels, shape, identity, columns))
+        return np.packbits(opened[0].done).tobytes().hex()
+
+    bits = bytes.fromhex(processes.from_leader("opening --out", begin))
+    left = np.unpackbits(np.frombuffer(bits, np.uint8), count=len(seeds)) == 0
+    if not left.all():
+        writers.say(f"{len(seeds) - left.sum():,} of {len(seeds):,} images are there already")
+    batches = generator.batches(
+        run.variables,
+        seeds[left],
+        labels[left] if generator.num_classes else None,
+        progress=processes.is_leader(),
+        between=pause_point,
+    )
+    for batch in batches if left.any() else ():
+        for output in opened:
+            with workdir.plain_disk_errors(out.parent):
+                output.write(batch)
+    for output in opened:
+        with workdir.plain_disk_errors(out.parent):
+            output.finish(about)
+    return len(seeds)
 
 
 def choose_classes(

@@ -2,10 +2,7 @@
 
 import dataclasses
 import functools
-import json
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -13,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from PIL import Image
 from tqdm import tqdm
 
+from lora_diffusion_jax import processes
 from lora_diffusion_jax.array_types import Images, Key, Labels, Variables
 from lora_diffusion_jax.diffusion.samplers import to_uint8
 from lora_diffusion_jax.errors import UserError
@@ -92,8 +89,11 @@ class Generator:
         class_ids: Sequence[int] | int | None = None,
         *,
         progress: bool = False,
+        between: Callable[[], None] = lambda: None,
     ) -> Iterator[Batch]:
         """Yields the images of the seeds in order; a short last batch is padded and cut.
+
+        With several processes all must iterate alike, and each gets all images.
 
         Args:
             variables: of the network.
@@ -101,6 +101,7 @@ class Generator:
             class_ids: one class for all, or one per seed; None draws each image's class from its
                 seed, uniformly.
             progress: show a bar, on a terminal.
+            between: called ahead of every batch; it may raise to stop.
 
         Raises:
             UserError: a seed or class out of range, classes for an unconditional network.
@@ -109,13 +110,14 @@ class Generator:
         labels = self.choose_labels(seeds, class_ids)
         whole = NamedSharding(self.mesh, P())  # host arrays go to the devices once, not every call
         variables = jax.tree.map(
-            lambda v: v if isinstance(v, jax.Array) else jax.device_put(v, whole), variables
+            lambda v: v if isinstance(v, jax.Array) else processes.place(v, whole), variables
         )
         bar = tqdm(
             total=len(seeds), unit="img", desc="sampling", disable=None if progress else True
         )
         with bar:
             for start in range(0, len(seeds), self.call_size):
+                between()
                 part = slice(start, start + self.call_size)
                 yield self._run(variables, seeds[part], labels[part])
                 bar.update(len(seeds[part]))
@@ -125,7 +127,9 @@ class Generator:
         padded_seeds = np.pad(seeds, (0, missing), mode="edge").astype(np.uint32)
         padded_labels = np.pad(labels, (0, missing), mode="edge")
         one_hot = np.eye(max(self.num_classes, 1), dtype=np.float32)[np.maximum(padded_labels, 0)]
-        images = np.asarray(self.compiled(variables, padded_seeds, one_hot))
+        spread = NamedSharding(self.mesh, P(self.mesh.axis_names))
+        inputs = (processes.place(rows, spread) for rows in (padded_seeds, one_hot))
+        images = processes.fetch(self.compiled(variables, *inputs))
         return Batch(images[: len(seeds)], seeds, labels)
 
     def choose_labels(
@@ -189,64 +193,3 @@ def parse_seeds(text: str) -> list[int]:
             )
         seeds.extend(range(first, last + 1))
     return seeds
-
-
-def write_npz(path: Path, batches: Iterable[Batch], about: dict[str, object]) -> int:
-    """Writes images uint8 [N, H, W, C], seeds [N], labels [N] and a JSON text `about`; returns N.
-
-    The file appears whole or not at all.
-    """
-    whole = Batch(*(np.concatenate(parts) for parts in zip(*batches, strict=True)))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".partial")
-    with open(temporary, "wb") as file:
-        np.savez_compressed(file, **whole._asdict(), about=json.dumps(about))
-    os.replace(temporary, path)
-    return len(whole.seeds)
-
-
-def write_folder(folder: Path, batches: Iterable[Batch], about: dict[str, object]) -> int:
-    """Writes one PNG per image, `000007.png` for seed 7, and labels in `dataset.json`; returns N.
-
-    The layout is that of a StyleGAN/EDM data set, so the folder can be trained on and evaluated.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    labels: list[list[object]] = []
-    for batch in batches:
-        for image, seed, label in zip(*batch, strict=True):
-            name = f"{seed:06d}.png"
-            to_pil(image).save(folder / name)
-            labels.append([name, int(label)])
-    conditional = labels and labels[0][1] != NO_LABEL
-    text = json.dumps({"labels": labels if conditional else None, "about": about})
-    (folder / "dataset.json").write_text(text)
-    return len(labels)
-
-
-def to_pil(image: np.ndarray) -> Image.Image:
-    """A uint8 image [H, W, 1 or 3] for writing."""
-    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-
-
-def grid(images: np.ndarray, columns: int, *, least_side: int = 48, gap: int = 4) -> np.ndarray:
-    """Tiles uint8 images [N, H, W, C] row by row on gray; small ones are enlarged by a whole factor."""
-    factor = max(1, -(-least_side // images.shape[1]))
-    images = images.repeat(factor, axis=1).repeat(factor, axis=2)
-    count, height, width, channels = images.shape
-    rows = -(-count // columns)
-    canvas = np.full(
-        (gap + rows * (height + gap), gap + columns * (width + gap), channels), 96, np.uint8
-    )
-    for i, image in enumerate(images):
-        top = gap + i // columns * (height + gap)
-        left = gap + i % columns * (width + gap)
-        canvas[top : top + height, left : left + width] = image
-    return canvas
-
-
-def write_png(path: Path, image: np.ndarray) -> None:
-    """Writes one uint8 image as a PNG that appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".partial")
-    to_pil(image).save(temporary, format="PNG")
-    os.replace(temporary, path)

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "lora_diffusion_jax"
-SHARED = {"array_types", "errors"}
+SHARED = {"array_types", "errors", "processes", "roll_call"}
 ALLOWED = {  # part -> parts of the package it may import at module level, besides itself and SHARED
     "models": set(),
     "lora": set(),
@@ -18,6 +18,7 @@ ALLOWED = {  # part -> parts of the package it may import at module level, besid
     "analysis": {"lora"},
     "evaluation": {"interop"},
     "generate": {"diffusion"},
+    "outputs": {"generate"},
     "default_config": set(),
     "factory": {
         "models",

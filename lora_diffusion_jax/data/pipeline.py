@@ -4,7 +4,7 @@ import functools
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import grain
@@ -39,9 +39,8 @@ class Batches:
         source: the images.
         batch_size: images per step over all processes, B.
         seed: of the order, in [0, 2**64).
-        process_index: this process's number; it gets the contiguous part [index * b, (index + 1) *
-            b) of each batch, b = B / process_count.
-        process_count: number of processes that share each batch.
+        rows: which positions of each batch are this process's, ascending, [b]; None: all. With
+            several processes each holds the rows of its own devices.
         memory_limit: in bytes.
         num_threads: batches decoded at the same time when reading ahead; by default one for small
             images, else one per core, at most 16.
@@ -53,7 +52,6 @@ class Batches:
     Attributes:
         images: uint8 [N, H, W, C], or None when the data set is streamed.
         labels: int32 [N], or None.
-        local_batch_size: b.
         wait_seconds: total time that iterate() made its caller wait.
 
     Raises:
@@ -69,21 +67,18 @@ class Batches:
         batch_size: int,
         seed: int,
         *,
-        process_index: int = 0,
-        process_count: int = 1,
+        rows: Sequence[int] | None = None,
         memory_limit: int = 2**30,
         num_threads: int | None = None,
         num_workers: int = 0,
         read_ahead: int = 8,
         progress: bool = True,
     ) -> None:
-        if batch_size < 1 or batch_size % process_count:
-            raise UserError(
-                f"batch size {batch_size} does not divide among {process_count} "
-                f"processes; expected a positive multiple of {process_count}."
-            )
-        if not 0 <= process_index < process_count:
-            raise ValueError(f"process {process_index} of {process_count}")
+        if batch_size < 1:
+            raise UserError(f"batch size {batch_size}; expected at least 1.")
+        self._rows = np.arange(batch_size) if rows is None else np.asarray(rows)
+        if not len(self._rows) or self._rows[0] < 0 or self._rows[-1] >= batch_size:
+            raise ValueError(f"rows {self._rows} of a batch of {batch_size}")
         if not 0 <= seed < 2**64:
             raise UserError(f"seed {seed} of the data order; expected 0 to 2**64 - 1.")
         if not 0 < len(source) < 2**31:
@@ -91,9 +86,7 @@ class Batches:
         self.source = source
         self.batch_size = batch_size
         self.seed = seed
-        self.local_batch_size = batch_size // process_count
         self.wait_seconds = 0.0
-        self._offset = process_index * self.local_batch_size
         self._num_threads = num_threads or default_threads(source.image_shape)
         self._num_workers = num_workers
         self._read_ahead = read_ahead
@@ -106,14 +99,15 @@ class Batches:
         """Returns the images that this process holds of batch `step`, int32 [b] in [0, N)."""
         if step < 0:
             raise ValueError(f"step {step} is negative")
-        size, parts = len(self.source), []
-        position = step * self.batch_size + self._offset
-        end = position + self.local_batch_size
-        while position < end:
-            epoch, first = divmod(position, size)
-            parts.append(epoch_order(self.seed, epoch, size)[first : first + end - position])
-            position += len(parts[-1])
-        return np.concatenate(parts)
+        size = len(self.source)
+        epochs, places = np.divmod(step * self.batch_size + self._rows, size)
+        runs = np.flatnonzero(np.diff(epochs)) + 1  # positions ascend, and so do their epochs
+        return np.concatenate(
+            [
+                epoch_order(self.seed, int(epochs[part[0]]), size)[places[part]]
+                for part in np.split(np.arange(len(epochs)), runs)
+            ]
+        )
 
     def __getitem__(self, step: int) -> Batch:
         """Returns this process's part of batch `step`, read now: image [b, H, W, C], label [b]."""

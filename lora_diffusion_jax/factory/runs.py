@@ -5,7 +5,6 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -88,14 +87,15 @@ def complete(config: ConfigDict, source: data_base.ImageSource) -> ConfigDict:
     return config
 
 
-def build_batches(config: ConfigDict, source: data_base.ImageSource) -> pipeline.Batches:
-    """The training batches, this process's part of each."""
+def build_batches(
+    config: ConfigDict, source: data_base.ImageSource, mesh: Mesh
+) -> pipeline.Batches:
+    """The training batches, of each the rows that this process's devices hold."""
     return pipeline.Batches(
         source,
         config.train.batch_size,
         config.train.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        rows=sharding.local_rows(config.train.batch_size, mesh),
         memory_limit=int(config.data.memory_limit_gib * 2**30),
         num_workers=config.data.workers,
     )

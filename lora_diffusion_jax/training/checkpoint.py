@@ -10,8 +10,8 @@ import flax
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
+from lora_diffusion_jax import processes
 from lora_diffusion_jax.array_types import PyTree
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.training.sharding import path_of
@@ -66,11 +66,17 @@ class Checkpoints:
             # it for five minutes.
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
             cleanup_tmp_directories=True,
+            create=False,
+            multiprocessing_options=_all_processes(),
         )
         self.saving = False  # a save was begun whose outcome is not known yet
-        with plain_disk_errors(self.directory):
-            if jax.process_index() == 0:
+
+        def make_folder() -> None:
+            with plain_disk_errors(self.directory):
                 self.directory.mkdir(parents=True, exist_ok=True)
+
+        processes.from_leader("making the folder of checkpoints", make_folder)
+        with plain_disk_errors(self.directory):
             self.manager = _manager(self.directory, options)
 
     def __enter__(self) -> "Checkpoints":
@@ -160,6 +166,17 @@ def _not_from_orbax(record: logging.LogRecord) -> bool:
     return "orbax" not in Path(record.pathname).parts
 
 
+def _all_processes() -> ocp.options.MultiprocessingOptions:
+    """Naming them lets orbax wait over the coordination service, with a time limit.
+
+    Otherwise it waits by a collective of the devices, in a thread, between those of the steps.
+    """
+    if processes.alone():
+        return ocp.options.MultiprocessingOptions()
+    everyone = set(range(jax.process_count()))
+    return ocp.options.MultiprocessingOptions(active_processes=everyone)
+
+
 def _manager(directory: Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
     logging.getLogger("absl").addFilter(_not_from_orbax)
     handlers = {name: ocp.PyTreeCheckpointHandler() for name in PARTS}
@@ -182,14 +199,17 @@ def _newest_readable(
             raise
         # Whatever a damaged file makes the readers raise: a missing piece, JSON, decompression.
         except Exception as error:
-            reason = error
-            torn.append(step)
-            say(f"checkpoint {step} in {directory} cannot be read ({_brief(error)}); skipped")
-        else:
+            parts, reason = None, error
+        reasons = processes.exchange(
+            f"reading checkpoint {step}", _brief(reason) if parts is None else ""
+        )
+        if not any(reasons):
             return (step, parts), torn
+        torn.append(step)
+        say(f"checkpoint {step} in {directory} cannot be read ({max(reasons)}); skipped")
     if torn:
         raise UserError(
-            f"No checkpoint in {directory} can be read (tried {torn}): {_brief(reason)}. Copy them "
+            f"No checkpoint in {directory} can be read (tried {torn}): {max(reasons)}. Copy them "
             "again, or move the folder away to start from scratch."
         ) from reason
     return None, []
@@ -242,11 +262,12 @@ def _check_fit(like: PyTree, saved: PyTree, path: Path) -> None:
 
 def _set_aside(directory: Path, torn: Sequence[int]) -> None:
     """Renames unreadable checkpoints, so that their steps can be saved anew and nothing is lost."""
-    if jax.process_index() == 0:
+
+    def rename() -> None:
         for step in torn:
             (directory / str(step)).rename(directory / f"unreadable-{step}")
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("unreadable checkpoints are set aside")
+
+    processes.from_leader("setting unreadable checkpoints aside", rename)
 
 
 def _brief(error: BaseException | None) -> str:
@@ -262,7 +283,9 @@ def _reader(workdir: str | os.PathLike) -> tuple[ocp.CheckpointManager, Path]:
             "training run that has saved one."
         )
     # Without its read_only, which warns at every opening; nothing here writes.
-    options = ocp.CheckpointManagerOptions(create=False, save_root_metadata=False)
+    options = ocp.CheckpointManagerOptions(
+        create=False, save_root_metadata=False, multiprocessing_options=_all_processes()
+    )
     return _manager(directory, options), directory
 
 

@@ -10,11 +10,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lora_diffusion_jax.array_types import PyTree
-from lora_diffusion_jax.training.sharding import put_batch, put_replicated
+from lora_diffusion_jax.training.sharding import local_rows, put_batch, put_replicated
 
 
 class Batches(Protocol):
     """The batches of a run; the one of step k is a pure function of (seed, k).
+
+    This process's rows are those that its devices hold (`sharding.local_rows`), in order.
 
     Attributes:
         batch_size: images of a step over all processes.
@@ -27,11 +29,11 @@ class Batches(Protocol):
     labels: np.ndarray | None
 
     def indices(self, step: int) -> np.ndarray:
-        """The images of this process' part of batch `step`, int32 [b]."""
+        """The images of this process's rows of batch `step`, int32 [b]."""
         ...
 
     def iterate(self, start_step: int) -> Iterator[Mapping[str, np.ndarray]]:
-        """Yields this process' part of batches start_step, ..., read ahead."""
+        """Yields this process's rows of batches start_step, ..., read ahead."""
         ...
 
 
@@ -53,6 +55,7 @@ class Feed:
     def __init__(self, batches: Batches, mesh: Mesh, start: int, device_bytes: int = 2**30):
         self.batches, self.mesh, self.step = batches, mesh, start
         self.waited = 0.0
+        self._rows = local_rows(batches.batch_size, mesh)
         self.data, self._iterator = {}, None
         if batches.images is not None and batches.images.nbytes <= device_bytes:
             held = {"image": batches.images, "label": batches.labels}
@@ -75,7 +78,7 @@ class Feed:
             rows = {"index": self.batches.indices(self.step)}
         else:
             rows = next(self._iterator)
-        item = put_batch(rows, self.mesh)
+        item = put_batch(rows, self._rows, self.batches.batch_size, self.mesh)
         self.step += 1
         self.waited += time.perf_counter() - start
         return item

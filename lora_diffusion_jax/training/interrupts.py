@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a request to stop after the current step."""
+"""Signals as a request to save and stop: SIGINT, SIGTERM, and what announces a preemption."""
 
 import os
 import signal
@@ -7,14 +7,15 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, TypeVar
 
-import jax
-import numpy as np
-from jax.experimental import multihost_utils
+from lora_diffusion_jax import processes
 
-# With several processes, steps between agreements on whether one of them was told to stop.
-AGREE_EVERY = 10
+# What clouds, Kubernetes and Slurm send ahead of taking the machine away (SIGTERM; SIGUSR1 by Slurm's
+# --signal), a hand (SIGINT), and a terminal or ssh session that closes (SIGHUP).
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 Result = TypeVar("Result")
+
+_entered: list["Interrupts"] = []  # the innermost is last
 
 
 class Interrupted(BaseException):
@@ -22,41 +23,55 @@ class Interrupted(BaseException):
 
 
 class Interrupts:
-    """Notes SIGINT and SIGTERM while it is entered; a second one ends the process at once."""
+    """Notes the signals while it is entered; a second SIGINT ends the process at once.
 
-    signals = (signal.SIGINT, signal.SIGTERM)
+    Signals that were ignored before (SIGHUP under nohup) stay so.
 
-    def __init__(self):
+    Attributes:
+        received: the signal this process got first, or None.
+        agreed: the one that all processes know to stop for, or None.
+    """
+
+    def __init__(self, doing: str = "saving after this step"):
+        self.doing = doing
         self.received: int | None = None
+        self.agreed: int | None = None
         self.at_once = False  # raise where the program stands
         self.previous: dict[int, Any] = {}
 
     def __enter__(self) -> "Interrupts":
         if threading.current_thread() is threading.main_thread():
-            self.previous = {number: signal.signal(number, self._note) for number in self.signals}
+            for number in SIGNALS:
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self.previous[number] = signal.signal(number, self._note)
+        _entered.append(self)
         return self
 
     def __exit__(self, *error: Any) -> None:
+        _entered.remove(self)
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+            # Launchers may send SIGTERM twice; only a hand means it.
+            if number == signal.SIGINT:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return
         self.received = number
         # Not print: the signal may have come in the middle of one.
         name = signal.Signals(number).name
-        os.write(2, f"\n{name}: saving after this step; once more ends at once\n".encode())
+        os.write(2, f"\n{name}: {self.doing}; SIGINT (Ctrl-C) ends at once\n".encode())
         if self.at_once:
             raise Interrupted
 
     def cut_short(self, work: Callable[[], Result]) -> Result:
         """Calls work, which a signal, now or before, ends by Interrupted.
 
-        With several processes it runs to its end: the others may be waiting inside it.
+        With several processes that happens at its next `pause_point`: the others wait inside it.
         """
-        self.at_once = jax.process_count() == 1
+        self.at_once = processes.alone()
         try:
             if self.at_once and self.received is not None:
                 raise Interrupted
@@ -64,11 +79,19 @@ class Interrupts:
         finally:
             self.at_once = False
 
-    def agreed(self, step: int) -> int | None:
-        """The signal to stop for, the same in all processes, or None."""
-        if jax.process_count() == 1:
-            return self.received
-        if step % AGREE_EVERY:
-            return None
-        told = multihost_utils.process_allgather(np.int32(self.received or 0))
-        return int(told.max()) or None
+    def pause(self) -> None:
+        """Raises Interrupted, in all processes, when one of them was told to stop."""
+        told = processes.exchange("agreeing whether to stop", str(self.received or 0))
+        self.agreed = max(int(text) for text in told) or None
+        if self.agreed is not None:
+            raise Interrupted
+
+
+def pause_point() -> None:
+    """A place inside long work where a signal may end it; all processes must come by it alike.
+
+    Raises:
+        Interrupted: inside `with Interrupts()`, when a process was told to stop.
+    """
+    if _entered:
+        _entered[-1].pause()

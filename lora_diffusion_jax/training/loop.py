@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import json
 import os
 import resource
 import signal
@@ -18,6 +19,7 @@ import numpy as np
 from clu import parameter_overview
 from jax.sharding import Mesh
 
+from lora_diffusion_jax import processes
 from lora_diffusion_jax.array_types import Key, PyTree
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.training import workdir as workdirs
@@ -29,7 +31,8 @@ from lora_diffusion_jax.training.metrics import TrainMetrics, to_scalars
 from lora_diffusion_jax.training.sharding import (
     Rules,
     check_batch_size,
-    put,
+    local_rows,
+    put_batch,
     put_replicated,
     replicated,
     tree_sharding,
@@ -39,6 +42,8 @@ from lora_diffusion_jax.training.step import StepFn, compile_step
 
 # Steps that may wait on the device: enough to keep it busy, few enough to stop at once.
 IN_FLIGHT = 2
+# Seconds that a process may finish compiling before another: one may find it in its cache.
+COMPILE_LIMIT = 3600.0
 
 # (state, step) -> values to log (samples/... or eval/...; numbers, uint8 pictures) or None
 Callback = Callable[[TrainState, int], Mapping[str, Any] | None]
@@ -132,10 +137,12 @@ def train(
         quiet: print nothing.
 
     Raises:
-        UserError: the workdir, its config or the batch size do not fit; the disk is full.
+        UserError: the workdir, its config or the batch size do not fit; the disk is full; another
+            process did not come in time.
         DivergedError: the loss stays NaN or infinite.
     """
     check_batch_size(batches.batch_size, mesh)
+    processes.check_same("the config", json.dumps(config, sort_keys=True))
     say = (lambda text: None) if quiet else writers.say
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(workdirs.open_workdir(workdir))
@@ -205,7 +212,7 @@ def _place(init: Init, layout: PyTree) -> TrainState:
     """The first state on the mesh, in buffers of its own: the step donates them."""
     if callable(init):
         return jax.jit(init, out_shardings=layout)()
-    return jax.tree.map(lambda a, place: put(np.array(a), place), init, layout)
+    return jax.tree.map(lambda a, where: processes.place(np.array(a), where), init, layout)
 
 
 def _overview(directory: Path, state: TrainState, say: workdirs.Say) -> None:
@@ -217,9 +224,12 @@ def _overview(directory: Path, state: TrainState, say: workdirs.Say) -> None:
             table = parameter_overview.get_parameter_overview(tree, include_stats=False)
             tables.append(f"{name} parameters: {count:,}\n{table}\n")
             say(f"{name} parameters: {count:,}")
-    if jax.process_index() == 0:
+
+    def write() -> None:
         with workdirs.plain_disk_errors(directory):
             workdirs.write_atomically(directory / "parameters.txt", "\n".join(tables))
+
+    processes.from_leader("writing parameters.txt", write)
 
 
 def empty_metrics(mesh: Mesh) -> TrainMetrics:
@@ -249,28 +259,36 @@ class _Loop:
     def __post_init__(self):
         self.flying: deque[tuple[int, jax.Array]] = deque()  # (steps done, status)
         self.saved = self.step  # step of the last checkpoint
+        self.told_to_stop: int | None = None  # by the status of a step, which all processes see
+        self.rows = local_rows(self.mesh.size, self.mesh)
+        self.go_on = self._signals(0)
         self._start_clock()
 
     def run(self, step_fn: StepFn, rules: Rules, key: Key) -> Result:
         """All steps that are left."""
         with Interrupts() as interrupts:
-            done = writers.callbacks_done(self.directory, self.step)
-            self._call_back(interrupts, skip=done)
+            done = processes.from_leader(
+                "reading which callbacks are done",
+                lambda: sorted(writers.callbacks_done(self.directory, self.step)),
+            )
+            stopped_by = self._call_back(interrupts, skip=done)
         if self.step >= self.total:
             images = self.step * self.batch_size
             self.progress.say(f"{images:,} images are done; nothing is left to train")
-        if self.step >= self.total or interrupts.received is not None:
-            return self._result(interrupts.received)
-        item = self.feed.next()
+        if self.step >= self.total or stopped_by is not None:
+            return self._result(stopped_by)
+        item = {**self.feed.next(), "stop": self.go_on}
         began = time.perf_counter()
         self.compiled = compile_step(
             step_fn, self.state, self.interval, self.feed.data, item, key, self.mesh, rules
         )
+        processes.barrier("compiling the step", COMPILE_LIMIT)
         with Interrupts() as interrupts:
             self.progress.say(f"compiled the step in {time.perf_counter() - began:.1f} s")
             self._start_clock()
             stopped_by = self._steps(item, key, interrupts)
             self.checkpoints.wait()
+            processes.barrier("the last checkpoint")
         if stopped_by is not None:
             self.progress.say(
                 f"stopped by {signal.Signals(stopped_by).name} after step {self.step:,}, saved in "
@@ -282,13 +300,22 @@ class _Loop:
         """Steps until the end or a signal, which it returns."""
         while True:
             self._advance(item, key)
-            self._events(interrupts)
-            stopped_by = interrupts.agreed(self.step)
+            stopped_by = self._events(interrupts) or self._stopped_by(interrupts)
             if stopped_by is not None:
                 self._save()
             if stopped_by is not None or self.step == self.total:
                 return stopped_by
-            item = self.feed.next()
+            stop = self._signals(interrupts.received) if interrupts.received else self.go_on
+            item = {**self.feed.next(), "stop": stop}
+
+    def _stopped_by(self, interrupts: Interrupts) -> int | None:
+        """The signal to stop for after this step: one's own, or what all have seen."""
+        return interrupts.received if processes.alone() else self.told_to_stop
+
+    def _signals(self, number: int) -> jax.Array:
+        """A step's argument that tells of a signal, or of none."""
+        local = {"stop": np.full(len(self.rows), number, np.int32)}
+        return put_batch(local, self.rows, self.mesh.size, self.mesh)["stop"]
 
     def _result(self, stopped_by: int | None) -> Result:
         return Result(self.state, self.step, self.step * self.batch_size, stopped_by)
@@ -312,7 +339,8 @@ class _Loop:
         """
         while len(self.flying) > left:
             step, status = self.flying.popleft()
-            loss, bad_in_row, halted = jax.device_get(status)
+            loss, bad_in_row, halted, stop = jax.device_get(status)
+            self.told_to_stop = self.told_to_stop or int(stop) or None
             if halted:
                 first = step - int(bad_in_row) + 1
                 raise DivergedError(
@@ -323,14 +351,14 @@ class _Loop:
                 )
             self.progress.update(step * self.batch_size, loss)
 
-    def _events(self, interrupts: Interrupts) -> None:
-        """What is due after this step."""
+    def _events(self, interrupts: Interrupts) -> int | None:
+        """What is due after this step; returns a signal that cut it short."""
         last = self.step == self.total
         if last or self._is_due(self.schedule.log_every):
             self._log()
         if last or self._is_due(self.schedule.checkpoint_every):
             self._save()
-        self._call_back(interrupts)
+        return self._call_back(interrupts)
 
     def _save(self) -> None:
         """Begins the checkpoint of this step, unless that was done."""
@@ -349,8 +377,11 @@ class _Loop:
         every = self.schedule.every(name)
         return every > 0 and self.step > 0 and (self.step == self.total or self._is_due(every))
 
-    def _call_back(self, interrupts: Interrupts, skip: Collection[str] = ()) -> None:
-        """Runs the callbacks that are due and writes what they return; a signal cuts them short."""
+    def _call_back(self, interrupts: Interrupts, skip: Collection[str] = ()) -> int | None:
+        """Runs the callbacks that are due and writes what they return.
+
+        A signal cuts them short, and is returned.
+        """
         for name, function in self.callbacks.items():
             if not self._callback_due(name) or name in skip:
                 continue
@@ -358,14 +389,15 @@ class _Loop:
             began = time.perf_counter()
             try:
                 values = interrupts.cut_short(lambda f=function: f(self.state, self.step))
-            except Interrupted:
-                return  # no line is written, so that resuming runs it
+            except Interrupted:  # no line is written, so that resuming runs it
+                return interrupts.agreed or interrupts.received
             spent = time.perf_counter() - began
             self.paused += spent
             values = {**(values or {}), "callback/seconds": spent}
             self.writers.write(self.step, self.step * self.batch_size, values, callback=name)
             shown = [f"{k} {v:.5g}" for k, v in values.items() if np.ndim(v) == 0]
             self.progress.say(" | ".join([f"step {self.step:,}: {name}", *shown]))
+        return None
 
     def _start_clock(self) -> None:
         self.began, self.began_step = time.perf_counter(), self.step

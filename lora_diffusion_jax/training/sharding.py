@@ -10,6 +10,7 @@ from jaxtyping import Int
 
 from lora_diffusion_jax.array_types import PyTree
 from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.processes import place
 
 AXES = ("data", "fsdp")
 # Arrays with fewer entries stay whole on every device: gathering them costs more than they weigh.
@@ -120,26 +121,37 @@ def check_batch_size(batch_size: int, mesh: Mesh, microbatch: int | None = None)
 
 
 def local_rows(batch_size: int, mesh: Mesh) -> Int[np.ndarray, " local"]:
-    """The rows of the global batch that this process' devices hold, ascending."""
+    """The rows of the global batch that this process's devices hold, ascending."""
     places = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
     rows = [np.arange(batch_size)[place] for place in places.values()]
     return np.unique(np.concatenate(rows))
 
 
-def put_batch(local: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Host arrays that hold this process' rows (`local_rows`) -> one global array each."""
-    sharding = batch_sharding(mesh)
-    return {
-        name: jax.make_array_from_process_local_data(sharding, np.asarray(rows))
-        for name, rows in local.items()
-    }
+def put_batch(
+    local: Mapping[str, np.ndarray], rows: Int[np.ndarray, " local"], size: int, mesh: Mesh
+) -> dict[str, jax.Array]:
+    """Host arrays that hold this process's rows -> one global array each, split over all devices.
 
+    Args:
+        local: by name, [local, ...].
+        rows: which rows of the whole they are (`local_rows`): the order of the devices in a mesh
+            need not be that of the processes.
+        size: rows of the whole.
+        mesh: the devices.
+    """
 
-def put(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """A host array that all processes hold alike -> a global array, each device taking its part."""
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+    def put(part: np.ndarray) -> jax.Array:
+        def of_device(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(size)
+            first = int(np.searchsorted(rows, start))
+            return part[first : first + stop - start]
+
+        shape = (size, *part.shape[1:])
+        return jax.make_array_from_callback(shape, batch_sharding(mesh), of_device)
+
+    return {name: put(np.asarray(part)) for name, part in local.items()}
 
 
 def put_replicated(tree: PyTree, mesh: Mesh) -> PyTree:
     """Host arrays that all processes hold alike -> arrays that every device holds whole."""
-    return jax.tree.map(lambda leaf: put(np.asarray(leaf), replicated(mesh)), tree)
+    return jax.tree.map(lambda leaf: place(np.asarray(leaf), replicated(mesh)), tree)

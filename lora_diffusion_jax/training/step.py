@@ -259,21 +259,25 @@ def compile_step(
     mesh: Mesh,
     rules: Rules = (),
 ) -> jax.stages.Compiled:
-    """Compiles (state, interval, data, item, key) -> (state, interval, status [3]).
+    """Compiles (state, interval, data, item, key) -> (state, interval, status [4]).
 
     One program gathers the batch, folds the step into the key, steps, and adds to the metrics; the
-    first two arguments are donated. status: loss of the step (NaN if skipped), bad steps in a row,
-    halted.
+    first two arguments are donated. The item holds besides the batch `stop`, int32 [devices]: the
+    signals that processes were told to stop by, or 0. status: loss of the step (NaN if skipped),
+    bad steps in a row, halted, the greatest signal; so all processes learn of it at the same step,
+    and no communication is spent on it.
     """
 
     def one(state: TrainState, interval: TrainMetrics, data: PyTree, item: PyTree, key: Key):
-        batch = take(data, item)
+        batch = {name: rows for name, rows in item.items() if name != "stop"}
+        batch = take(data, batch)
         state, measured = step_fn(state, batch, jax.random.fold_in(key, state.step))
         status = jnp.stack(
             [
                 measured.loss.compute(),
                 state.bad_in_row.astype(jnp.float32),
                 state.halted.astype(jnp.float32),
+                item["stop"].max().astype(jnp.float32),
             ]
         )
         return state, interval.merge(measured), status

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+from lora_diffusion_jax import processes
 from lora_diffusion_jax.errors import UserError
 
 CONFIG = "config.json"
@@ -77,18 +78,25 @@ def open_workdir(path: str | os.PathLike) -> Iterator[Path]:
     Raises:
         UserError: the directory cannot be written, or another run is using it.
     """
-    directory = Path(path).absolute()
-    if jax.process_index() != 0:
-        yield directory
-        return
-    with plain_disk_errors(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    directory, descriptors = Path(path).absolute(), []
+
+    def open_and_lock() -> None:
+        with plain_disk_errors(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+            descriptors.append(os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644))
+        _take_lock(directory, descriptors[0])
+
     try:
-        _take_lock(directory, descriptor)
+        processes.from_leader("opening the workdir", open_and_lock)
+        if not directory.is_dir():
+            raise UserError(
+                f"{directory}, which process 0 made, is not there in process "
+                f"{jax.process_index()}. Choose a workdir that all processes share."
+            )
         yield directory
     finally:
-        os.close(descriptor)  # which also frees the lock
+        for descriptor in descriptors:
+            os.close(descriptor)  # which also frees the lock
 
 
 def _take_lock(directory: Path, descriptor: int) -> None:
@@ -156,6 +164,14 @@ def reconcile_config(
     Raises:
         UserError: a field that matters differs, with both values; or the file is damaged.
     """
+    processes.from_leader(
+        "reading config.json", lambda: _reconcile_config(directory, config, harmless, say)
+    )
+
+
+def _reconcile_config(
+    directory: Path, config: Mapping[str, Any], harmless: Sequence[str], say: Say
+) -> None:
     path = directory / CONFIG
     if path.exists():
         matters, rest = differences(read_config(directory), config, harmless)
@@ -171,9 +187,8 @@ def reconcile_config(
             say(f"config: {name} changes from {old!r} to {new!r}")
         if not rest:
             return
-    if jax.process_index() == 0:
-        with plain_disk_errors(path):
-            write_atomically(path, json.dumps(config, indent=2, allow_nan=True) + "\n")
+    with plain_disk_errors(path):
+        write_atomically(path, json.dumps(config, indent=2, allow_nan=True) + "\n")
 
 
 def read_config(directory: str | os.PathLike) -> dict[str, Any]:

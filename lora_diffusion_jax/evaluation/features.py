@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lora_diffusion_jax.array_types import PyTree
 from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.processes import fetch, place
 
 # Images per device in one call, by platform. Fixed, so that an image meets the same compiled
 # program whatever batches it arrived in and however many devices there are. Caches make small
@@ -149,18 +150,20 @@ def extract(
 
     Every image appears once: the last short batch is padded for the device and cut again on the
     host. One batch is always in flight, so reading images and adding up statistics overlap with
-    the device's work. Batches are sharded over all axes of `mesh` (default: all devices).
+    the device's work. Batches are sharded over all axes of `mesh` (default: all devices). Several
+    processes must call this alike, each with all images, and each gets all features.
     """
     mesh = mesh or Mesh(np.array(jax.devices()), ("data",))
     sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-    variables = jax.device_put(detector.variables, NamedSharding(mesh, PartitionSpec()))
+    whole = NamedSharding(mesh, PartitionSpec())
+    variables = jax.tree.map(lambda v: place(np.asarray(v), whole), detector.variables)
     size = mesh.size * DEVICE_BATCH.get(mesh.devices.flat[0].platform, DEVICE_BATCH_ELSEWHERE)
     flying: tuple[tuple[jax.Array, jax.Array], int] | None = None
     for batch in rebatch(batches, size):
         check_images(batch, detector.image_shape, detector.name)
         count = len(batch)
         batch = np.concatenate([batch, np.zeros((size - count, *batch.shape[1:]), batch.dtype)])
-        started = detector._compiled(variables, jax.device_put(batch, sharding))
+        started = detector._compiled(variables, place(batch, sharding))
         if flying is not None:
             yield _landed(*flying)
         flying = (started, count)
@@ -169,5 +172,5 @@ def extract(
 
 
 def _landed(outputs: tuple[jax.Array, jax.Array], count: int) -> tuple[np.ndarray, np.ndarray]:
-    features, logits = jax.device_get(outputs)
+    features, logits = (fetch(array) for array in outputs)
     return features[:count], logits[:count]

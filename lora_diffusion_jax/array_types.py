@@ -40,3 +40,7 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         """Returns {'image': uint8 [H, W, C], 'label': int32 []}; label is 0 without classes."""
         ...
+
+    def fingerprint(self) -> str:
+        """Hex digits that identify the content, wherever it lies."""
+        ...

@@ -118,10 +118,10 @@ def fit(
 ) -> Detector:
     """Returns the dataset's own detector, trained now or read from the cache.
 
-    The cache key is a fingerprint of the images and labels, the settings, and this file's text.
+    The cache key is the source's fingerprint, the settings, and this file's text.
 
     Args:
-      source: the training images; labels are used if source.num_classes > 1.
+      source: the training images, with a `fingerprint()`; labels are used if there are 2 or more.
       test_source: held-out images; accuracy on them lands in details['test_accuracy'].
       use_labels: False learns quarter turns even where there are labels.
       settings: size and training; default `default_settings` of the image size.
@@ -129,15 +129,16 @@ def fit(
       progress: show a progress bar while training.
     """
     settings = settings or default_settings(source.image_shape)
-    images, labels = read_images(source, settings.max_images)
     classes = source.num_classes if use_labels and source.num_classes > 1 else 0
     network = ConvClassifier(classes or ROTATIONS, settings)
-    path = _cache_file(cache_dir, images, labels, classes, settings)
+    path = _cache_file(cache_dir, source.fingerprint(), classes, settings)
     params = _read_cache(path)
     if params is None:
+        images, labels = read_images(source, settings.max_images)
         params = _train(network, images, labels if classes else None, progress)
         _write_cache(path, params)
-    details: dict[str, Any] = {"trained_on": len(images), "classes": network.num_classes}
+    count = min(len(source), settings.max_images)
+    details: dict[str, Any] = {"trained_on": count, "classes": network.num_classes}
     if test_source is not None:
         held = read_images(test_source, settings.max_images)
         details["test_accuracy"] = accuracy(network, params, *held, rotate=not classes)
@@ -153,10 +154,27 @@ def fit(
 def rebuild(
     recipe: dict[str, Any], variables: PyTree, details: dict[str, Any] | None = None
 ) -> Detector:
-    """Returns the detector of a recipe (see `fit`) around given weights."""
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in recipe["settings"].items()}
-    settings = Settings(**fields)
-    network = ConvClassifier(recipe["classes"], settings)
+    """Returns the detector of a recipe (see `fit`) around given weights.
+
+    Raises:
+      UserError: a damaged recipe, or weights of another network.
+    """
+    try:
+        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in recipe["settings"].items()}
+        settings = Settings(**fields)
+        network = ConvClassifier(recipe["classes"], settings)
+        blank = jnp.zeros((1, *recipe["image_shape"]))
+        shaped = jax.eval_shape(network.init, jax.random.key(0), blank)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"What describes the feature network is damaged ({type(error).__name__}: {error}). Make "
+            "the reference anew with: eval_fid.py ref"
+        ) from error
+    if jax.tree.map(np.shape, variables) != jax.tree.map(lambda leaf: leaf.shape, shaped):
+        raise UserError(
+            "The weights of the feature network are not those that its description asks for. Make "
+            "the reference anew with: eval_fid.py ref"
+        )
     return Detector(
         name=recipe["name"],
         feature_dim=settings.feature_dim,
@@ -256,16 +274,10 @@ def _train(
 
 
 def _cache_file(
-    cache_dir: str | os.PathLike[str] | None,
-    images: np.ndarray,
-    labels: np.ndarray,
-    classes: int,
-    settings: Settings,
+    cache_dir: str | os.PathLike[str] | None, fingerprint: str, classes: int, settings: Settings
 ) -> Path:
-    digest = hashlib.sha256(np.ascontiguousarray(images).tobytes())
-    facts = {"shape": images.shape, "classes": classes, **dataclasses.asdict(settings)}
-    digest.update(labels.tobytes() if classes else b"")
-    digest.update(json.dumps(facts, sort_keys=True).encode())
+    facts = {"data": fingerprint, "classes": classes, **dataclasses.asdict(settings)}
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     digest.update(Path(__file__).read_bytes())
     name = f"features-{digest.hexdigest()[:16]}.safetensors"
     return Path(cache_dir or cache_folder()).expanduser() / name
@@ -289,8 +301,11 @@ def _write_cache(path: Path, params: PyTree) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(flat, temporary)
-        temporary.replace(path)
+        try:
+            save_file(flat, temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(
             f"Cannot write the feature network to {path.parent}: {error.strerror}. Set "

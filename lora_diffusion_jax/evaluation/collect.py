@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.evaluation.features import Detector, extract
-from lora_diffusion_jax.evaluation.statistics import Moments, write_npz
+from lora_diffusion_jax.evaluation.npz import read_npz, write_npz
+from lora_diffusion_jax.evaluation.statistics import Moments
 
 SAVE_SECONDS = 30.0  # between saves of partial sums
 
@@ -46,23 +47,45 @@ def collect(
     Raises:
       UserError: no images, or not exactly `total` where that is given.
     """
-    moments, rows = Moments(detector.feature_dim), []
+    store = _Memory(keep_rows)
+    return _gather(detector, lambda done: batches, total, store, mesh, progress)
+
+
+def _gather(
+    detector: Detector,
+    batches_from: Callable[[int], Iterable[np.ndarray]],
+    total: int | None,
+    store: "_Memory | _Partial",
+    mesh: Mesh | None,
+    progress: bool,
+) -> FeatureSet:
+    """Adds up the features of the images that the store does not have yet."""
+    moments = store.restore(detector.feature_dim)
     bar = tqdm(
         total=total,
+        initial=len(moments),
         desc=f"{detector.name} features",
         unit="img",
         disable=None if progress else True,
     )
-    with bar:
-        for features, logits in extract(detector, batches, mesh=mesh):
-            moments.add(features)
-            if keep_rows:
-                rows.append((features, logits))
-            bar.update(len(features))
+    batches = () if len(moments) == total else batches_from(len(moments))
+    saved_at = time.monotonic()
+    try:
+        with bar:
+            for features, logits in extract(detector, batches, mesh=mesh):
+                store.append(features, logits)  # first: rows without sums are cut off again
+                moments.add(features)
+                bar.update(len(features))
+                if time.monotonic() - saved_at >= SAVE_SECONDS:
+                    store.save(moments)
+                    saved_at = time.monotonic()
+    except BaseException:  # a signal too: what is done is kept
+        if len(moments):
+            store.save(moments)
+        raise
     _check_count(len(moments), total)
-    if not keep_rows:
-        return FeatureSet(moments)
-    return FeatureSet(moments, *(np.concatenate(parts) for parts in zip(*rows, strict=True)))
+    store.save(moments)
+    return FeatureSet(moments, *store.rows(len(moments)))
 
 
 def _check_count(found: int, wanted: int | None) -> None:
@@ -96,7 +119,8 @@ def collect_resumable(
       progress: show a bar.
     """
     with _locked(folder):
-        return _resume(detector, batches_from, total, folder, identity, keep_rows, mesh, progress)
+        store = _Partial(folder, {**identity, "detector": detector.hash, "rows": keep_rows})
+        return _gather(detector, batches_from, total, store, mesh, progress)
 
 
 @contextlib.contextmanager
@@ -108,7 +132,8 @@ def _locked(folder: Path) -> Iterator[None]:
         file = path.open("w")
     except OSError as error:
         raise UserError(
-            f"Cannot make the folder {path.parent} for partial results: {error.strerror}."
+            f"Cannot make the folder {path.parent} for partial results: {error.strerror}. Choose "
+            "another with the environment variable LORA_DIFFUSION_CACHE, or make it writable."
         ) from error
     with file:
         try:
@@ -124,45 +149,33 @@ def _lock_of(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.lock")
 
 
-def _resume(
-    detector: Detector,
-    batches_from: Callable[[int], Iterable[np.ndarray]],
-    total: int,
-    folder: Path,
-    identity: dict[str, object],
-    keep_rows: bool,
-    mesh: Mesh | None,
-    progress: bool,
-) -> FeatureSet:
-    partial = _Partial(folder, {**identity, "detector": detector.hash, "rows": keep_rows})
-    moments = partial.restore(detector.feature_dim)
-    bar = tqdm(
-        total=total,
-        initial=len(moments),
-        desc=f"{detector.name} features",
-        unit="img",
-        disable=None if progress else True,
-    )
-    saved_at = time.monotonic()
-    with bar:
-        batches = batches_from(len(moments)) if len(moments) < total else ()
-        for features, logits in extract(detector, batches, mesh=mesh):
-            moments.add(features)
-            if keep_rows:
-                partial.append(features, logits)
-            bar.update(len(features))
-            if time.monotonic() - saved_at >= SAVE_SECONDS:
-                partial.save(moments)
-                saved_at = time.monotonic()
-    _check_count(len(moments), total)
-    partial.save(moments)
-    return FeatureSet(moments, *partial.rows(len(moments)))
-
-
 def forget(folder: Path) -> None:
     """Removes the partial sums of a finished evaluation."""
     shutil.rmtree(folder, ignore_errors=True)
     _lock_of(folder).unlink(missing_ok=True)
+
+
+class _Memory:
+    """Rows in memory, nothing on disk."""
+
+    def __init__(self, keep_rows: bool):
+        self.keep_rows = keep_rows
+        self.parts: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def restore(self, dim: int) -> Moments:
+        return Moments(dim)
+
+    def append(self, features: np.ndarray, logits: np.ndarray) -> None:
+        if self.keep_rows:
+            self.parts.append((features, logits))
+
+    def save(self, moments: Moments) -> None:
+        pass
+
+    def rows(self, count: int) -> tuple[np.ndarray | None, np.ndarray | None]:
+        if not self.keep_rows:
+            return None, None
+        return tuple(np.concatenate(parts) for parts in zip(*self.parts, strict=True))
 
 
 class _Partial:
@@ -177,17 +190,24 @@ class _Partial:
 
     def restore(self, dim: int) -> Moments:
         """Returns the saved moments where they are of the same thing, else fresh ones."""
-        if self.state.is_file():
-            with np.load(self.state, allow_pickle=False) as file:
-                saved = {key: file[key] for key in file}
-            if str(saved.pop("identity")) == self.identity:
-                self.widths = tuple(int(w) for w in saved.pop("widths"))
-                moments = Moments.from_state(saved)
-                if self._cut(len(moments)):
-                    return moments
+        saved = self._read()
+        if saved.get("identity") == self.identity:
+            self.widths = tuple(int(w) for w in saved["widths"])
+            moments = Moments.from_state(saved)
+            if self._cut(len(moments)):
+                return moments
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir()
         return Moments(dim)
+
+    def _read(self) -> dict[str, np.ndarray]:
+        """What state.npz holds; nothing where there is none, or a power cut tore it."""
+        if not self.state.is_file():
+            return {}
+        try:
+            return read_npz(self.state, lambda name: True, "partial sums")[1]
+        except UserError:
+            return {}
 
     def _cut(self, count: int) -> bool:
         """Drops rows that were appended after the last save; False if some are missing."""
@@ -201,6 +221,8 @@ class _Partial:
         return True
 
     def append(self, features: np.ndarray, logits: np.ndarray) -> None:
+        if not self.keep_rows:
+            return
         self.widths = (features.shape[1], logits.shape[1])
         for path, rows in zip(self.files, (features, logits), strict=True):
             with path.open("ab") as file:

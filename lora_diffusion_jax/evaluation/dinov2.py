@@ -19,6 +19,7 @@ from lora_diffusion_jax.array_types import PyTree
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.evaluation.features import Detector
 from lora_diffusion_jax.evaluation.inception import sha256_of
+from lora_diffusion_jax.interop.export import is_safetensors
 from lora_diffusion_jax.interop.pickles import read_torch_state_dict
 
 VARIABLE = "LORA_DIFFUSION_DINOV2"
@@ -46,6 +47,8 @@ def load_dinov2(path: str | os.PathLike[str] | None = None) -> Detector:
             f"--dinov2=PATH or set {VARIABLE}=PATH."
         )
     path = Path(named).expanduser()
+    if is_safetensors(path):
+        raise UserError(f"{path} is a safetensors file; expected the official {FILE_NAME}.")
     return make_detector(read_torch_state_dict(path), path, sha256_of(path))
 
 

@@ -29,11 +29,12 @@ def results_file(workdir: str | os.PathLike[str]) -> Path:
 
 
 def append(path: Path, record: Record) -> None:
-    """Appends one result; a line is written at once, so that a kill leaves no half line behind it."""
+    """Appends one result; a half line that a crash left stays alone."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        torn = path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n")  # by a crash
         with path.open("a") as file:
-            file.write(to_line(record) + "\n")
+            file.write(("\n" if torn else "") + to_line(record) + "\n")
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
@@ -51,11 +52,6 @@ def read(path: Path) -> list[Record]:
         except json.JSONDecodeError:
             continue  # cut off by a crash: that measurement is made again
     return found
-
-
-def same(record: Record, other: Record) -> bool:
-    """Whether two records are of one measurement."""
-    return key_of(record) == key_of(other)
 
 
 def key_of(record: Record) -> str:
@@ -140,6 +136,9 @@ def plot(runs: Mapping[str, Sequence[Record]], metric: str, path: Path) -> None:
     if len(chosen) > 1:
         axes.legend(fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, dpi=150, format="png")
-    temporary.replace(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        figure.savefig(temporary, dpi=150, format="png")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -30,6 +30,7 @@ from lora_diffusion_jax.evaluation.inception_network import (
     Split,
     Step,
 )
+from lora_diffusion_jax.interop.export import is_safetensors
 from lora_diffusion_jax.interop.pickles import read_torch_state_dict
 
 FILE_NAME = "pt_inception-2015-12-05-6726825d.pth"
@@ -43,7 +44,7 @@ BATCH_NORM_EPS = 1e-3
 WHERE_TO_PUT_IT = (
     f"Get {FILE_NAME} ({FILE_BYTES:,} bytes, sha256 {FILE_SHA256}) from {URL} on a machine that "
     f"can, copy it here, and pass --inception=PATH or set {VARIABLE}=PATH. Without it, use "
-    "--features=classifier."
+    "--features=classifier, and a reference made with it."
 )
 
 
@@ -127,9 +128,7 @@ def sha256_of(path: Path) -> str:
 
 def read_weights(path: Path) -> tuple[dict[str, np.ndarray], str]:
     """Returns (state_dict by official names, sha256 of the .pth file it comes from)."""
-    with path.open("rb") as file:
-        head = file.read(16)
-    if head[8:9] == b"{":
+    if is_safetensors(path):
         state_dict, source_hash = _read_safetensors(path)
     else:
         source_hash = sha256_of(path)
@@ -165,16 +164,22 @@ def metadata_of(state_dict: Mapping[str, np.ndarray], source_hash: str) -> dict[
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], str]:
+    """Reads a file of ours, or somebody else's, whose origin is not known: then its own hash."""
     try:
         with safe_open(path, framework="numpy") as file:
             meta = json.loads((file.metadata() or {}).get("inception", "{}"))
             state_dict = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, ValueError) as error:
-        raise UserError(f"{path} is a damaged safetensors file ({error}).") from error
+    except (OSError, SafetensorError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path} is a damaged safetensors file, or has a type that numpy lacks ({error}). "
+            f"{WHERE_TO_PUT_IT}"
+        ) from error
+    if not meta:
+        return state_dict, sha256_of(path)
     if meta.get("content") != tree_hash(state_dict):
         raise UserError(
-            f"{path} is not a safetensors file of these weights as this program writes them, or "
-            f"was changed since. {WHERE_TO_PUT_IT}"
+            f"The tensors in {path} are not those that it was written with: it was changed or "
+            f"damaged since. {WHERE_TO_PUT_IT}"
         )
     return state_dict, meta["source_sha256"]
 
@@ -228,24 +233,43 @@ def random_state_dict(seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def _check_names(path: Path, state_dict: Mapping[str, np.ndarray]) -> None:
-    """Raises UserError unless the state_dict is this network's; extras other than counters are."""
+    """Raises UserError unless a state_dict is this network's, and finite.
+
+    Batch counters and an auxiliary head may come with it; features do not pass through them.
+    """
     wanted = expected_shapes()
     found = {
-        name: value.shape
+        name: tuple(value.shape)
         for name, value in state_dict.items()
         if not name.endswith("num_batches_tracked") and not name.startswith("AuxLogits.")
     }
-    wrong = sorted(set(wanted.items()) ^ set(found.items()))
-    if wrong:
-        name = wrong[0][0]
+    if found != wanted:
         raise UserError(
-            f"{path} holds the weights of another network: {name} is {found.get(name, 'absent')} "
-            f"where the Inception of 2015-12-05 has {wanted.get(name, 'nothing')} ({len(wrong)} "
-            f"such differences). {WHERE_TO_PUT_IT}"
+            f"{path} holds the weights of another network than the Inception of 2015-12-05: "
+            f"{_differences(found, wanted)}. {WHERE_TO_PUT_IT}"
         )
     broken = [name for name in wanted if not np.isfinite(state_dict[name]).all()]
     if broken:
         raise UserError(f"{path}: {broken[0]} holds NaN or infinity; the file is damaged.")
+
+
+def _differences(
+    found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]
+) -> str:
+    """Says in words how some tensors differ from those of the network, with an example of each."""
+    missing = [name for name in wanted if name not in found]
+    extra = [name for name in found if name not in wanted]
+    other = [name for name in found if name in wanted and found[name] != wanted[name]]
+    told = []
+    if missing:
+        told.append(f"{len(missing)} of its {len(wanted)} tensors are missing ({missing[0]})")
+    if extra:
+        told.append(f"{len(extra)} do not belong to it ({extra[0]} {found[extra[0]]})")
+    if other:
+        name = other[0]
+        shapes = f"{name} is {found[name]} instead of {wanted[name]}"
+        told.append(f"{len(other)} have other shapes ({shapes})")
+    return "; ".join(told)
 
 
 def to_params(state_dict: Mapping[str, np.ndarray]) -> PyTree:

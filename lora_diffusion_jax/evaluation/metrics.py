@@ -6,7 +6,12 @@ from lora_diffusion_jax.errors import UserError
 
 
 def frechet_distance(
-    mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray
+    mu1: np.ndarray,
+    sigma1: np.ndarray,
+    mu2: np.ndarray,
+    sigma2: np.ndarray,
+    *,
+    root2: np.ndarray | None = None,
 ) -> float:
     """Squared Frechet distance between two Gaussians (Dowson and Landau 1982; Heusel et al. 2017).
 
@@ -22,6 +27,7 @@ def frechet_distance(
       sigma1: its covariance [D, D], symmetric positive semi-definite.
       mu2: mean [D] of the second set.
       sigma2: its covariance [D, D].
+      root2: `half_root(sigma2)`, where it is known already.
 
     Returns:
       The distance; rounding can make it negative by about 1e-12 of the traces.
@@ -32,13 +38,18 @@ def frechet_distance(
             f"The two sets have statistics of different features: mu {mu1.shape} and {mu2.shape}, "
             f"sigma {sigma1.shape} and {sigma2.shape}. Compute both with the same --features."
         )
-    covered = np.linalg.svd(_half_root(sigma1).T @ _half_root(sigma2), compute_uv=False).sum()
+    root2 = half_root(sigma2) if root2 is None else root2
+    covered = np.linalg.svd(half_root(sigma1).T @ root2, compute_uv=False).sum()
     gap = mu1 - mu2
     return float(gap @ gap + np.trace(sigma1) + np.trace(sigma2) - 2.0 * covered)
 
 
-def _half_root(sigma: np.ndarray) -> np.ndarray:
-    """Returns R [D, rank] with R R^T = sigma, from its eigenvalues above rounding error."""
+def half_root(sigma: np.ndarray) -> np.ndarray:
+    """Returns R [D, rank] with R R^T = sigma, from its eigenvalues above rounding error.
+
+    Raises:
+      UserError: an eigenvalue is negative beyond rounding.
+    """
     values, vectors = np.linalg.eigh((sigma + sigma.T) / 2)
     floor = len(sigma) * np.finfo(np.float64).eps * max(values[-1], 0.0)
     if values[0] < -1e3 * floor:

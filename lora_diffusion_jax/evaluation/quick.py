@@ -8,20 +8,10 @@ import numpy as np
 from lora_diffusion_jax.array_types import Source
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.evaluation.features import Detector, extract
+from lora_diffusion_jax.evaluation.images import CHUNK, source_batches
 from lora_diffusion_jax.evaluation.metrics import frechet_distance
 from lora_diffusion_jax.evaluation.report import metric_name
 from lora_diffusion_jax.evaluation.statistics import Moments, moments_of
-
-CHUNK = 250  # images read at a time
-
-
-def source_batches(
-    source: Source, count: int | None = None, *, skip: int = 0
-) -> Iterator[np.ndarray]:
-    """Yields uint8 batches [n, H, W, C] of the images skip .. skip + count - 1 of a source."""
-    stop = len(source) if count is None else min(len(source), skip + count)
-    for start in range(skip, stop, CHUNK):
-        yield np.stack([source[i]["image"] for i in range(start, min(start + CHUNK, stop))])
 
 
 def noise_batches(shape: tuple[int, int, int], count: int, seed: int = 0) -> Iterator[np.ndarray]:

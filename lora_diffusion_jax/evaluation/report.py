@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import subprocess
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,16 +32,19 @@ def metric_name(kind: str, detector: Detector, count: int) -> str:
     """Names a number: 'fid_50k' in Inception features, 'fd_classifier_1k' in others.
 
     `kind` is fid, kid, is or a metric of neighbours; FID and KID are names of distances in
-    Inception features alone.
+    Inception features alone. With weights that are not the published ones: 'fid_50k_unverified'.
     """
     if detector.name.startswith(INCEPTION):
-        return f"{kind}_{count_name(count)}"
+        doubt = "" if detector.details["verified"] else "_unverified"
+        return f"{kind}_{count_name(count)}{doubt}"
     kind = {"fid": "fd", "kid": "kd"}.get(kind, kind)
     return f"{kind}_{detector.name}_{count_name(count)}"
 
 
 def _fid(fake: FeatureSet, reference: Reference) -> list[tuple[str, float, Record]]:
-    value = frechet_distance(*fake.moments.result(), reference.mu, reference.sigma)
+    value = frechet_distance(
+        *fake.moments.result(), reference.mu, reference.sigma, root2=reference.root
+    )
     return [("fid", value, {})]
 
 
@@ -103,11 +107,6 @@ def seeds_text(seeds: Sequence[int]) -> str:
     return ",".join(f"{low}-{high}" if high > low else str(low) for low, high in parts)
 
 
-def needs_rows(metrics: Sequence[str]) -> bool:
-    """Whether some metric needs the features of every image, not the moments alone."""
-    return set(metrics) != {"fid"}
-
-
 def check_reference(reference: Reference, detector: Detector, metrics: Sequence[str]) -> None:
     """Raises UserError, before anything is computed, if the reference cannot serve."""
     made_with = reference.meta.get("features")
@@ -133,8 +132,32 @@ def check_reference(reference: Reference, detector: Detector, metrics: Sequence[
             f"The Inception Score needs classes, which the {detector.name} features do not have. "
             "Leave `is` out of --metrics."
         )
-    if {"kid", "pr", "memorisation"} & set(metrics):
-        _rows(reference)
+
+
+# Fewest images that a metric makes sense of.
+FEWEST = {"fid": 2, "kid": 1000, "is": 10, "pr": 6, "memorisation": 1}
+FEWEST_REAL = {"kid": 1000, "pr": 6, "memorisation": 3}
+
+
+def check_counts(metrics: Sequence[str], count: int, reference: Reference) -> None:
+    """Raises UserError, before anything is computed, if a metric needs more images on either side.
+
+    Args:
+      metrics: their names.
+      count: images to be judged.
+      reference: what they are compared with.
+    """
+    for metric in metrics:
+        real = len(_rows(reference)) if metric in FEWEST_REAL else 0
+        for have, need, whose in (
+            (count, FEWEST[metric], "to judge"),
+            (real, FEWEST_REAL.get(metric, 0), "in the reference"),
+        ):
+            if have < need:
+                raise UserError(
+                    f"The metric `{metric}` needs at least {need} images; there are {have} {whose}. "
+                    "Give more, or leave it out of --metrics."
+                )
 
 
 def _rows(reference: Reference) -> np.ndarray:
@@ -214,18 +237,29 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def say(text: str) -> None:
+    """Prints to stderr what is not a result."""
+    print(text, file=sys.stderr, flush=True)
+
+
 @functools.cache
-def code_version() -> str:
-    """The commit where there is one, and a hash of the package's source: 'a1b2c3d src-0123456789'."""
+def source_hash() -> str:
+    """First 10 hex digits of a hash of the package's source."""
     root = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         digest.update(str(path.relative_to(root)).encode())
         digest.update(path.read_bytes())
-    source = f"src-{digest.hexdigest()[:10]}"
+    return digest.hexdigest()[:10]
+
+
+@functools.cache
+def code_version() -> str:
+    """The commit where there is one, and the hash of the source: 'a1b2c3d src-0123456789'."""
+    source = f"src-{source_hash()}"
     try:
         answer = subprocess.run(
-            ["git", "-C", str(root), "rev-parse", "--short", "HEAD"],
+            ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"],
             capture_output=True,
             text=True,
             timeout=10,

@@ -5,14 +5,15 @@ import functools
 import hashlib
 import json
 import os
-import zipfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.evaluation.metrics import half_root
+from lora_diffusion_jax.evaluation.npz import read_npz, write_npz
 
 # Rows are added in blocks of this many, in order, whatever batches they arrive in: the sums, and
 # with them a distance's last digits, do not depend on the batch size.
@@ -20,22 +21,41 @@ BLOCK = 500
 WEIGHTS = "weights/"  # prefix of a detector's arrays in a reference file
 
 
+class Sums(NamedTuple):
+    """What a stream of feature vectors [n, D] comes to."""
+
+    count: int  # rows merged into mean and scatter
+    mean: np.ndarray  # float64 [D]
+    scatter: np.ndarray  # float64 [D, D], sum of (x - mean)(x - mean)^T
+    held: np.ndarray  # float32 [k, D], rows that wait for their block to fill
+
+    def merged(self, rows: np.ndarray) -> "Sums":
+        """The sums with some rows [n, D] in them, by Chan, Golub and LeVeque (1983).
+
+        With d the difference of the means, M2 = M2_a + M2_b + d d^T n_a n_b / (n_a + n_b).
+        """
+        rows = rows.astype(np.float64)
+        mean = rows.mean(axis=0)
+        centred = rows - mean
+        total = self.count + len(rows)
+        delta = mean - self.mean
+        scatter = self.scatter + centred.T @ centred
+        scatter += np.outer(delta, delta) * (self.count * len(rows) / total)
+        return Sums(total, self.mean + delta * (len(rows) / total), scatter, self.held)
+
+
 class Moments:
     """Streaming mean and unbiased covariance of feature vectors, in float64.
 
-    Blocks are merged by the pairwise update of Chan, Golub and LeVeque (1983):
-    with d the difference of the means, M2 = M2_a + M2_b + d d^T n_a n_b / (n_a + n_b).
+    The sums are replaced whole: where a signal breaks in, they are those before or after an `add`.
     """
 
     def __init__(self, dim: int):
         self.dim = dim
-        self.count = 0  # rows merged; `held` rows wait for their block to fill
-        self.mean = np.zeros(dim)
-        self.scatter = np.zeros((dim, dim))  # sum of (x - mean)(x - mean)^T
-        self.held = np.zeros((0, dim), np.float32)
+        self.sums = Sums(0, np.zeros(dim), np.zeros((dim, dim)), np.zeros((0, dim), np.float32))
 
     def __len__(self) -> int:
-        return self.count + len(self.held)
+        return self.sums.count + len(self.sums.held)
 
     def add(self, features: np.ndarray) -> None:
         """Adds rows [n, dim]; a row with NaN or infinity is a UserError."""
@@ -50,49 +70,29 @@ class Moments:
                 f"The features of image {len(self) + int(bad[0])} are not finite ({len(bad)} such "
                 f"images among {len(features)}). Look at that image and at the feature weights."
             )
-        self.held = np.concatenate([self.held, features])
-        while len(self.held) >= BLOCK:
-            self._merge(self.held[:BLOCK])
-            self.held = self.held[BLOCK:]
-
-    def _merge(self, rows: np.ndarray) -> None:
-        rows = rows.astype(np.float64)
-        mean = rows.mean(axis=0)
-        centred = rows - mean
-        total = self.count + len(rows)
-        delta = mean - self.mean
-        self.scatter += centred.T @ centred
-        self.scatter += np.outer(delta, delta) * (self.count * len(rows) / total)
-        self.mean += delta * (len(rows) / total)
-        self.count = total
+        sums = self.sums._replace(held=np.concatenate([self.sums.held, features]))
+        while len(sums.held) >= BLOCK:
+            sums = sums.merged(sums.held[:BLOCK])._replace(held=sums.held[BLOCK:])
+        self.sums = sums
 
     def result(self) -> tuple[np.ndarray, np.ndarray]:
         """Returns (mean [dim], covariance [dim, dim] with n - 1), float64; needs two rows."""
         if len(self) < 2:
             raise UserError(f"A covariance needs at least 2 images; there are {len(self)}.")
-        whole = Moments(self.dim)
-        whole.count, whole.mean, whole.scatter = self.count, self.mean.copy(), self.scatter.copy()
-        if len(self.held):
-            whole._merge(self.held)
+        whole = self.sums.merged(self.sums.held) if len(self.sums.held) else self.sums
         sigma = whole.scatter / (whole.count - 1)
         return whole.mean, (sigma + sigma.T) / 2
 
     def state(self) -> dict[str, np.ndarray]:
         """Returns everything needed to go on adding later, as arrays for an npz file."""
-        return {
-            "count": np.int64(self.count),
-            "mean": self.mean,
-            "scatter": self.scatter,
-            "held": self.held,
-        }
+        return {name: np.asarray(value) for name, value in self.sums._asdict().items()}
 
     @classmethod
     def from_state(cls, state: dict[str, np.ndarray]) -> "Moments":
         """Returns the Moments whose `state` this is; adding goes on bit for bit as before."""
         moments = cls(len(state["mean"]))
-        moments.count = int(state["count"])
-        moments.mean, moments.scatter = np.array(state["mean"]), np.array(state["scatter"])
-        moments.held = np.array(state["held"])
+        arrays = (np.array(state[name]) for name in ("mean", "scatter", "held"))
+        moments.sums = Sums(int(state["count"]), *arrays)
         return moments
 
 
@@ -123,6 +123,11 @@ class Reference:
     weights: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
+    def root(self) -> np.ndarray:
+        """R [D, rank] with R R^T = sigma, kept: each Frechet distance needs it."""
+        return half_root(self.sigma)
+
+    @functools.cached_property
     def hash(self) -> str:
         """First 16 hex digits of the SHA-256 of mu and sigma."""
         digest = hashlib.sha256(np.ascontiguousarray(self.mu, np.float64).tobytes())
@@ -148,58 +153,70 @@ def save_reference(path: str | os.PathLike[str], reference: Reference) -> None:
     write_npz(path, arrays)
 
 
-def write_npz(path: str | os.PathLike[str], arrays: dict[str, np.ndarray]) -> None:
-    """Writes an npz through a temporary file beside it, so that a kill leaves no half file."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            np.savez(file, **arrays)
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(
-            f"Cannot write {path}: {error.strerror}. Choose a path that can be written."
-        ) from error
-
-
 def load_reference(path: str | os.PathLike[str]) -> Reference:
-    """Reads statistics in EDM's npz format (ours carry `meta` too); bad files are UserErrors."""
+    """Reads statistics in EDM's npz format (ours carry `meta` too).
+
+    Raises:
+      UserError: no file, a damaged one, or no mean and covariance in it.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(
             f"There is no reference file {path}. Make one with: eval_fid.py ref --data=... "
-            f"--dest={path}"
+            "--dest=FILE.npz"
         )
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise ValueError("a single array")
-            wanted = ("mu", "sigma", "meta", "features")
-            arrays = {k: file[k] for k in file.files if k in wanted or k.startswith(WEIGHTS)}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, KeyError) as error:
-        raise UserError(
-            f"{path} is not a readable npz file ({error}); expected EDM's reference format with "
-            "the arrays mu and sigma."
-        ) from error
+    ours = ("mu", "sigma", "meta", "features")
+    expected = "EDM's reference format, the arrays mu and sigma"
+    _, arrays = read_npz(path, lambda k: k in ours or k.startswith(WEIGHTS), expected)
     if not {"mu", "sigma"} <= set(arrays):
         raise UserError(
             f"{path} holds no reference statistics: expected the arrays mu [D] and sigma [D, D]. "
             "If these are images, pass them with --images instead."
         )
+    check_moments(arrays["mu"], arrays["sigma"], str(path))
     mu, sigma = (arrays[key].astype(np.float64) for key in ("mu", "sigma"))
-    check_moments(mu, sigma, str(path))
-    meta = json.loads(str(arrays["meta"])) if "meta" in arrays else {}
     weights = {k.removeprefix(WEIGHTS): v for k, v in arrays.items() if k.startswith(WEIGHTS)}
-    return Reference(mu, sigma, meta, arrays.get("features"), weights)
+    reference = Reference(mu, sigma, _meta(path, arrays), arrays.get("features"), weights)
+    rows = reference.features
+    if rows is not None and (rows.ndim != 2 or rows.shape[1] != len(mu)):
+        raise UserError(
+            f"{path}: features has shape {rows.shape}; expected [N, {len(mu)}]. Make it anew."
+        )
+    try:
+        reference.root  # noqa: B018 (a broken covariance is an error now, not after the sampling)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    return reference
+
+
+def _meta(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    try:
+        meta = json.loads(str(arrays["meta"])) if "meta" in arrays else {}
+    except json.JSONDecodeError:
+        meta = None
+    if not isinstance(meta, dict):
+        raise UserError(
+            f"{path}: its entry `meta` is not a JSON object, as this program writes it; the file was "
+            "changed or damaged. Make it anew with: eval_fid.py ref"
+        )
+    return meta
 
 
 def check_moments(mu: np.ndarray, sigma: np.ndarray, where: str) -> None:
-    """Raises UserError unless mu is [D], sigma [D, D], and both are finite."""
-    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
+    """Raises UserError unless mu is [D], sigma [D, D] and symmetric, and both are finite numbers."""
+    if mu.ndim != 1 or not len(mu) or sigma.shape != (len(mu), len(mu)):
         raise UserError(
             f"{where}: mu has shape {mu.shape} and sigma {sigma.shape}; expected [D] and [D, D]."
         )
+    if mu.dtype.kind not in "fiu" or sigma.dtype.kind not in "fiu":
+        raise UserError(
+            f"{where}: mu is {mu.dtype} and sigma {sigma.dtype}; expected real numbers (float64)."
+        )
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise UserError(f"{where}: mu or sigma holds NaN or infinity; these statistics are broken.")
+    largest = np.abs(sigma - sigma.T).max(initial=0.0)
+    if largest > 1e-4 * np.abs(sigma).max(initial=0.0):
+        raise UserError(
+            f"{where}: sigma differs from its transpose by up to {largest:.3g}; a covariance is "
+            "symmetric. These statistics are broken."
+        )

@@ -3,28 +3,7 @@ import pytest
 from sklearn.datasets import load_digits
 
 from lora_diffusion_jax.evaluation import classifier
-
-
-class ArraySource:
-    """Images and labels in memory, behind the Source protocol."""
-
-    def __init__(self, images, labels=None):
-        self.images, self.labels = images, labels
-        self.image_shape = images.shape[1:]
-        self.num_classes = 0 if labels is None else int(labels.max()) + 1
-        self.class_names = [str(i) for i in range(self.num_classes)]
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, index):
-        label = 0 if self.labels is None else self.labels[index]
-        return {"image": self.images[index], "label": np.int32(label)}
-
-
-@pytest.fixture(scope="session")
-def make_source():
-    return ArraySource
+from lora_diffusion_jax.evaluation.images import ArraySource
 
 
 @pytest.fixture(scope="session")

@@ -8,12 +8,12 @@ from sklearn.linear_model import LogisticRegression
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.evaluation import classifier
 from lora_diffusion_jax.evaluation.features import extract
+from lora_diffusion_jax.evaluation.images import ArraySource, source_batches
 from lora_diffusion_jax.evaluation.quick import (
     distance,
     feature_moments,
     noise_batches,
     quick_report,
-    source_batches,
     take,
 )
 
@@ -43,9 +43,7 @@ def test_quick_report_names_counts_and_orders(detector, digits):
         quick_report(source_batches(train), train, heldout, detector, num=2000)
 
 
-def test_same_data_is_read_from_the_cache_and_other_data_is_not(
-    digits, make_source, tmp_path, monkeypatch
-):
+def test_same_data_is_read_from_the_cache_and_other_data_is_not(digits, tmp_path, monkeypatch):
     def untrained(network, images, labels, progress):
         return jax.device_get(network.init(jax.random.key(0), images[:1] / 255.0)["params"])
 
@@ -57,7 +55,7 @@ def test_same_data_is_read_from_the_cache_and_other_data_is_not(
     stamp = file.stat().st_mtime_ns
     assert classifier.fit(train, **fit).hash == first.hash
     assert file.stat().st_mtime_ns == stamp
-    changed = make_source(train.images.copy(), train.labels)
+    changed = ArraySource(train.images.copy(), train.labels)
     changed.images[7, 0, 0, 0] ^= 1
     classifier.fit(changed, **fit)
     classifier.fit(train, **{**fit, "settings": dataclasses.replace(TINY, seed=1)})
@@ -70,10 +68,10 @@ def test_same_data_is_read_from_the_cache_and_other_data_is_not(
 @pytest.mark.parametrize(
     ("shape", "labelled"), [((5, 9, 1), False), ((24, 16, 3), False), ((70, 66, 3), True)]
 )
-def test_any_size_and_channels_with_or_without_labels(make_source, tmp_path, shape, labelled):
+def test_any_size_and_channels_with_or_without_labels(tmp_path, shape, labelled):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (40, *shape), np.uint8)
-    source = make_source(images, np.arange(40) % 3 if labelled else None)
+    source = ArraySource(images, np.arange(40) % 3 if labelled else None)
     found = classifier.fit(source, settings=TINY, cache_dir=tmp_path, progress=False)
     assert found.name == ("classifier" if labelled else "rotation")
     features, logits = found.outputs(images)
@@ -81,8 +79,8 @@ def test_any_size_and_channels_with_or_without_labels(make_source, tmp_path, sha
     assert logits.shape == (40, 3 if labelled else 4)
 
 
-def test_rotation_features_order_real_above_noise(digits, make_source, tmp_path):
-    train, heldout = (make_source(source.images) for source in digits)
+def test_rotation_features_order_real_above_noise(digits, tmp_path):
+    train, heldout = (ArraySource(source.images) for source in digits)
     settings = classifier.Settings(widths=(16, 32), total_images=6_000)
     found = classifier.fit(
         train, test_source=heldout, settings=settings, cache_dir=tmp_path, progress=False

@@ -14,10 +14,9 @@ import pytest
 from PIL import Image
 
 import eval_fid
-from lora_diffusion_jax import factory
+from lora_diffusion_jax import factory, judging
 from lora_diffusion_jax.default_config import base
 from lora_diffusion_jax.evaluation import classifier, collect
-from lora_diffusion_jax.evaluation.quick import source_batches
 from lora_diffusion_jax.evaluation.references import make_reference
 from lora_diffusion_jax.evaluation.statistics import load_reference, save_reference
 from lora_diffusion_jax.training import checkpoint, workdir
@@ -29,7 +28,8 @@ SETTINGS = classifier.Settings(widths=(8, 16), feature_dim=16, total_images=500)
 def reference(digits, detector, tmp_path_factory):
     folder = tmp_path_factory.mktemp("reference")
     train = digits[0]
-    made = make_reference(detector, source_batches(train), len(train), True, {"data": "digits"})
+    found = collect.collect(detector, [train.images], keep_rows=True)
+    made = make_reference(detector, found, {"data": "digits"})
     path = folder / "digits.npz"
     save_reference(path, made)
     return path
@@ -211,7 +211,7 @@ def test_all_judges_each_checkpoint_once(capsys, reference, tmp_path, monkeypatc
     def never(*args):
         raise AssertionError("a finished checkpoint was judged again")
 
-    monkeypatch.setattr(eval_fid, "judge", never)
+    monkeypatch.setattr(judging, "judge", never)
     assert call(capsys, *common)[1] == rows
     assert call(capsys, *common, "--follow")[1] == rows  # all runs are finished: it ends
 
@@ -223,10 +223,10 @@ def test_follow_waits_for_new_checkpoints(capsys, reference, tmp_path, monkeypat
         other = write_run(tmp_path / "later", steps=(10,))
         (other / "checkpoints" / "10").rename(run / "checkpoints" / "10")
 
-    monkeypatch.setattr(eval_fid.time, "sleep", train_on)
+    monkeypatch.setattr(judging.time, "sleep", train_on)
     common = ("all", f"--workdir={run}", f"--ref={reference}", "--num=20", "--follow")
     _, rows, _ = call(capsys, *common)
-    assert [row["step"] for row in rows] == [5, 5, 10]  # known results are printed again
+    assert [row["step"] for row in rows] == [5, 10]
 
 
 BAD = {
@@ -239,7 +239,7 @@ BAD = {
     "another size": ("calc --images={large} --ref={ref}", "made for 8x8x1"),
     "images as reference": ("calc --images={npz} --ref={npz}", "no reference statistics"),
     "reference as images": ("calc --images={ref} --ref={ref}", "Pass it with --ref"),
-    "reference of another size": ("calc --images={npz} --ref={other}", "1024 features"),
+    "reference of another size": ("calc --images={npz} --ref={other}", "100 features"),
     "missing reference": ("calc --images={npz} --ref={empty}/no.npz", "no reference file"),
     "unknown metric": ("calc --images={npz} --ref={ref} --metrics=fid,foo", "choose some of"),
     "no rows for kid": ("calc --images={npz} --ref={bare} --metrics=kid", "--keep_features"),
@@ -275,7 +275,7 @@ def test_bad_input_is_a_plain_error(capsys, case, digits, reference, run, tmp_pa
     floats[3, 0, 0] = np.nan
     np.savez(names["nan"], images=floats)
     np.savez(names["large"], images=images.repeat(2, axis=1))
-    np.savez(names["other"], mu=np.zeros(1024), sigma=np.eye(1024))
+    np.savez(names["other"], mu=np.zeros(100), sigma=np.eye(100))
     with np.load(reference) as file:
         np.savez(names["bare"], **{k: file[k] for k in file if k != "features"})
     turns = load_reference(reference)

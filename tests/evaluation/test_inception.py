@@ -156,13 +156,19 @@ def test_wrong_weights_are_plain_errors(weights, tmp_path):
     less = {k: v for k, v in weights.items() if k != "fc.bias"}
     write_safetensors(tmp_path / "less.safetensors", less, "0" * 64)
     wrong(
-        r"another network: fc.bias is absent where .* has \(1008,\)", tmp_path / "less.safetensors"
+        r"another network .*: 1 of its 472 tensors are missing \(fc.bias\)",
+        tmp_path / "less.safetensors",
     )
     torchvisions = weights | {"fc.weight": np.zeros((1000, 2048), np.float32)}
     write_safetensors(tmp_path / "other.safetensors", torchvisions, "0" * 64)
-    wrong(r"fc.weight is \(1000, 2048\)", tmp_path / "other.safetensors")
+    wrong(r"fc.weight is \(1000, 2048\) instead of \(1008, 2048\)", tmp_path / "other.safetensors")
     save_file({"a": np.zeros(3, np.float32)}, tmp_path / "foreign.safetensors")
-    wrong("not a safetensors file of these weights", tmp_path / "foreign.safetensors")
+    wrong(
+        r"472 of its 472 .*; 1 do not belong to it \(a \(3,\)\)", tmp_path / "foreign.safetensors"
+    )
+    meta = inception.metadata_of(less, "0" * 64)
+    save_file(weights, tmp_path / "changed.safetensors", metadata=meta)
+    wrong("are not those that it was written with", tmp_path / "changed.safetensors")
     broken = weights | {"fc.weight": np.full((1008, 2048), np.nan, np.float32)}
     write_safetensors(tmp_path / "nan.safetensors", broken, "0" * 64)
     wrong("fc.weight holds NaN", tmp_path / "nan.safetensors")

@@ -78,7 +78,7 @@ def test_broken_reference_files_are_plain_errors(tmp_path):
     with pytest.raises(UserError, match="no reference file"):
         load_reference(tmp_path / "none.npz")
     (tmp_path / "text.npz").write_text("not a zip")
-    with pytest.raises(UserError, match="not a readable npz"):
+    with pytest.raises(UserError, match="is not an npz file"):
         load_reference(tmp_path / "text.npz")
     np.savez(tmp_path / "images.npz", images=np.zeros(3))
     with pytest.raises(UserError, match="--images"):

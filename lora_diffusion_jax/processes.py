@@ -19,6 +19,7 @@ from jax.sharding import Sharding
 
 from lora_diffusion_jax import roll_call
 from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.lifelines import Lifelines
 
 LIMIT = 300.0  # seconds that a process waits for the others
 _ROOT = "lora_diffusion_jax"
@@ -40,7 +41,10 @@ class _Session:
     def __init__(self):
         self.limit = LIMIT
         self.serial: collections.Counter[str] = collections.Counter()
-        self.failing = threading.Event()
+        self.ended = threading.Event()  # as it should, or by an error that the others are told
+        self.watch: threading.Thread | None = None
+        self.begun = 0  # steps
+        self.moved_at: float | None = None  # when the last step was begun
 
 
 _session = _Session()
@@ -85,7 +89,9 @@ def join(
         _join_explicitly(given, limit)
     if jax.distributed.is_initialized() and jax.process_count() > 1:
         _check_versions()
-        threading.Thread(target=_watch, daemon=True, name="watch for failures").start()
+        lines = _tie_lifelines()
+        _session.watch = threading.Thread(target=_watch, args=(lines,), daemon=True)
+        _session.watch.start()
 
 
 def _number(name: str, variable: str) -> int | None:
@@ -159,6 +165,16 @@ def _me() -> str:
     return f"{socket.gethostname()}, process {os.getpid()}"
 
 
+def _tie_lifelines() -> Lifelines:
+    client, key = _client(), f"{_ROOT}/lifelines"
+    return Lifelines(
+        jax.process_index(),
+        _coordinator().rpartition(":")[0].strip("[]"),
+        publish=lambda port: client.key_value_set(key, str(port)),
+        find=lambda: int(client.blocking_key_value_get(key, int(_session.limit * 1000))),
+    )
+
+
 def _check_versions() -> None:
     for name, value in _versions().items():
         check_same(name, value)
@@ -219,10 +235,16 @@ def exchange(name: str, text: str, limit: float | None = None) -> list[str]:
 
 
 def _client() -> Any:
-    # The one piece without a public name; orbax reads it at the same place.
+    # Without a public name; orbax reads it at the same place.
     from jax._src import distributed
 
     return distributed.global_state.client
+
+
+def _coordinator() -> str:
+    from jax._src import distributed
+
+    return distributed.global_state.coordinator_address
 
 
 def _get(client: Any, key: str, deadline: float) -> str | None:
@@ -312,7 +334,9 @@ def ending_together() -> Iterator[None]:
     """
     try:
         yield
+        _leave()
     except SharedError:
+        _leave()
         raise
     except UserError as error:
         if alone():
@@ -334,13 +358,20 @@ def ending_together() -> Iterator[None]:
         _fail(f"{type(error).__name__}: {_first_line(error)}", 1)
 
 
+def _leave() -> None:
+    """Says goodbye to the others, so that they do not take this process's end for a death."""
+    _session.ended.set()
+    if _session.watch is not None:
+        _session.watch.join(5 * _WATCH_SECONDS)
+
+
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [""])[0][:300]
 
 
 def _fail(message: str, status: int) -> None:
     """Ends this process, and lets the others know why."""
-    _session.failing.set()
+    _session.ended.set()
     sys.stdout.flush()
     sys.stderr.flush()
     try:
@@ -352,16 +383,68 @@ def _fail(message: str, status: int) -> None:
     os._exit(status)
 
 
-def _watch() -> None:
-    """Ends this process soon after another has failed."""
+def begin_step(number: int | None) -> None:
+    """Notes that the program begins a step that others take part in; None: it leaves the steps.
+
+    When none follows within the limit, a warning says how far each process is.
+    """
+    _session.begun = number or 0
+    _session.moved_at = None if number is None else time.monotonic()
+
+
+def _watch(lines: Lifelines) -> None:
+    """Ends this process soon after another has failed; says who holds up the steps."""
     client = _client()
-    while not _session.failing.wait(_WATCH_SECONDS):
+    while not _session.ended.wait(_WATCH_SECONDS):
+        lost = lines.lost()
         try:
+            for index in lost:
+                client.key_value_set(f"{_ROOT}/lost/{index}", "", True)
             failed = client.key_value_dir_get(f"{_ROOT}/failed/")
+            lost = lost or [_last(key) for key, _ in client.key_value_dir_get(f"{_ROOT}/lost/")]
+            if not failed and not lost and _is_held_up():
+                _say_who_is_behind(client)
         except jax.errors.JaxRuntimeError:
-            return  # JAX itself ends processes that lost the service
-        if failed and not _session.failing.is_set():
-            key, text = failed[0]
-            who = key.rsplit("/", 1)[-1]
-            os.write(2, f"error: process {who} stopped {text}\n".encode())
-            os._exit(2)
+            if not lost:
+                return  # JAX itself ends processes that lost the service
+            failed = []
+        if (failed or lost) and not _session.ended.is_set():
+            _end_with_the_others(failed, lost)
+    lines.say_goodbye()
+
+
+def _last(key: str) -> int:
+    """The process's number at the end of a key."""
+    return int(key.rsplit("/", 1)[-1])
+
+
+def _end_with_the_others(failed: list[tuple[str, str]], lost: list[int]) -> None:
+    """Says whose end it was, and ends this process."""
+    if failed:
+        text = f"process {_last(failed[0][0])} stopped {failed[0][1]}"
+    else:
+        text = (
+            f"process {', '.join(map(str, lost))} was killed, or its machine is gone; look at its "
+            "output. Started again, the same command goes on from the last checkpoint."
+        )
+    os.write(2, f"error: {text}\n".encode())
+    if is_leader():  # the coordination service ends with it: first the others must have read
+        time.sleep(3 * _WATCH_SECONDS)
+    os._exit(2)
+
+
+def _is_held_up() -> bool:
+    return _session.moved_at is not None and time.monotonic() - _session.moved_at > _session.limit
+
+
+def _say_who_is_behind(client: Any) -> None:
+    """Compares the steps begun; the others write theirs here when they are held up, too."""
+    prefix = f"{_ROOT}/begun/"
+    client.key_value_set(f"{prefix}{jax.process_index()}", str(_session.begun), True)
+    _session.moved_at = time.monotonic()  # say it again after as long
+    time.sleep(2 * _WATCH_SECONDS)
+    begun = {_last(key): text for key, text in client.key_value_dir_get(prefix)}
+    told = ", ".join(f"process {i} {begun.get(i, 'no answer')}" for i in range(jax.process_count()))
+    if is_leader():
+        text = f"warning: no step has ended for {_session.limit:.0f} s. Steps begun: {told}.\n"
+        os.write(2, text.encode())

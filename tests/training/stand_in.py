@@ -15,11 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_diffusion_jax import processes
 from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.training import sharding
 from lora_diffusion_jax.training.ema import Ema
 from lora_diffusion_jax.training.loop import Schedule, train
 from lora_diffusion_jax.training.optimizer import adam
-from lora_diffusion_jax.training.sharding import make_mesh
+from lora_diffusion_jax.training.sharding import local_rows, make_mesh
 from lora_diffusion_jax.training.state import create_state
 from lora_diffusion_jax.training.step import make_train_step
 
@@ -55,15 +57,16 @@ class Net(nn.Module):
 class ArrayBatches:
     """Batches of arrays in memory; the order is a function of (seed, step)."""
 
-    def __init__(self, images, labels, batch_size, seed=0, in_memory=True):
-        self.batch_size, self.seed = batch_size, seed
+    def __init__(self, images, labels, batch_size, seed=0, in_memory=True, rows=slice(None)):
+        self.batch_size, self.seed, self.rows = batch_size, seed, rows
         self.images = images if in_memory else None
         self.labels = labels if in_memory else None
         self.source = {"image": images, "label": labels}
 
     def indices(self, step):
         rng = np.random.default_rng((self.seed, step))
-        return rng.integers(0, len(self.source["image"]), self.batch_size).astype(np.int32)
+        chosen = rng.integers(0, len(self.source["image"]), self.batch_size).astype(np.int32)
+        return chosen[self.rows]
 
     def iterate(self, start_step):
         step = start_step
@@ -124,13 +127,15 @@ def make_run(workdir, *, total=40, mesh=None, callbacks=None, step_options=None,
     cadence = {"log_every": 7 * BATCH, "checkpoint_every": 5 * BATCH}
     schedule = Schedule(total_images=total * BATCH, **cadence | options.pop("schedule", {}))
     in_memory = options.pop("in_memory", True)
+    mesh = mesh or make_mesh()
+    rows = local_rows(BATCH, mesh)
     arguments = {
         "config": {"train": {"batch_size": BATCH, "total_images": total * BATCH}, "model": "net"},
         "harmless": ("train.total_images", "train.*_every"),
         "init": lambda: create_state(init_variables(), optimizer),
         "step_fn": make_step(optimizer, **(step_options or {})),
-        "batches": ArrayBatches(*make_data(), BATCH, in_memory=in_memory),
-        "mesh": mesh or make_mesh(),
+        "batches": ArrayBatches(*make_data(), BATCH, in_memory=in_memory, rows=rows),
+        "mesh": mesh,
         "schedule": schedule,
         "seed": 3,
         "callbacks": callbacks,
@@ -148,8 +153,8 @@ def fast_compile_env(flags=""):
 def digest(state):
     """One hash over every bit of a state."""
     total = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(state)):
-        total.update(jax.tree_util.keystr(path).encode() + np.asarray(leaf).tobytes())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        total.update(jax.tree_util.keystr(path).encode() + processes.fetch(leaf).tobytes())
     return total.hexdigest()
 
 
@@ -172,7 +177,28 @@ def main():
     parser.add_argument("--log-every", type=int, default=7)
     parser.add_argument("--pause", type=float, default=0.0, help="seconds per batch")
     parser.add_argument("--die-at", type=int, help="kill -9 when this step's batch is asked for")
+    parser.add_argument("--break-at", type=int, help="a UserError when this step's batch is due")
+    parser.add_argument("--hold-at", type=int, help="a long sleep when this step's batch is due")
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--process", type=int, default=0)
+    parser.add_argument("--address")
+    parser.add_argument("--limit", type=float, default=60.0)
+    parser.add_argument("--width", type=int, default=BATCH, help="batch size the config names")
     options = parser.parse_args()
+    sharding.FSDP_MIN_SIZE = 512  # the network's layers are small
+    try:
+        if options.processes > 1:
+            count, index = options.processes, options.process
+            processes.join(options.address, count, index, limit=options.limit)
+        with processes.ending_together():
+            sys.exit(go(options))
+    except UserError as error:
+        print(f"UserError: {error}", flush=True)
+        sys.exit(2)
+
+
+def go(options):
+    """Trains; returns the exit code."""
     run = make_run(
         options.workdir,
         total=options.total,
@@ -186,18 +212,20 @@ def main():
         print(f"batch {step}", flush=True)
         if step == options.die_at:
             os.kill(os.getpid(), signal.SIGKILL)
+        if step == options.break_at:
+            raise UserError(f"batch {step} cannot be read")
+        if step == options.hold_at:
+            time.sleep(600)
         time.sleep(options.pause if step > 0 else 0)
         return indices(step)
 
     run["batches"].indices = slow
-    try:
-        result = train(**run)
-    except UserError as error:
-        print(f"UserError: {error}", flush=True)
-        sys.exit(2)
+    run["config"]["train"]["batch_size"] = options.width
+    result = train(**run)
     told = {"digest": digest(result.state), "step": result.step, "devices": jax.device_count()}
-    Path(f"{options.workdir}.json").write_text(json.dumps(told))
-    sys.exit(result.exit_code)
+    if processes.is_leader():
+        Path(f"{options.workdir}.json").write_text(json.dumps(told))
+    return result.exit_code
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jax.sharding import Mesh
@@ -101,9 +101,9 @@ def build_batches(
     )
 
 
-def build_mesh(config: ConfigDict) -> Mesh:
-    """The mesh of all devices."""
-    return sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+def build_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of the devices; None: all there are."""
+    return sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
 
 
 def build_optimizer(config: ConfigDict) -> optimizer.Optimizer:
@@ -112,8 +112,10 @@ def build_optimizer(config: ConfigDict) -> optimizer.Optimizer:
     return optimizer.adam(train.learning_rate, rampup_images=train.rampup_images)
 
 
-def build_step(config: ConfigDict, denoiser: precond.Denoiser) -> step.StepFn:
-    """The training step of a config."""
+def build_step(
+    config: ConfigDict, denoiser: precond.Denoiser, *, unroll: bool | None = None
+) -> step.StepFn:
+    """The training step of a config; unroll: see `make_train_step`, None suits this machine."""
     train, objective = config.train, build_objective(config, denoiser)
     return step.make_train_step(
         objective.loss,
@@ -124,6 +126,7 @@ def build_step(config: ConfigDict, denoiser: precond.Denoiser) -> step.StepFn:
         microbatch=train.microbatch or None,
         draw=objective.draw,
         max_bad_steps=train.max_nonfinite,
+        unroll=unroll,
     )
 
 

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -249,7 +249,7 @@ def _lora_norm(grads: PyTree) -> Float[Array, ""]:
     return optax.tree.norm(leaves) if leaves else jnp.float32(jnp.nan)
 
 
-def compile_step(
+def lower_step(
     step_fn: StepFn,
     state: TrainState,
     interval: TrainMetrics,
@@ -258,8 +258,8 @@ def compile_step(
     key: Key,
     mesh: Mesh,
     rules: Rules = (),
-) -> jax.stages.Compiled:
-    """Compiles (state, interval, data, item, key) -> (state, interval, status [4]).
+) -> jax.stages.Lowered:
+    """Lowers (state, interval, data, item, key) -> (state, interval, status [4]); shapes will do.
 
     One program gathers the batch, folds the step into the key, steps, and adds to the metrics; the
     first two arguments are donated. The item holds besides the batch `stop`, int32 [devices]: the
@@ -289,4 +289,9 @@ def compile_step(
         out_shardings=(layout, whole, whole),
         donate_argnums=(0, 1),
     )
-    return jitted.lower(state, interval, data, item, key).compile()
+    return jitted.lower(state, interval, data, item, key)
+
+
+def compile_step(*args: Any, **kwargs: Any) -> jax.stages.Compiled:
+    """Compiles what `lower_step` lowers."""
+    return lower_step(*args, **kwargs).compile()

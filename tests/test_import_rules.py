@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "lora_diffusion_jax"
-SHARED = {"array_types", "errors", "processes", "roll_call", "lifelines"}
+SHARED = {"array_types", "errors", "processes"}
 ALLOWED = {  # part -> parts of the package it may import at module level, besides itself and SHARED
     "models": set(),
     "lora": set(),

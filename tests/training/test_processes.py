@@ -10,8 +10,9 @@ import threading
 import numpy as np
 import pytest
 
-from lora_diffusion_jax import processes, roll_call
+from lora_diffusion_jax import processes
 from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.processes import roll_call
 from lora_diffusion_jax.training.checkpoint import saved_steps
 from tests.training.stand_in import fast_compile_env, train_lines
 

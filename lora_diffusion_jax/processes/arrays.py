@@ -1,0 +1,18 @@
+"""Arrays between the hosts and the devices of all processes."""
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Sharding
+
+
+def place(array: np.ndarray, sharding: Sharding) -> jax.Array:
+    """A host array that all processes hold alike -> a global array, each device taking its part."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def fetch(array: jax.Array) -> np.ndarray:
+    """A global array, however it is laid out -> the whole of it on the host, in every process."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    return multihost_utils.process_allgather(array, tiled=True)

@@ -1,11 +1,14 @@
 """Parameter counts of the paper's table and of the reference networks, to the last one."""
 
 import jax
+import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
 from lora_diffusion_jax import factory, lora
 from lora_diffusion_jax.default_config import base
+from lora_diffusion_jax.training import sharding, state
 
 MODES = ("baseline", "only_lora", "with_lora")
 
@@ -64,3 +67,28 @@ def test_parameter_count(config: ConfigDict, mode: str, expected: int) -> None:
     init = lambda key: factory.init_variables(config, denoiser, key)  # noqa: E731
     variables = jax.eval_shape(init, jax.random.key(0))
     assert lora.count(variables["params"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "most"), [(cifar10("ddpmpp", True), 1.03), (imagenet64(), 1.02)]
+)
+def test_fsdp_divides_the_state(config: ConfigDict, most: float) -> None:
+    """Parameters, moments and average take 1/n of the bytes per device, but for small arrays."""
+    denoiser = factory.build_denoiser(config)
+
+    def init() -> state.TrainState:
+        variables = factory.init_variables(config, denoiser, jax.random.key(0))
+        return state.create_state(variables, factory.build_optimizer(config))
+
+    shapes = jax.eval_shape(init)
+    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+    # four float32 of each parameter: itself, two moments, its average
+    assert whole == pytest.approx(16 * lora.count(shapes.params), rel=1e-3)
+    for count in (2, 4, 8):
+        mesh = AbstractMesh((4, count), sharding.AXES)
+        layout = sharding.tree_sharding(shapes, mesh)
+        share = sum(
+            np.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+            for leaf, place in zip(*map(jax.tree.leaves, (shapes, layout)), strict=True)
+        )
+        assert 1 <= share * count / whole < most

@@ -225,4 +225,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if status > 128:  # JAX would first finish what the devices are at, perhaps for minutes
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)

@@ -9,6 +9,7 @@ Damage of classes is averaged over five choices of the classes.
 
 import argparse
 import io
+import itertools
 import json
 import pathlib
 import sys
@@ -97,60 +98,100 @@ def main() -> None:
     parser.add_argument("--data", default="digits")
     parser.add_argument("--data_dir", default="")
     parser.add_argument("--num", type=int, help="images a level; default: as the classes allow")
+    parser.add_argument("--features", default="classifier,rotation")
+    parser.add_argument(
+        "--read", nargs="*", default=[], help="lines printed before, not made again"
+    )
     parser.add_argument("--plot", help="PNG to write")
     args = parser.parse_args()
+    texts = [pathlib.Path(file).read_text() for file in args.read]
+    lines = [json.loads(line) for text in texts for line in text.splitlines()]
+    results = [line for line in lines if line["bench"] == "sensitivity"]
+    if not args.read:
+        results = measure(args)
+    for line in monotone(results):
+        print(json.dumps(line))
+    if args.plot:
+        count = results[0]["n"]
+        plot(
+            results,
+            args.plot,
+            f"{args.data}: {count:,} damaged test images against all training images",
+        )
+
+
+def measure(args: argparse.Namespace) -> list[dict]:
+    """Measures every damage at every level in every feature space; prints and returns the lines."""
     train, test = (open_source(args.data, args.data_dir, "", s) for s in ("train", "test"))
     images, labels = classifier.read_images(test, 100_000)
+    real_images, _ = classifier.read_images(train, 50_000)
     count = args.num or 2 * int(np.bincount(labels).min() * 0.9)
-    results: list[dict] = []
-    for use_labels in (True, False):
-        detector = classifier.fit(train, test_source=test, use_labels=use_labels)
-        results += measure(detector, train, images, labels, count)
-    if args.plot:
-        plot(results, args.plot, f"{args.data}, {count:,} test images a level")
-
-
-def measure(
-    detector: Detector, train, images: np.ndarray, labels: np.ndarray, count: int
-) -> list[dict]:
-    real = collect(detector, [classifier.read_images(train, 50_000)[0]], keep_rows=True)
-    whole = collect(detector, [images])
-    floor = frechet_distance(*whole.moments.result(), *real.moments.result())
-    accuracy = detector.details["test_accuracy"]
-    line = {"features": detector.name, "test_accuracy": accuracy, "n": len(images)}
-    print(json.dumps({"bench": "train_against_test", **line, "fd": floor}), flush=True)
     results = []
-    for kind, levels in LEVELS.items():
-        for level in levels:
-            of_classes = kind.startswith(("uneven", "dropped"))
-            rows = [
-                judge(detector, real, damaged(kind, level, images, labels, count, draw), count)
-                for draw in range(DRAWS if of_classes else 1)
-            ]
-            row = {
-                "bench": "sensitivity",
-                "features": detector.name,
-                "damage": kind,
-                "level": level,
-                **{name: float(np.mean([r[name] for r in rows])) for name in rows[0]},
-            }
-            print(json.dumps(row), flush=True)
-            results.append(row)
+    for features in args.features.split(","):
+        detector = classifier.fit(train, test_source=test, use_labels=features == "classifier")
+        real = collect(detector, [real_images], keep_rows=True)
+        whole = collect(detector, [images])
+        floor = frechet_distance(*whole.moments.result(), *real.moments.result())
+        accuracy = detector.details["test_accuracy"]
+        line = {"features": detector.name, "test_accuracy": accuracy, "n": len(images)}
+        print(json.dumps({"bench": "train_against_test", **line, "fd": floor}), flush=True)
+        for kind, levels in LEVELS.items():
+            for level in levels:
+                row = measure_level(detector, real, kind, level, images, labels, count)
+                print(json.dumps(row), flush=True)
+                results.append(row)
     return results
+
+
+def measure_level(
+    detector: Detector,
+    real: FeatureSet,
+    kind: str,
+    level: float,
+    images: np.ndarray,
+    labels: np.ndarray,
+    count: int,
+) -> dict:
+    """One line: every number's mean over the draws, and the distance's deviation between them."""
+    draws = DRAWS if kind.startswith(("uneven", "dropped")) else 1
+    rows = [
+        judge(detector, real, damaged(kind, level, images, labels, count, draw), count)
+        for draw in range(draws)
+    ]
+    line = {"bench": "sensitivity", "features": detector.name, "damage": kind, "level": level}
+    line |= {"n": count, "draws": draws}
+    line |= {name: float(np.mean([r[name] for r in rows])) for name in rows[0]}
+    distance = f"fd_{count_name(count)}"
+    return line | {"std": float(np.std([r[distance] for r in rows]))}
 
 
 def judge(detector: Detector, real: FeatureSet, images: np.ndarray, count: int) -> dict:
     """Distances, precision and recall of some images."""
-    fake, rows, name = (
-        collect(detector, [images], keep_rows=True),
-        real.features[: 5 * count],
-        count_name(count),
-    )
+    fake, name = collect(detector, [images], keep_rows=True), count_name(count)
+    step = max(1, len(real.features) // (2 * count))
+    rows = real.features[::step]
     return {
         f"fd_{name}": frechet_distance(*fake.moments.result(), *real.moments.result()),
         f"kd_{name}": kernel(fake.features, rows, subsets=20, subset_size=min(1000, count))[0],
         **manifold_metrics(rows, fake.features),
     }
+
+
+def monotone(results: list[dict]) -> list[dict]:
+    """Whether each distance grows with every level of each damage; where not, the steps that fall."""
+    found = []
+    keys = dict.fromkeys((r["features"], r["damage"]) for r in results)
+    for features, kind in keys:
+        part = [r for r in results if (r["features"], r["damage"]) == (features, kind)]
+        for name in (key for key in part[0] if key.startswith(("fd_", "kd_"))):
+            falls = [
+                [low["level"], high["level"]]
+                for low, high in itertools.pairwise(part)
+                if high[name] <= low[name]
+            ]
+            line = {"features": features, "damage": kind, "metric": name}
+            found.append({"bench": "monotone", **line, "monotone": not falls, "falls": falls})
+    return found
 
 
 def plot(results: list[dict], path: str, title: str) -> None:
@@ -165,8 +206,14 @@ def plot(results: list[dict], path: str, title: str) -> None:
         for row, name in enumerate(names):
             for features in dict.fromkeys(r["features"] for r in results):
                 part = [r for r in results if (r["damage"], r["features"]) == (kind, features)]
-                axes[row, column].plot(
-                    [r["level"] for r in part], [r[name] for r in part], "o-", label=features
+                axes[row, column].errorbar(
+                    [r["level"] for r in part],
+                    [r[name] for r in part],
+                    [r["std"] if name.startswith("fd_") else 0.0 for r in part],
+                    marker="o",
+                    markersize=4,
+                    capsize=2,
+                    label=features,
                 )
             axes[row, column].set_yscale("symlog", linthresh=0.1 if row == 0 else 0.01)
             axes[row, column].grid(alpha=0.3)

@@ -1,9 +1,13 @@
 """Arrays between the hosts and the devices of all processes."""
 
+import time
+
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding
+
+SHORT = 0.005  # seconds between looks at whether the devices are done
 
 
 def place(array: np.ndarray, sharding: Sharding) -> jax.Array:
@@ -12,7 +16,12 @@ def place(array: np.ndarray, sharding: Sharding) -> jax.Array:
 
 
 def fetch(array: jax.Array) -> np.ndarray:
-    """A global array, however it is laid out -> the whole of it on the host, in every process."""
+    """A global array, however it is laid out -> the whole of it on the host, in every process.
+
+    Python hears no signal while it waits inside JAX: short sleeps let it.
+    """
+    while not array.is_ready():
+        time.sleep(SHORT)
     if array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
     return multihost_utils.process_allgather(array, tiled=True)

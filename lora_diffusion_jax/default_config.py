@@ -57,6 +57,7 @@ def base() -> ConfigDict:
     config.train = ConfigDict()
     config.train.batch_size = 512
     config.train.microbatch = 0  # gradient accumulation in parts of this size; 0: all at once
+    config.train.remat = "none"  # none | norms | blocks: less memory, more computation
     config.train.total_images = 200_000_000
     config.train.seed = 0
     config.train.learning_rate = 1e-3

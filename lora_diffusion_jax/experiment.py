@@ -32,6 +32,7 @@ HARMLESS = (
     "train.*_every",
     "train.keep",
     "train.microbatch",
+    "train.remat",
     "train.max_nonfinite",
     "sampler.*",
     "eval.*",

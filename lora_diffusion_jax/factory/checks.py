@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from lora_diffusion_jax.data import augment as augmentation
 from lora_diffusion_jax.diffusion import precond, samplers
 from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.models.blocks import REMAT
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
@@ -54,6 +55,7 @@ def check(config: ConfigDict) -> None:
         for field, known in samplers.CHOICES.items():
             choose(f"sampler.{field}", config.sampler[field], known)
     choose("dtype", config.dtype, DTYPES)
+    choose("train.remat", config.train.remat, REMAT)
     _check_numbers(config)
     labels = augmentation.EDM_TRAINING.label_dim
     if config.augment.p and config.model.augment_dim not in (0, labels):

@@ -15,6 +15,7 @@ from lora_diffusion_jax.diffusion import precond
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.factory.checks import DTYPES, PRECONDS, VARIANTS, check, choose
 from lora_diffusion_jax.models.adm_unet import ADMUNet
+from lora_diffusion_jax.models.blocks import REMAT
 from lora_diffusion_jax.models.song_unet import SongUNet
 
 CONDITION = "map"  # path of the U-Nets' mapping network: its output conditions UC-LoRA
@@ -137,6 +138,7 @@ def denoiser_from_architecture(
     variables: Variables | None = None,
     *,
     dtype: str = "float32",
+    remat: str = "none",
     sites: str = SITES,
 ) -> precond.Denoiser:
     """Builds the network that an architecture describes: U-Net, LoRA, preconditioning.
@@ -145,6 +147,7 @@ def denoiser_from_architecture(
         architecture: see `architecture_from_config`.
         variables: of a checkpoint, which for iDDPM holds the table of noise levels.
         dtype: of the computation: float32, bfloat16 or float16; parameters are float32.
+        remat: what the backward pass computes again, see `models.blocks.REMAT`.
         sites: pattern of the layers that receive LoRA.
     """
     a = architecture
@@ -160,6 +163,7 @@ def denoiser_from_architecture(
         "channel_mult": tuple(a["channel_mult"]),
         "attn_resolutions": tuple(a["attn_resolutions"]),
         "dtype": choose("dtype", dtype, DTYPES),
+        "remat": choose("train.remat", remat, REMAT),
     }
     same = ("label_dim", "augment_dim", "model_channels", "channel_mult_emb", "num_blocks")
     common |= {k: a[k] for k in (*same, "dropout", "label_dropout", "use_affine")}
@@ -183,7 +187,11 @@ def build_denoiser(config: ConfigDict, variables: Variables | None = None) -> pr
     """The network of a config: U-Net, LoRA as `lora.mode` says, and preconditioning."""
     check(config)
     return denoiser_from_architecture(
-        architecture_from_config(config), variables, dtype=config.dtype, sites=config.lora.sites
+        architecture_from_config(config),
+        variables,
+        dtype=config.dtype,
+        remat=config.train.remat,
+        sites=config.lora.sites,
     )
 
 

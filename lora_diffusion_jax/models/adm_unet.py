@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from lora_diffusion_jax.models.blocks import UNetBlock, silu_dense
+from lora_diffusion_jax.models.blocks import rematerialised, silu_dense
 from lora_diffusion_jax.models.embeddings import positional_embedding
 from lora_diffusion_jax.models.layers import GroupNorm, Init, conv3x3, dense
 from lora_diffusion_jax.models.song_unet import drop_labels
@@ -75,6 +75,7 @@ class ADMUNet(nn.Module):
     dropout: float = 0.10
     label_dropout: float = 0.0
     use_affine: bool = True
+    remat: str = "none"
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -96,7 +97,7 @@ class ADMUNet(nn.Module):
             name="map",
         )(noise_labels, class_labels, augment_labels, train)
         block = functools.partial(
-            UNetBlock,
+            rematerialised(self.remat),
             dropout=self.dropout,
             use_affine=self.use_affine,
             init=_INIT,

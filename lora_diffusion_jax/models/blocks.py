@@ -5,11 +5,21 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.models.layers import GroupNorm, Init, conv3x3, dense, self_attention
 from lora_diffusion_jax.models.resample import downsample, upsample
+
+# What the backward pass finds in memory and what it computes again, `train.remat`:
+#   none    everything is kept
+#   norms   norms, SiLU, dropout and attention weights are computed again from the outputs of the
+#           convolutions and of qkv, which are kept: no convolution runs twice
+#   blocks  only each block's input is kept; a third more FLOP
+REMAT = ("none", "norms", "blocks")
+KEPT = ("conv0", "residual", "qkv", "attention")  # by `norms`, besides each block's input
 
 
 class UNetBlock(nn.Module):
@@ -56,6 +66,7 @@ class UNetBlock(nn.Module):
         skip = self._skip(x)
         x = nn.silu(GroupNorm(self.epsilon, self.dtype, name="norm0")(x))
         x = conv3x3(self._resample(x), self.features, self.init, name="conv0", dtype=self.dtype)
+        x = checkpoint_name(x, "conv0")
         x = self._conditioned_norm(x, emb)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         x = conv3x3(x, self.features, self.init_zero, name="conv1", dtype=self.dtype)
@@ -86,12 +97,33 @@ class UNetBlock(nn.Module):
         return nn.silu(norm(x + params))
 
     def _attend(self, x: Array) -> Array:
+        x = checkpoint_name(x, "residual")
         y = GroupNorm(self.epsilon, self.dtype, name="norm2")(x)
         init = self.init_attn or self.init
         qkv = dense(y, 3 * self.features, init, name="qkv", dtype=self.dtype)
-        y = self_attention(qkv, self.num_heads).astype(self.dtype)
+        y = self_attention(checkpoint_name(qkv, "qkv"), self.num_heads).astype(self.dtype)
+        y = checkpoint_name(y, "attention")
         y = dense(y, self.features, self.init_zero, name="proj", dtype=self.dtype)
         return (y + x) * self.skip_scale
+
+
+def rematerialised(remat: str) -> type[UNetBlock]:
+    """UNetBlock with less kept for the backward pass; parameters, values and gradients are the same.
+
+    Args:
+        remat: one of REMAT.
+
+    Raises:
+        UserError: any other.
+    """
+    if remat not in REMAT:
+        raise UserError(f"train.remat is {remat!r}; it must be one of {', '.join(REMAT)}.")
+    if remat == "none":
+        return UNetBlock
+    policy = None
+    if remat == "norms":
+        policy = jax.checkpoint_policies.save_only_these_names(*KEPT)
+    return nn.remat(UNetBlock, policy=policy, static_argnums=(3,))  # train, behind self, x, emb
 
 
 def fused_downsample_conv(

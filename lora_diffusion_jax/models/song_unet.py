@@ -10,7 +10,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from lora_diffusion_jax.models.blocks import UNetBlock, silu_dense
+from lora_diffusion_jax.models.blocks import rematerialised, silu_dense
 from lora_diffusion_jax.models.embeddings import (
     FourierEmbedding,
     positional_embedding,
@@ -107,6 +107,7 @@ class SongUNet(nn.Module):
         resample_filter: [1, 1] (DDPM++) or [1, 3, 3, 1] (NCSN++).
         dropout, label_dropout: rates in training.
         use_affine: False removes the scale-and-shift of all blocks (`only_lora`).
+        remat: what the backward pass computes again, see `blocks.REMAT`.
         dtype: of the computation; parameters, embedding, norms and attention logits are float32.
     """
 
@@ -127,6 +128,7 @@ class SongUNet(nn.Module):
     encoder: Literal["standard", "residual"] = "standard"
     resample_filter: Sequence[float] = (1, 1)
     use_affine: bool = True
+    remat: str = "none"
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -161,7 +163,7 @@ class SongUNet(nn.Module):
 
     def _block(self) -> functools.partial:
         return functools.partial(
-            UNetBlock,
+            rematerialised(self.remat),
             dropout=self.dropout,
             skip_scale=0.5**0.5,
             epsilon=1e-6,

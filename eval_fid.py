@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_diffusion_jax import judging
+from lora_diffusion_jax import judging, start_up
 from lora_diffusion_jax.array_types import Source
 from lora_diffusion_jax.data.sources import open_source
 from lora_diffusion_jax.errors import UserError
@@ -35,7 +35,7 @@ from lora_diffusion_jax.evaluation.references import (
 from lora_diffusion_jax.evaluation.report import say
 from lora_diffusion_jax.evaluation.statistics import save_reference
 from lora_diffusion_jax.evaluation.tools import Tools, prepare
-from lora_diffusion_jax.training.interrupts import Interrupted, Interrupts
+from lora_diffusion_jax.processes.interrupts import Interrupted, Interrupts
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -208,6 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     args, args_overrides = build_parser().parse_known_args(argv)
     args.overrides = args_overrides
+    start_up.use_compilation_cache()
     warnings.showwarning = lambda message, *_: say(f"warning: {message}")
     with Interrupts("saving what is done") as interrupts:
         try:

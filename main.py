@@ -83,12 +83,13 @@ def need(*names: str) -> None:
 
 def run(_: list[str]) -> int:
     """Joins the other processes, if there are any, and does what --mode says; the exit status."""
-    from lora_diffusion_jax import processes
+    from lora_diffusion_jax import processes, start_up
 
     logging.set_verbosity(logging.WARNING)
     address, count, index = FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id
     limit = FLAGS.process_timeout
     processes.join(address, count, index, detect=FLAGS.distributed, limit=limit)
+    start_up.use_compilation_cache()
     with processes.ending_together():
         told = {name: FLAGS[name].value for name in ("mode", *ARGUMENTS)}
         processes.check_same("the command line", json.dumps(told))
@@ -99,7 +100,7 @@ def do() -> int:
     """Does what --mode says; returns the exit status."""
     from lora_diffusion_jax import experiment, factory, generate, processes
     from lora_diffusion_jax.training import writers
-    from lora_diffusion_jax.training.interrupts import Interrupted, Interrupts
+    from lora_diffusion_jax.processes.interrupts import Interrupted, Interrupts
 
     processes.check_joined()
     if FLAGS.mode in ("import", "export", "info") and not processes.alone():

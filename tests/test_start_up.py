@@ -1,0 +1,79 @@
+"""The compilation cache: where it is, what is thrown out of it, and what is said when it fails."""
+
+import os
+import subprocess
+import sys
+import zlib
+
+import pytest
+
+from lora_diffusion_jax import start_up
+
+PROGRAM = """
+import jax
+from lora_diffusion_jax import start_up
+print(start_up.use_compilation_cache())
+print(jax.jit(lambda x: (x @ x.T).sum())(jax.numpy.ones((3, 5))))
+"""
+
+
+def start(**environment):
+    """(lines printed, errors printed) of a program that compiles."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
+    least = {"JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        env={**clean, **least, **{k: str(v) for k, v in environment.items()}},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.splitlines(), done.stderr
+
+
+def test_it_is_on_by_default_survives_cut_entries_and_can_be_turned_off(tmp_path):
+    lines, errors = start(XDG_CACHE_HOME=tmp_path)
+    assert errors == ""
+    (place,) = (tmp_path / "lora_diffusion_jax" / "compiled").iterdir()
+    assert lines[0] == str(place)
+    assert lines[1] == "45.0"
+    whole = {path: path.read_bytes() for path, _ in start_up.entries(place)}
+    assert whole
+    for path, data in whole.items():  # as a kill or a full disk leaves them
+        path.write_bytes(data[: len(data) // 2])
+    assert start(XDG_CACHE_HOME=tmp_path) == (lines, "")
+    assert {path: path.stat().st_size for path in whole} == {p: len(d) for p, d in whole.items()}
+    lines, errors = start(XDG_CACHE_HOME=tmp_path / "off", JAX_ENABLE_COMPILATION_CACHE="0")
+    assert lines == ["", "45.0"]
+    assert not (tmp_path / "off").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_one_warning(tmp_path):
+    (tmp_path / "file").touch()
+    lines, errors = start(JAX_COMPILATION_CACHE_DIR=tmp_path / "file" / "cache")
+    assert lines == ["", "45.0"]
+    assert len(errors.splitlines()) == 1
+    assert "Set JAX_COMPILATION_CACHE_DIR to a folder" in errors
+
+
+def test_the_least_recently_used_entries_go_first(tmp_path):
+    for age in range(4):
+        path = tmp_path / f"{age}-cache"
+        path.write_bytes(zlib.compress(os.urandom(1000), level=0))
+        os.utime(path, (1e9 - age, 1e9 - age))
+    size = path.stat().st_size
+    (tmp_path / "other").write_bytes(b"x" * 9000)
+    start_up.tidy(tmp_path, 2 * size)
+    assert {p.name for p in tmp_path.glob("*")} == {"0-cache", "1-cache", "other", ".checked"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "place"),
+    [
+        ({"JAX_COMPILATION_CACHE_DIR": "/a/b", "XDG_CACHE_HOME": "/c"}, "/a/b"),
+        ({"JAX_COMPILATION_CACHE_DIR": "/a", "JAX_ENABLE_COMPILATION_CACHE": "False"}, ""),
+        ({"JAX_COMPILATION_CACHE_DIR": ""}, ""),
+    ],
+)
+def test_the_environment_decides(environment, place):
+    assert start_up.cache_place(environment) == place

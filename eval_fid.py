@@ -11,6 +11,7 @@
 import argparse
 import functools
 import hashlib
+import json
 import os
 import signal
 import sys
@@ -18,7 +19,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_diffusion_jax import judging, start_up
+from lora_diffusion_jax import judging, processes, start_up
 from lora_diffusion_jax.array_types import Source
 from lora_diffusion_jax.data.sources import open_source
 from lora_diffusion_jax.errors import UserError
@@ -68,6 +69,15 @@ def build_parser() -> argparse.ArgumentParser:
         verb.add_argument("--features", choices=FEATURES, default="auto")
         verb.add_argument("--inception", help="Inception weights file")
         verb.add_argument("--dinov2", help="DINOv2 weights file")
+        verb.add_argument("--coordinator_address", help="HOST:PORT of process 0, of several")
+        verb.add_argument("--num_processes", type=int, help="how many processes there are")
+        verb.add_argument("--process_id", type=int, help="which of them this is, from 0")
+        verb.add_argument(
+            "--distributed",
+            action=argparse.BooleanOptionalAction,
+            help="find them by TPU pod, Slurm, Open MPI or Kubernetes; default: by Slurm",
+        )
+        verb.add_argument("--process_timeout", type=float, default=300.0, help="seconds of waiting")
     for verb in (calc, gen, every):
         verb.add_argument("--ref", required=True, help="statistics written by ref, or EDM's")
         verb.add_argument("--metrics", default="fid", help=",".join(report.METRICS))
@@ -141,6 +151,8 @@ def run_ref(args: argparse.Namespace) -> None:
         say(f"features: {detector.name}, trained on these images")
     keep = keeps_features(detector, len(source), args.keep_features)
     found, folder = features_of(detector, source, changed, keep)
+    if not processes.is_leader():
+        return
     reference = make_reference(detector, found, {"data": where})
     save_reference(args.dest, reference)
     facts = {k: v for k, v in reference.meta.items() if k not in ("recipe", "n")}
@@ -162,7 +174,8 @@ def run_calc(args: argparse.Namespace) -> None:
     found, folder = features_of(tools.detector, source, changed, tools.needs_rows)
     for record in tools.records(found, {"images": where}):
         emit(record)
-    forget(folder)
+    if processes.is_leader():
+        forget(folder)
 
 
 # Networks.
@@ -200,6 +213,15 @@ def run_all(args: argparse.Namespace) -> None:
         emit(record)
 
 
+def join(args: argparse.Namespace) -> None:
+    """Joins the other processes, if there are any; all must have been given the same arguments."""
+    place = args.coordinator_address, args.num_processes, args.process_id
+    processes.join(*place, detect=args.distributed, limit=args.process_timeout)
+    processes.check_joined()
+    told = {name: value for name, value in vars(args).items() if name != "process_id"}
+    processes.check_same("the command line", json.dumps(told, sort_keys=True))
+
+
 VERBS = {"ref": run_ref, "calc": run_calc, "gen": run_gen, "all": run_all}
 
 
@@ -214,14 +236,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             if args.overrides and args.verb in ("ref", "calc"):
                 raise UserError(f"{args.overrides[0]} is not an option of {args.verb}.")
-            interrupts.cut_short(functools.partial(VERBS[args.verb], args))
+            join(args)
+            with processes.ending_together():
+                interrupts.cut_short(functools.partial(VERBS[args.verb], args))
         except UserError as error:
-            say(f"error: {error}")
+            if processes.is_leader():  # what the others do not know of has been said before
+                say(f"error: {error}")
             return 2
         except Interrupted:
-            name = signal.Signals(interrupts.received).name
+            number = interrupts.agreed or interrupts.received
+            name = signal.Signals(number).name
             say(f"stopped by {name}; the same command goes on from here")
-            return 128 + interrupts.received
+            return 128 + number
     return 0
 
 

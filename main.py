@@ -99,8 +99,8 @@ def run(_: list[str]) -> int:
 def do() -> int:
     """Does what --mode says; returns the exit status."""
     from lora_diffusion_jax import experiment, factory, generate, processes
-    from lora_diffusion_jax.training import writers
     from lora_diffusion_jax.processes.interrupts import Interrupted, Interrupts
+    from lora_diffusion_jax.training import writers
 
     processes.check_joined()
     if FLAGS.mode in ("import", "export", "info") and not processes.alone():

@@ -22,8 +22,8 @@ from lora_diffusion_jax.evaluation.features import Detector, tree_hash
 from lora_diffusion_jax.evaluation.metrics import frechet_distance
 from lora_diffusion_jax.evaluation.report import metric_name
 from lora_diffusion_jax.evaluation.statistics import load_reference
+from lora_diffusion_jax.processes.interrupts import pause_point
 from lora_diffusion_jax.training import checkpoint, loop, sharding, state, workdir, writers
-from lora_diffusion_jax.training.interrupts import pause_point
 from lora_diffusion_jax.training.state import INIT
 
 # Fields whose change does not hinder resuming a run.

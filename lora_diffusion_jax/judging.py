@@ -3,13 +3,13 @@
 import dataclasses
 import functools
 import hashlib
-import time
 from collections.abc import Iterator
 from pathlib import Path
+from time import sleep
 
 import numpy as np
 
-from lora_diffusion_jax import experiment, factory, generate, interop
+from lora_diffusion_jax import experiment, factory, generate, interop, processes
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.evaluation import history, report
 from lora_diffusion_jax.evaluation.collect import collect_resumable, forget
@@ -185,7 +185,7 @@ def judge(where: str, step: int | None, plan: Plan, tools: Tools) -> Iterator[re
             yield record
     if len(results) > 1:
         yield from (report.repeated(rows) for rows in zip(*results, strict=True))
-    for folder in folders:
+    for folder in folders if processes.is_leader() else ():
         forget(folder)
 
 
@@ -230,23 +230,38 @@ def judge_all(root: str, plan: Plan, tools: Tools, *, follow: bool) -> Iterator[
     told: set[str] = set()
     shown = None
     while True:
-        runs = find_runs(root)
-        if not follow and not any(map(saved_steps, runs)):
-            raise UserError(
-                f"{root}: no run there has a checkpoint yet; train first, or wait with --follow."
-            )
-        for run in runs:
-            for step in saved_steps(run):
-                for record in _judge_once(str(run), step, plan, tools):
-                    if (key := f"{run} {history.key_of(record)}") not in told:
-                        told.add(key)
-                        yield record
-        if (size := len(told)) != shown:
+        look = functools.partial(_look, root, plan, tools, follow)
+        work, complete = processes.from_leader("looking for checkpoints", look)
+        for run, step, is_known in work:
+            for record in _judge_once(run, step, is_known, plan, tools):
+                if (key := f"{run} {history.key_of(record)}") not in told:
+                    told.add(key)
+                    yield record
+        if processes.is_leader() and (size := len(told)) != shown:
             shown = size
-            report.say(summarise(Path(root), runs, plan, tools))
-        if not follow or all(map(finished, runs)):
+            report.say(summarise(Path(root), find_runs(root), plan, tools))
+        if complete:
             return
-        time.sleep(POLL_SECONDS)
+        sleep(POLL_SECONDS)
+
+
+def _look(
+    root: str, plan: Plan, tools: Tools, follow: bool
+) -> tuple[list[tuple[str, int, bool]], bool]:
+    """Every (run, step, are its results there already) below a folder, and whether that is all."""
+    runs = find_runs(root)
+    complete = not follow or all(map(finished, runs))  # first: a step may come in between
+    steps = [(str(run), step) for run in runs for step in saved_steps(run)]
+    if not follow and not steps:
+        raise UserError(
+            f"{root}: no run there has a checkpoint yet; train first, or wait with --follow."
+        )
+    work = []
+    for run, step in steps:
+        known = _known(run)
+        wanted = expected_keys(run, step, plan, tools)
+        work.append((run, step, all(key in known for key in wanted)))
+    return work, complete
 
 
 def find_runs(directory: str, *, needed: bool = True) -> list[Path]:
@@ -276,18 +291,23 @@ def finished(run: Path) -> bool:
     return bool(steps) and steps[-1] * train["batch_size"] >= train["total_images"]
 
 
-def _judge_once(run: str, step: int, plan: Plan, tools: Tools) -> Iterator[report.Record]:
+def _known(run: str) -> dict[str, report.Record]:
+    """The results in a run's file, by key."""
+    return {history.key_of(r): r for r in history.read(history.results_file(run))}
+
+
+def _judge_once(
+    run: str, step: int, is_known: bool, plan: Plan, tools: Tools
+) -> Iterator[report.Record]:
     """The results of one checkpoint: those in the run's file, or else new ones, which go there."""
-    path = history.results_file(run)
-    known = {history.key_of(r): r for r in history.read(path)}
-    wanted = expected_keys(run, step, plan, tools)
-    if all(key in known for key in wanted):
-        yield from (known[key] for key in wanted)
+    known = _known(run) if processes.is_leader() else {}
+    if is_known:
+        yield from (known[k] for k in expected_keys(run, step, plan, tools) if k in known)
         return
     try:
         for record in judge(run, step, plan, tools):
             if history.key_of(record) not in known:
-                history.append(path, record)
+                history.append(history.results_file(run), record)
             yield record
     except UserError:
         if step in saved_steps(Path(run)):
@@ -315,7 +335,7 @@ def summarise(root: Path, runs: list[Path], plan: Plan, tools: Tools) -> str:
     names = tools.names(plan.count)
     found: dict[str, list[report.Record]] = {}
     for run in runs:
-        known = {history.key_of(r): r for r in history.read(history.results_file(run))}
+        known = _known(str(run))
         steps = sorted({r["step"] for r in known.values()})
         keys = [k for s in steps for k in expected_keys(str(run), s, plan, tools)[-len(names) :]]
         name = run.name if run == root else str(run.relative_to(root))

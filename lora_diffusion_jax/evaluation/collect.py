@@ -17,6 +17,8 @@ from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.evaluation.features import Detector, extract
 from lora_diffusion_jax.evaluation.npz import read_npz, write_npz
 from lora_diffusion_jax.evaluation.statistics import Moments
+from lora_diffusion_jax.processes import alone, from_leader, is_leader
+from lora_diffusion_jax.processes.interrupts import pause_point
 
 SAVE_SECONDS = 30.0  # between saves of partial sums
 
@@ -55,7 +57,7 @@ def _gather(
     detector: Detector,
     batches_from: Callable[[int], Iterable[np.ndarray]],
     total: int | None,
-    store: "_Memory | _Partial",
+    store: "_Memory | _Partial | _Shared",
     mesh: Mesh | None,
     progress: bool,
 ) -> FeatureSet:
@@ -73,6 +75,8 @@ def _gather(
     try:
         with bar:
             for features, logits in extract(detector, batches, mesh=mesh):
+                if not alone():
+                    pause_point()
                 store.append(features, logits)  # first: rows without sums are cut off again
                 moments.add(features)
                 bar.update(len(features))
@@ -117,10 +121,15 @@ def collect_resumable(
       keep_rows: keep features and logits of every image.
       mesh: devices; all by default.
       progress: show a bar.
+
+    Several processes must call this alike; the result of process 0 alone is whole.
     """
-    with _locked(folder):
+    with contextlib.ExitStack() as stack:
+        from_leader("locking the partial sums", lambda: stack.enter_context(_locked(folder)))
         store = _Partial(folder, {**identity, "detector": detector.hash, "rows": keep_rows})
-        return _gather(detector, batches_from, total, store, mesh, progress)
+        if not alone():
+            store = _Shared(store if is_leader() else None)
+        return _gather(detector, batches_from, total, store, mesh, progress and is_leader())
 
 
 @contextlib.contextmanager
@@ -176,6 +185,36 @@ class _Memory:
         if not self.keep_rows:
             return None, None
         return tuple(np.concatenate(parts) for parts in zip(*self.parts, strict=True))
+
+
+class _Shared:
+    """Sums on the disk of process 0; the others take part in extraction, and add up nothing."""
+
+    def __init__(self, store: "_Partial | None"):
+        self.store = store
+
+    def restore(self, dim: int) -> Moments:
+        found: list[Moments] = []
+
+        def read() -> int:
+            found.append(self.store.restore(dim))
+            return len(found[0])
+
+        count = from_leader("reading the partial sums", read)
+        moments = Moments(dim)
+        moments.sums = moments.sums._replace(count=count)  # counted, not summed
+        return found[0] if found else moments
+
+    def append(self, features: np.ndarray, logits: np.ndarray) -> None:
+        if self.store is not None:
+            self.store.append(features, logits)
+
+    def save(self, moments: Moments) -> None:
+        if self.store is not None:
+            self.store.save(moments)
+
+    def rows(self, count: int) -> tuple[np.ndarray | None, np.ndarray | None]:
+        return (None, None) if self.store is None else self.store.rows(count)
 
 
 class _Partial:

@@ -9,6 +9,7 @@ from lora_diffusion_jax.evaluation.collect import FeatureSet
 from lora_diffusion_jax.evaluation.features import Detector
 from lora_diffusion_jax.evaluation.references import choose_detector
 from lora_diffusion_jax.evaluation.statistics import Reference, load_reference
+from lora_diffusion_jax.processes import is_leader
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,9 @@ class Tools:
         return report.metric_names(self.metrics, self.detector, count)
 
     def records(self, found: FeatureSet, labels: report.Record) -> Iterable[report.Record]:
-        """One labelled record per number."""
+        """One labelled record per number, in process 0; none in others, which have no whole sums."""
+        if not is_leader():
+            return []
         labels = {**labels, "reference": self.path}
         return report.records(self.metrics, found, self.reference, self.detector, labels)
 

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.processes.interrupts import Interrupted
 from lora_diffusion_jax.processes.lifelines import Lifelines
 from lora_diffusion_jax.processes.session import (
     ROOT,
@@ -57,6 +58,9 @@ def ending_together() -> Iterator[None]:
             raise
         print(f"error: {error}", file=sys.stderr)
         _fail(str(error), 2)
+    except Interrupted:  # all have agreed on it
+        _leave()
+        raise
     except KeyboardInterrupt:
         if alone():
             raise

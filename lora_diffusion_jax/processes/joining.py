@@ -97,7 +97,7 @@ def _versions() -> dict[str, str]:
 
 def _initialize(limit: float, **given: Any) -> None:
     """jax.distributed.initialize, which ends the process by itself when its time is up."""
-    # SIGTERM is ours: JAX's own notifier would take it away from training/interrupts.py.
+    # SIGTERM is ours: JAX's own notifier would take it away from interrupts.py.
     jax.config.update("jax_enable_preemption_service", False)
     told = threading.Timer(limit, _say_too_late, (limit,))
     told.daemon = True

@@ -22,11 +22,11 @@ from jax.sharding import Mesh
 from lora_diffusion_jax import processes
 from lora_diffusion_jax.array_types import Key, PyTree
 from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.processes.interrupts import Interrupted, Interrupts
 from lora_diffusion_jax.training import workdir as workdirs
 from lora_diffusion_jax.training import writers
 from lora_diffusion_jax.training.checkpoint import Checkpoints, from_parts, to_parts
 from lora_diffusion_jax.training.feed import Batches, Feed
-from lora_diffusion_jax.training.interrupts import Interrupted, Interrupts
 from lora_diffusion_jax.training.metrics import TrainMetrics, to_scalars
 from lora_diffusion_jax.training.sharding import (
     Rules,

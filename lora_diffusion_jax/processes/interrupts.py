@@ -7,7 +7,8 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, TypeVar
 
-from lora_diffusion_jax import processes
+from lora_diffusion_jax.processes.agreement import exchange
+from lora_diffusion_jax.processes.session import alone
 
 # What clouds, Kubernetes and Slurm send ahead of taking the machine away (SIGTERM; SIGUSR1 by Slurm's
 # --signal), a hand (SIGINT), and a terminal or ssh session that closes (SIGHUP).
@@ -71,7 +72,7 @@ class Interrupts:
 
         With several processes that happens at its next `pause_point`: the others wait inside it.
         """
-        self.at_once = processes.alone()
+        self.at_once = alone()
         try:
             if self.at_once and self.received is not None:
                 raise Interrupted
@@ -81,7 +82,7 @@ class Interrupts:
 
     def pause(self) -> None:
         """Raises Interrupted, in all processes, when one of them was told to stop."""
-        told = processes.exchange("agreeing whether to stop", str(self.received or 0))
+        told = exchange("agreeing whether to stop", str(self.received or 0))
         self.agreed = max(int(text) for text in told) or None
         if self.agreed is not None:
             raise Interrupted

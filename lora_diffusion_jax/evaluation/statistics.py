@@ -182,10 +182,6 @@ def load_reference(path: str | os.PathLike[str]) -> Reference:
         raise UserError(
             f"{path}: features has shape {rows.shape}; expected [N, {len(mu)}]. Make it anew."
         )
-    try:
-        reference.root  # noqa: B018 (a broken covariance is an error now, not after the sampling)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
     return reference
 
 
@@ -203,7 +199,7 @@ def _meta(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
 
 
 def check_moments(mu: np.ndarray, sigma: np.ndarray, where: str) -> None:
-    """Raises UserError unless mu is [D], sigma [D, D] and symmetric, and both are finite numbers."""
+    """Raises UserError unless mu [D] and sigma [D, D] are finite, and sigma is a covariance."""
     if mu.ndim != 1 or not len(mu) or sigma.shape != (len(mu), len(mu)):
         raise UserError(
             f"{where}: mu has shape {mu.shape} and sigma {sigma.shape}; expected [D] and [D, D]."
@@ -220,3 +216,12 @@ def check_moments(mu: np.ndarray, sigma: np.ndarray, where: str) -> None:
             f"{where}: sigma differs from its transpose by up to {largest:.3g}; a covariance is "
             "symmetric. These statistics are broken."
         )
+    # Positive semi-definite up to rounding, asked cheaply: the largest row sum bounds the norm.
+    ridge = 1e3 * len(mu) * np.finfo(np.float64).eps * np.abs(sigma).sum(axis=0).max()
+    try:
+        np.linalg.cholesky(sigma + max(ridge, np.finfo(np.float64).tiny) * np.eye(len(mu)))
+    except np.linalg.LinAlgError as error:
+        raise UserError(
+            f"{where}: sigma has negative eigenvalues; a covariance is positive semi-definite. These "
+            "statistics are broken."
+        ) from error

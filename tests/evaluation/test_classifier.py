@@ -65,9 +65,7 @@ def test_same_data_is_read_from_the_cache_and_other_data_is_not(digits, tmp_path
         classifier.fit(train, **fit)
 
 
-@pytest.mark.parametrize(
-    ("shape", "labelled"), [((5, 9, 1), False), ((24, 16, 3), False), ((70, 66, 3), True)]
-)
+@pytest.mark.parametrize(("shape", "labelled"), [((5, 9, 1), False), ((70, 66, 3), True)])
 def test_any_size_and_channels_with_or_without_labels(tmp_path, shape, labelled):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (40, *shape), np.uint8)
@@ -81,7 +79,7 @@ def test_any_size_and_channels_with_or_without_labels(tmp_path, shape, labelled)
 
 def test_rotation_features_order_real_above_noise(digits, tmp_path):
     train, heldout = (ArraySource(source.images) for source in digits)
-    settings = classifier.Settings(widths=(16, 32), total_images=6_000)
+    settings = classifier.Settings(widths=(16, 32), total_images=4_000)
     found = classifier.fit(
         train, test_source=heldout, settings=settings, cache_dir=tmp_path, progress=False
     )

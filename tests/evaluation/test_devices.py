@@ -19,7 +19,7 @@ from lora_diffusion_jax.evaluation.metrics import frechet_distance
 from lora_diffusion_jax.evaluation.statistics import moments_of
 
 rng = np.random.default_rng(0)
-images = [rng.integers(0, 256, (333, 16, 16, 3), np.uint8) // (1 + k) for k in range(2)]
+images = [rng.integers(0, 256, (100, 16, 16, 3), np.uint8) // (1 + k) for k in range(2)]
 settings = classifier.Settings(widths=(8, 16), feature_dim=16)
 network = classifier.ConvClassifier(4, settings)
 params = network.init(jax.random.key(0), np.zeros((1, 16, 16, 3), np.float32))["params"]

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import zipfile
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 import eval_fid
 from lora_diffusion_jax import factory, judging
@@ -151,9 +153,8 @@ def test_repeats_shift_the_seeds_and_report_the_minimum(capsys, reference, run):
     assert alone["value"] == values[1]
 
 
-@pytest.mark.parametrize("metrics", ["fid", "fid,pr"])
-def test_stopped_gen_goes_on_to_the_same_number(capsys, reference, run, metrics, monkeypatch):
-    common = ("gen", f"--workdir={run}", f"--ref={reference}", f"--metrics={metrics}")
+def test_stopped_gen_goes_on_to_the_same_number(capsys, reference, run, monkeypatch):
+    common = ("gen", f"--workdir={run}", f"--ref={reference}", "--metrics=fid,pr")
     _, expected, _ = call(capsys, *common, "--seeds=1000-1229")
     original = collect.Moments.add
     monkeypatch.setattr(collect, "SAVE_SECONDS", 0.0)
@@ -178,6 +179,41 @@ def test_stopped_gen_goes_on_to_the_same_number(capsys, reference, run, metrics,
     assert sum(added) == 230 - 48  # three batches were not made again
     assert [r["value"] for r in rows] == [r["value"] for r in expected]
     assert not list((run / "evaluation" / "partial").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("verb", "number"),
+    [("gen", signal.SIGTERM), ("gen", signal.SIGINT), ("calc", signal.SIGTERM), ("all", 15)],
+)
+def test_a_signal_saves_and_the_same_command_goes_on(
+    capsys, reference, run, digits, tmp_path, monkeypatch, verb, number
+):
+    monkeypatch.setenv("LORA_DIFFUSION_CACHE", str(tmp_path / "cache"))
+    np.savez(tmp_path / "images.npz", images=digits[1].images[:70])
+    first = 1000 * number + 100 * (verb == "all")  # seeds that no other test has judged
+    what = [f"--workdir={run}", f"--seeds={first}-{first + 69}"]
+    what = [f"--images={tmp_path}/images.npz"] if verb == "calc" else what
+    command = [verb, *what, f"--ref={reference}", "--num=70", "--metrics=fid,pr"]
+    original, added = collect.Moments.add, []
+
+    def add(self, rows):
+        original(self, rows)
+        added.append(len(rows))
+        if len(added) == 2:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(collect.Moments, "add", add)
+    status, rows, said = call(capsys, *command)
+    assert (status, rows, sum(added)) == (128 + number, [], 32)
+    name = signal.Signals(number).name
+    assert said.splitlines()[-1] == f"stopped by {name}; the same command goes on from here"
+    status, rows, _ = call(capsys, *command)
+    assert (status, sum(added)) == (0, 70)  # the first 32 images were not made again
+    monkeypatch.setattr(collect.Moments, "add", original)
+    again = call(capsys, *command)[1]
+    assert [r["value"] for r in rows] == [r["value"] for r in again]
+    partial = (tmp_path / "cache" if verb == "calc" else run / "evaluation") / "partial"
+    assert not list(partial.iterdir())
 
 
 def test_two_processes_do_not_mix_their_sums(tmp_path):
@@ -223,71 +259,114 @@ def test_follow_waits_for_new_checkpoints(capsys, reference, tmp_path, monkeypat
         other = write_run(tmp_path / "later", steps=(10,))
         (other / "checkpoints" / "10").rename(run / "checkpoints" / "10")
 
-    monkeypatch.setattr(judging.time, "sleep", train_on)
+    monkeypatch.setattr(judging, "sleep", train_on)
     common = ("all", f"--workdir={run}", f"--ref={reference}", "--num=20", "--follow")
     _, rows, _ = call(capsys, *common)
     assert [row["step"] for row in rows] == [5, 10]
 
 
+CALC, GEN = "calc --ref={ref} --images=", "gen --workdir={run} --ref={ref} "
+JUDGE, WITH = "calc --images={npz} --ref=", CALC + "{npz} --features=edm --inception="
 BAD = {
-    "fewer images than asked": ("calc --images={npz} --ref={ref} --num=300", "fewer than the 300"),
-    "more images than asked": ("calc --images={npz} --ref={ref} --num=100", "but --num=100"),
-    "corrupt PNG in a ZIP": ("calc --images={broken} --ref={ref}", "00003.png"),
-    "empty folder": ("calc --images={empty} --ref={ref}", "no PNG or JPEG"),
-    "no such folder": ("calc --images={empty}/x --ref={ref}", "empty/x"),
-    "NaN images": ("calc --images={nan} --ref={ref}", "1 of them with NaN"),
-    "another size": ("calc --images={large} --ref={ref}", "made for 8x8x1"),
-    "images as reference": ("calc --images={npz} --ref={npz}", "no reference statistics"),
-    "reference as images": ("calc --images={ref} --ref={ref}", "Pass it with --ref"),
-    "reference of another size": ("calc --images={npz} --ref={other}", "100 features"),
-    "missing reference": ("calc --images={npz} --ref={empty}/no.npz", "no reference file"),
-    "unknown metric": ("calc --images={npz} --ref={ref} --metrics=fid,foo", "choose some of"),
-    "no rows for kid": ("calc --images={npz} --ref={bare} --metrics=kid", "--keep_features"),
-    "other features": ("calc --images={npz} --ref={ref} --features=rotation", "made with classif"),
-    "no weights": ("calc --images={npz} --ref={ref} --features=edm --inception=/no", "6726825d"),
-    "not Inception": ("calc --images={npz} --ref={ref} --features=edm --inception={npz}", "npz"),
-    "no dinov2": ("calc --images={npz} --ref={ref} --features=dinov2", "--dinov2=PATH"),
-    "turns are no classes": ("calc --images={npz} --ref={turns} --metrics=is", "needs classes"),
-    "seeds and num": ("gen --workdir={run} --ref={ref} --num=9 --seeds=0-7", "8 seeds"),
-    "a seed twice": ("gen --workdir={run} --ref={ref} --seeds=1,1", "twice"),
-    "one image": ("gen --workdir={run} --ref={ref} --num=1", "at least 2"),
+    "fewer images than asked": (CALC + "{npz} --num=300", "fewer than the 300"),
+    "more images than asked": (CALC + "{npz} --num=100", "but --num=100"),
+    "a negative number": (CALC + "{npz} --num=-3", "at least 2"),
+    "corrupt PNG in a ZIP": (CALC + "{broken}", "00003.png"),
+    "empty folder": (CALC + "{empty}", "no PNG or JPEG"),
+    "no such folder": (CALC + "{empty}/x", "empty/x"),
+    "no images named": (CALC, "No images are named"),
+    "neither file nor data set": (CALC + "sampels", "no file or folder sampels"),
+    "NaN images": (CALC + "{nan}", "1 of them with NaN"),
+    "channels first": (CALC + "{first}", "images.transpose(0, 2, 3, 1)"),
+    "integers": (CALC + "{ints}", "images.astype(numpy.uint8)"),
+    "an array alone": (CALC + "{npy}", "a single .npy array"),
+    "another size": (CALC + "{large}", "made for 8x8x1"),
+    "one image to judge": (CALC + "{one}", "at least 2"),
+    "images as reference": (JUDGE + "{npz}", "no reference statistics"),
+    "reference as images": (CALC + "{ref}", "Pass it with --ref"),
+    "reference of another size": (JUDGE + "{other}", "100 features"),
+    "missing reference": (JUDGE + "{empty}/no.npz", "no reference file"),
+    "reference cut short": (JUDGE + "{cut}", "cut short"),
+    "negative covariance": (JUDGE + "{negative}", "positive semi-definite"),
+    "lopsided covariance": (JUDGE + "{lopsided}", "symmetric"),
+    "words as mean": (JUDGE + "{words}", "expected real numbers"),
+    "damaged description": (JUDGE + "{meta}", "not a JSON object"),
+    "damaged recipe": (JUDGE + "{recipe}", "is damaged (KeyError"),
+    "unknown metric": (CALC + "{npz} --metrics=fid,foo", "choose some of"),
+    "no rows for kid": (JUDGE + "{bare} --metrics=kid", "--keep_features"),
+    "too few for kid": (CALC + "{npz} --metrics=fid,kid", "at least 1000 images; there are 297"),
+    "other features": (CALC + "{npz} --features=rotation", "made with classif"),
+    "no weights": (CALC + "{npz} --features=edm --inception=/no", "6726825d"),
+    "weights of another network": (WITH + "{foreign}", "472 of its 472 tensors are missing"),
+    "weights in an npz": (WITH + "{npz}", "not one that torch.save wrote"),
+    "weights that are a web page": (WITH + "{page}", "a web page"),
+    "no dinov2": (CALC + "{npz} --features=dinov2", "--dinov2=PATH"),
+    "turns are no classes": (JUDGE + "{turns} --metrics=is", "needs classes"),
+    "seeds and num": (GEN + "--num=9 --seeds=0-7", "8 seeds"),
+    "a seed twice": (GEN + "--seeds=1,1", "twice"),
+    "one sample": (GEN + "--num=1", "at least 2"),
+    "no repeats": (GEN + "--num=9 --repeats=0", "choose 1 to 100"),
+    "repeats beyond the last seed": (GEN + "--seeds=4294967290-4294967294 --repeats=2", "the last"),
+    "too few samples": (GEN + "--num=9 --metrics=fid,kid", "at least 1000 images; there are 9"),
     "no run": ("gen --workdir={empty} --ref={ref} --num=9", "is not a run"),
-    "no step": ("gen --workdir={run} --ref={ref} --num=9 --step=3", "no checkpoint 3"),
-    "no field": ("gen --workdir={run} --ref={ref} --num=9 --config.sampler.x=3", "no field samp"),
-    "no number": ("gen --workdir={run} --ref={ref} --num=9 --config.sampler.rho=x", "type float"),
-    "no option": ("calc --images={npz} --ref={ref} --foo=3", "--foo=3 is not an option"),
+    "a sweep": ("gen --workdir={run}/.. --ref={ref} --num=9", "is no run but holds some"),
+    "no network": ("gen --workdir={page} --ref={ref} --num=9", "a web page"),
+    "a step of a file": ("gen --workdir={page} --step=3 --ref={ref} --num=9", "no steps"),
+    "no step": (GEN + "--num=9 --step=3", "no checkpoint 3"),
+    "no field": (GEN + "--num=9 --config.sampler.x=3", "no field samp"),
+    "no float": (GEN + "--num=9 --config.sampler.rho=x", "type float"),
+    "no option": (CALC + "{npz} --foo=3", "--foo=3 is not an option"),
     "no runs": ("all --workdir={empty} --ref={ref} --num=9", "holds none"),
     "no classes": ("ref --data={npz} --dest={empty}/r.npz --features=classifier", "no classes"),
     "no data": ("ref --data={empty}/x.zip --dest={empty}/r.npz", "x.zip"),
+    "no npz": ("ref --data={npz} --dest={empty}/r.txt", "ends in .npz"),
     "unwritable": ("ref --data={npz} --dest=/proc/r.npz --features=rotation", "/proc"),
 }
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_a_plain_error(capsys, case, digits, reference, run, tmp_path, monkeypatch):
-    monkeypatch.setenv("LORA_DIFFUSION_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(classifier, "default_settings", lambda shape: SETTINGS)
-    images = digits[1].images
-    (tmp_path / "empty").mkdir()
-    names = {name: tmp_path / f"{name}.npz" for name in ("npz", "nan", "large", "other", "bare")}
-    np.savez(names["npz"], images=images)
-    floats = images.astype(np.float32)
+@pytest.fixture(scope="module")
+def inputs(digits, reference, run, tmp_path_factory):
+    """Good and bad files by name."""
+    root = tmp_path_factory.mktemp("inputs")
+    images, floats = digits[1].images, digits[1].images.astype(np.float32)
     floats[3, 0, 0] = np.nan
-    np.savez(names["nan"], images=floats)
-    np.savez(names["large"], images=images.repeat(2, axis=1))
-    np.savez(names["other"], mu=np.zeros(100), sigma=np.eye(100))
+    arrays = {"npz": images, "nan": floats, "first": images.transpose(0, 3, 1, 2)}
+    arrays |= {"ints": images.astype(int), "large": images.repeat(2, axis=1), "one": images[:1]}
+    for name, value in arrays.items():
+        np.savez(root / f"{name}.npz", images=value)
+    mu, one = np.zeros(100), np.eye(100)
+    statistics = {"other": (mu, one), "negative": (mu, -one), "lopsided": (mu, np.triu(one + 1))}
+    statistics |= {"words": (np.array(["a"]), np.eye(1))}
+    for name, (mu, sigma) in statistics.items():
+        np.savez(root / f"{name}.npz", mu=mu, sigma=sigma)
     with np.load(reference) as file:
-        np.savez(names["bare"], **{k: file[k] for k in file if k != "features"})
+        whole = {key: file[key] for key in file}
+    recipe = np.array('{"features": "classifier", "recipe": {}}')
+    np.savez(root / "bare.npz", **{k: v for k, v in whole.items() if k != "features"})
+    np.savez(root / "meta.npz", **(whole | {"meta": np.array("[1]")}))
+    np.savez(root / "recipe.npz", **(whole | {"meta": recipe}))
+    (root / "cut.npz").write_bytes(reference.read_bytes()[:5000])
+    np.save(root / "npy", images)
+    (root / "npy.npy").rename(root / "npy.npz")
     turns = load_reference(reference)
     turns.meta["recipe"] |= {"name": "rotation"}
     turns.meta["features"] = "rotation"
-    save_reference(tmp_path / "turns.npz", turns)
-    names |= {"empty": tmp_path / "empty", "ref": reference, "run": run}
-    names["turns"] = tmp_path / "turns.npz"
-    names["broken"] = write_zip(tmp_path / "broken.zip", images[:9], broken=3)
+    save_reference(root / "turns.npz", turns)
+    save_file({"conv1.weight": np.zeros((64, 3, 7, 7), np.float32)}, root / "foreign.safetensors")
+    (root / "page.pth").write_text("<!DOCTYPE html><html>404</html>")
+    write_zip(root / "broken.zip", images[:9], broken=3)
+    (root / "empty").mkdir()
+    return {path.stem: path for path in root.iterdir()} | {"ref": reference, "run": run}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_a_plain_error(capsys, case, inputs, tmp_path, monkeypatch):
+    monkeypatch.setenv("LORA_DIFFUSION_CACHE", str(tmp_path / "cache"))
+    before = sorted(path for path in inputs["npz"].parent.rglob("*"))
     command, expected = BAD[case]
-    status, rows, said = call(capsys, *command.format(**names).split())
+    status, rows, said = call(capsys, *command.format(**inputs).split(" "))
     assert (status, rows) == (2, [])
-    assert said.splitlines()[-1].startswith("error: ")
+    assert said.startswith("error: ")
     assert expected in said
     assert "Traceback" not in said
+    assert sorted(path for path in inputs["npz"].parent.rglob("*")) == before

@@ -43,6 +43,7 @@ from lora_diffusion_jax import factory  # noqa: E402
 from lora_diffusion_jax.array_types import PyTree  # noqa: E402
 from lora_diffusion_jax.errors import UserError  # noqa: E402
 from lora_diffusion_jax.training import sharding, state, step  # noqa: E402
+from lora_diffusion_jax.training.feed import Held  # noqa: E402
 from lora_diffusion_jax.training.metrics import TrainMetrics  # noqa: E402
 
 FLAGS = flags.FLAGS
@@ -59,7 +60,10 @@ NUM_IMAGES = {"cifar10": 50_000, "ffhq-64x64.zip": 70_000, "imagenet-64x64.zip":
 ON_DEVICE = 2**30  # bytes; the training loop's own limit
 LAID_OUT = "after_optimizations_after_buffer_assignment.txt"
 ASSIGNMENT = "after_optimizations-buffer-assignment.txt"
-OUT_OF_MEMORY = re.compile(r"Used ([\d.]+[KMGT]?) of ([\d.]+[KMGT]?) hbm")
+OUT_OF_MEMORY = re.compile(
+    r"Used ([\d.]+[KMGT]?) of ([\d.]+[KMGT]?) hbm"
+    r"|temporaries \(([\d.]+[KMGT]?)\) exceeds available HBM \(([\d.]+[KMGT]?)\)"
+)
 
 
 def topology_devices(name: str) -> list[jax.Device]:
@@ -95,7 +99,7 @@ def lower_step(config: ConfigDict, mesh: Mesh, num_images: int) -> jax.stages.Lo
     sharding.check_batch_size(batch, mesh, config.train.microbatch or None)
     data, item = _data_shapes(config, batch, num_images)
     return step.lower_step(
-        factory.build_step(config, denoiser, unroll=False),
+        factory.build_step(config, denoiser, mesh),
         jax.eval_shape(init),
         jax.eval_shape(TrainMetrics.empty),
         data,
@@ -115,7 +119,8 @@ def _data_shapes(config: ConfigDict, batch: int, num_images: int) -> tuple[PyTre
 
     size = rows(num_images)["image"].size
     if size <= min(ON_DEVICE, config.data.memory_limit_gib * 2**30):
-        return rows(num_images), {"index": jax.ShapeDtypeStruct((batch,), jnp.int32)}
+        held = jax.eval_shape(lambda rows: Held.of(rows["image"], rows["label"]), rows(num_images))
+        return held, {"index": jax.ShapeDtypeStruct((batch,), jnp.int32)}
     return {}, rows(batch)
 
 
@@ -276,7 +281,8 @@ def _failed(errors: str) -> dict[str, Any]:
     """What to report of a compilation that failed: too little memory, or an error to raise."""
     full = OUT_OF_MEMORY.search(errors)
     if full:
-        return {"fits": False, "needed": f"{full[1]} of {full[2]}"}
+        needed, there = [group for group in full.groups() if group]
+        return {"fits": False, "needed": f"{needed} of {there}"}
     plain = [line for line in errors.splitlines() if line.startswith("error: ")]
     if plain:
         raise UserError(plain[-1].removeprefix("error: "))

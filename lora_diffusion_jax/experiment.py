@@ -77,7 +77,7 @@ def train(config: ConfigDict, directory: str | os.PathLike) -> loop.Result:
         directory,
         config=config.to_dict(),
         init=_initial_state(config, denoiser, None if _has_checkpoint(directory) else start),
-        step_fn=factory.build_step(config, denoiser),
+        step_fn=factory.build_step(config, denoiser, mesh),
         batches=factory.build_batches(config, source, mesh),
         mesh=mesh,
         schedule=factory.build_schedule(config),

@@ -76,6 +76,8 @@ class Generator:
         )(keys)
         churn = jax.vmap(jax.random.fold_in, (0, None))(keys, _CHURN)
         labels = labels if self.num_classes else None
+        # Weights that training splits (`training.sharding.gathered` says why) are used whole.
+        variables = jax.lax.with_sharding_constraint(variables, NamedSharding(self.mesh, P()))
 
         def denoise(x: Images, sigma: jax.Array) -> Images:
             return self.apply(variables, x, sigma, labels)

@@ -114,9 +114,9 @@ def build_optimizer(config: ConfigDict) -> optimizer.Optimizer:
 
 
 def build_step(
-    config: ConfigDict, denoiser: precond.Denoiser, *, unroll: bool | None = None
+    config: ConfigDict, denoiser: precond.Denoiser, mesh: Mesh | None = None
 ) -> step.StepFn:
-    """The training step of a config; unroll: see `make_train_step`, None suits this machine."""
+    """The training step of a config for a mesh; None: one that splits no parameter."""
     train, objective = config.train, build_objective(config, denoiser)
     return step.make_train_step(
         objective.loss,
@@ -127,7 +127,7 @@ def build_step(
         microbatch=train.microbatch or None,
         draw=objective.draw,
         max_bad_steps=train.max_nonfinite,
-        unroll=unroll,
+        mesh=mesh,
     )
 
 

@@ -4,12 +4,12 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from lora_diffusion_jax.array_types import PyTree
 from lora_diffusion_jax.training.sharding import local_rows, put_batch, put_replicated
 
 
@@ -37,6 +37,29 @@ class Batches(Protocol):
         ...
 
 
+@flax.struct.dataclass
+class Held:
+    """A data set on the devices.
+
+    An image is one row: an array [N, H, W, C] is laid out anew in every step on TPU, padded to
+    four times its size, which for 70,000 images of 64x64 takes 2 GB and 2 ms.
+    """
+
+    rows: dict[str, jax.Array]  # 'image' uint8 [N, H * W * C], optional 'label' [N]
+    image_shape: tuple[int, int, int] = flax.struct.field(pytree_node=False)  # H, W, C
+
+    @classmethod
+    def of(cls, images: Any, labels: Any) -> "Held":
+        """From arrays [N, H, W, C] and [N]; labels may be None."""
+        rows = {"image": images.reshape(len(images), -1), "label": labels}
+        return cls({k: v for k, v in rows.items() if v is not None}, tuple(images.shape[1:]))
+
+    def take(self, index: jax.Array) -> dict[str, jax.Array]:
+        """The batch of these images."""
+        batch = {k: jnp.take(v, index, axis=0, mode="clip") for k, v in self.rows.items()}
+        return batch | {"image": batch["image"].reshape(-1, *self.image_shape)}
+
+
 class Feed:
     """Hands out one item per step, from which `take` makes the batch inside the compiled step.
 
@@ -48,7 +71,7 @@ class Feed:
             then sends indices alone.
 
     Attributes:
-        data: what stays on the devices: {'image': [N, H, W, C], 'label': [N]}, or {}.
+        data: what stays on the devices, or {}.
         waited: seconds that `next` has taken so far.
     """
 
@@ -56,11 +79,10 @@ class Feed:
         self.batches, self.mesh, self.step = batches, mesh, start
         self.waited = 0.0
         self._rows = local_rows(batches.batch_size, mesh)
-        self.data, self._iterator = {}, None
+        self.data: Held | dict = {}
+        self._iterator = None
         if batches.images is not None and batches.images.nbytes <= device_bytes:
-            held = {"image": batches.images, "label": batches.labels}
-            held = {name: rows for name, rows in held.items() if rows is not None}
-            self.data = put_replicated(held, mesh)
+            self.data = put_replicated(Held.of(batches.images, batches.labels), mesh)
         else:
             self._iterator = batches.iterate(start)
 
@@ -84,8 +106,6 @@ class Feed:
         return item
 
 
-def take(data: PyTree, item: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+def take(data: Held | Mapping, item: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """The batch {'image': [B, H, W, C], 'label': [B]} of an item; runs inside the step."""
-    if not data:
-        return dict(item)
-    return {name: jnp.take(rows, item["index"], axis=0, mode="clip") for name, rows in data.items()}
+    return data.take(item["index"]) if isinstance(data, Held) else dict(item)

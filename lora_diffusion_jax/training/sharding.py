@@ -93,6 +93,17 @@ def tree_sharding(tree: PyTree, mesh: Mesh, rules: Rules = ()) -> PyTree:
     )
 
 
+def gathered(tree: PyTree, mesh: Mesh | None) -> PyTree:
+    """Arrays that the mesh splits, whole on every device for their use in a network (ZeRO-3).
+
+    Without this XLA follows the weights' layout into the activations: it splits channels over
+    `fsdp` instead of the batch, and ADM's step on 256 chips needs 37 GB of temporaries instead of 6.
+    """
+    if mesh is None or mesh.shape["fsdp"] == 1:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, replicated(mesh))
+
+
 def check_batch_size(batch_size: int, mesh: Mesh, microbatch: int | None = None) -> None:
     """Refuses a batch that the mesh cannot split evenly.
 

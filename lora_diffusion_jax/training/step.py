@@ -27,6 +27,7 @@ from lora_diffusion_jax.training.optimizer import Optimizer
 from lora_diffusion_jax.training.sharding import (
     Rules,
     batch_sharding,
+    gathered,
     path_of,
     replicated,
     tree_sharding,
@@ -71,6 +72,7 @@ def make_train_step(
     microbatch: int | None = None,
     draw: Draw | None = None,
     max_bad_steps: int = 10,
+    mesh: Mesh | None = None,
     unroll: bool | None = None,
 ) -> StepFn:
     """Builds (state, batch, key) -> (state, metrics).
@@ -92,6 +94,7 @@ def make_train_step(
             are cut with the images, keys are folded with the microbatch's number. None: loss_fn
             gets the key.
         max_bad_steps: see above.
+        mesh: the devices the step will run on, if they are not jax.devices() or split parameters.
         unroll: accumulate in a Python loop instead of a scan. None: on CPU only, where XLA runs the
             gradient of convolutions inside a loop some 20 times slower.
 
@@ -103,12 +106,13 @@ def make_train_step(
             f"microbatch {microbatch} does not divide batch_size {batch_size}; take one of "
             f"{[m for m in range(1, batch_size + 1) if batch_size % m == 0]}."
         )
-    unroll = jax.default_backend() == "cpu" if unroll is None else unroll
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    unroll = platform == "cpu" if unroll is None else unroll
     chunks = batch_size // (microbatch or batch_size)
 
     def gradient(state: TrainState, part: PyTree) -> Gradient:
         def objective(params: PyTree) -> tuple[Float[Array, ""], tuple]:
-            variables = assemble(params, state.frozen, state.buffers)
+            variables = gathered(assemble(params, state.frozen, state.buffers), mesh)
             pixels, sigma = loss_fn(variables, part["image"], part["label"], part["random"], True)
             total = pixels.astype(jnp.float32).sum() / batch_size
             sigma = jnp.broadcast_to(sigma, pixels.shape[:1])

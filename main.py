@@ -3,12 +3,14 @@
     python main.py --mode=train  --config=configs/digits.py --workdir=DIR [--config.a.b=value ...]
     python main.py --mode=sample --workdir=DIR --seeds=0-63 [--class_id=3|all] --out=FOLDER|FILE.npz|FILE.png
     python main.py --mode=info   --config=configs/cifar10_edm.py [--config.a.b=value ...]
+    python main.py --mode=doctor [--config=FILE|--workdir=DIR]
     python main.py --mode=import --source=FILE --workdir=DIR
     python main.py --mode=export --workdir=DIR --out=FILE.safetensors [--adapters_only]
 
 Without --config, the config of the workdir's run is used; overrides apply to it as well.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -20,7 +22,7 @@ from ml_collections import ConfigDict, config_flags
 from lora_diffusion_jax.errors import UserError
 
 ARGUMENTS = ("workdir", "seeds", "class_id", "weights", "step", "out")  # alike in all processes
-MODES = ("train", "sample", "info", "import", "export")
+MODES = ("train", "sample", "info", "doctor", "import", "export")
 FLAGS = flags.FLAGS
 
 flags.DEFINE_enum("mode", None, MODES, "What to do.", required=True)
@@ -61,7 +63,9 @@ def define_config(argv: list[str]) -> None:
         from lora_diffusion_jax.factory import config_from_dict
         from lora_diffusion_jax.training.workdir import read_config
 
-        config = config_from_dict(read_config(workdir))
+        # The doctor examines what is there, be it damaged or no run at all.
+        with contextlib.suppress(*(UserError,) if _value(argv, "mode") == "doctor" else ()):
+            config = config_from_dict(read_config(workdir))
     config_flags.DEFINE_config_dict("config", config, lock_config=True)
 
 
@@ -86,6 +90,10 @@ def run(_: list[str]) -> int:
     from lora_diffusion_jax import processes, start_up
 
     logging.set_verbosity(logging.WARNING)
+    if FLAGS.mode == "doctor":
+        from lora_diffusion_jax import doctor
+
+        return doctor.examine(FLAGS.config, FLAGS.workdir)
     address, count, index = FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id
     limit = FLAGS.process_timeout
     processes.join(address, count, index, detect=FLAGS.distributed, limit=limit)

@@ -98,10 +98,10 @@ def writing_problem(folder: Path) -> str:
     return ""
 
 
-def max_bytes() -> int:
+def max_bytes(environment: Mapping[str, str] = os.environ) -> int:
     """The bound of the cache's size; what LORA_DIFFUSION_CACHE_GIB does not say is the default."""
     try:
-        return int(float(os.environ[SIZE]) * 2**30)
+        return int(float(environment[SIZE]) * 2**30)
     except (KeyError, ValueError, OverflowError):
         return MAX_BYTES
 

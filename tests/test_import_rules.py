@@ -33,7 +33,7 @@ ALLOWED = {  # part -> parts of the package it may import at module level, besid
 }
 # Libraries that only these parts may import.
 CONFINED = {
-    "ml_collections": {"default_config", "factory", "experiment"},
+    "ml_collections": {"default_config", "factory", "experiment", "doctor"},
     "tensorflow_datasets": {"data"},
     "orbax": {"training"},
     "safetensors": {"interop", "evaluation"},

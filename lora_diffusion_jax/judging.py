@@ -331,7 +331,7 @@ def expected_keys(run: str, step: int, plan: Plan, tools: Tools) -> list[str]:
 
 
 def summarise(root: Path, runs: list[Path], plan: Plan, tools: Tools) -> str:
-    """Writes a table and a plot per metric, of the minima where there are repeats; returns the table."""
+    """Writes a table and a plot per metric, of the best where there are repeats; returns the table."""
     names = tools.names(plan.count)
     found: dict[str, list[report.Record]] = {}
     for run in runs:

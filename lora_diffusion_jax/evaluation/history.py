@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lora_diffusion_jax.errors import UserError
-from lora_diffusion_jax.evaluation.report import Record, to_line
+from lora_diffusion_jax.evaluation.report import Record, is_score, to_line
 
 FOLDER = "evaluation"  # inside a workdir
 FILE = "results.jsonl"
@@ -96,15 +96,12 @@ def table(runs: Mapping[str, Sequence[Record]]) -> str:
     return "\n".join([line(head), *map(line, body)])
 
 
-HIGHER_IS_BETTER = ("is", "precision", "recall", "density", "coverage")
-
-
 def best(runs: Mapping[str, Sequence[Record]]) -> dict[str, Record]:
     """Returns the best result of every metric: the highest of a score, the lowest of a distance."""
     found: dict[str, Record] = {}
     for record in (r for results in runs.values() for r in results):
         name = record["metric"]
-        sign = -1 if name.split("_")[0] in HIGHER_IS_BETTER else 1
+        sign = -1 if is_score(name) else 1
         if name not in found or sign * record["value"] < sign * found[name]["value"]:
             found[name] = record
     return found

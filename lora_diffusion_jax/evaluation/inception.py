@@ -1,4 +1,4 @@
-"""Inception features: finding, checking and reading the weights; the two resizing conventions."""
+"""Inception features: finding, checking and reading the weights."""
 
 import functools
 import hashlib
@@ -11,8 +11,6 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -23,13 +21,13 @@ from lora_diffusion_jax.evaluation.features import Detector, cache_folder, tree_
 from lora_diffusion_jax.evaluation.inception_network import (
     BLOCKS,
     POOL_DIM,
-    SIDE,
     STEM,
     Conv,
     InceptionV3,
     Split,
     Step,
 )
+from lora_diffusion_jax.evaluation.resize import PREPROCESS
 from lora_diffusion_jax.interop.export import is_safetensors
 from lora_diffusion_jax.interop.pickles import read_torch_state_dict
 
@@ -296,48 +294,3 @@ def to_params(state_dict: Mapping[str, np.ndarray]) -> PyTree:
             "bias": (beta - mean * gain).astype(np.float32),
         }
     return params
-
-
-# From uint8 images to what the network sees.
-
-
-def tf1_weights(size: int) -> np.ndarray:
-    """Returns TF1's bilinear resize as a matrix [299, size]: source = target * size / 299."""
-    return _bilinear(np.arange(SIDE) * (size / SIDE), size)
-
-
-def half_pixel_weights(size: int) -> np.ndarray:
-    """Returns half-pixel bilinear resize as [299, size]: source = (target + 1/2) size/299 - 1/2."""
-    return _bilinear((np.arange(SIDE) + 0.5) * (size / SIDE) - 0.5, size)
-
-
-def _bilinear(source: np.ndarray, size: int) -> np.ndarray:
-    """Linear interpolation between the two neighbours; beyond the edge the edge itself."""
-    source = np.clip(source, 0, size - 1)
-    low = np.floor(source).astype(int)
-    high = np.minimum(low + 1, size - 1)
-    rows, weights = np.arange(SIDE), np.zeros((SIDE, size))
-    np.add.at(weights, (rows, low), 1 - (source - low))
-    np.add.at(weights, (rows, high), source - low)
-    return weights.astype(np.float32)
-
-
-def _resized(images: jax.Array, weights: functools.partial) -> jax.Array:
-    """Returns float32 [B, 299, 299, 3] in 0..255; gray becomes three equal channels."""
-    x = images.astype(jnp.float32)
-    rows, columns = (weights(side) for side in images.shape[1:3])
-    x = jnp.einsum("yh,bhwc,xw->byxc", rows, x, columns)
-    return jnp.broadcast_to(x, (*x.shape[:3], 3))
-
-
-def prepare_edm(images: jax.Array) -> jax.Array:
-    """The detector of StyleGAN and EDM: TF1 bilinear, then (x - 128) / 128."""
-    return (_resized(images, tf1_weights) - 128.0) / 128.0
-
-
-def prepare_pytorch_fid(images: jax.Array) -> jax.Array:
-    """The detector of pytorch-fid: half-pixel bilinear without antialias, then x / 127.5 - 1."""
-    return _resized(images, half_pixel_weights) / 127.5 - 1.0
-
-
-PREPROCESS = {"edm": prepare_edm, "pytorch-fid": prepare_pytorch_fid}

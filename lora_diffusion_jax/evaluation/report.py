@@ -201,18 +201,28 @@ def describe(detector: Detector, reference: Reference | None = None) -> Record:
     return about
 
 
-def repeated(rows: Sequence[Record]) -> Record:
-    """Summarises one metric over repeats with other seeds: the value is the minimum, as papers do.
+HIGHER_IS_BETTER = ("is", "precision", "recall", "density", "coverage")
 
-    'std' is the sample deviation (n - 1) over the repeats.
+
+def is_score(metric: str) -> bool:
+    """Whether more is better in a metric named as `metric_name` names them."""
+    return metric.split("_")[0] in HIGHER_IS_BETTER
+
+
+def repeated(rows: Sequence[Record]) -> Record:
+    """Summarises one metric over repeats with other seeds: the value is the best, as in papers.
+
+    That is the minimum of a distance, the maximum of a score. 'std' is the sample deviation (n - 1)
+    over the repeats.
     """
     values = [row["value"] for row in rows]
     first = {k: v for k, v in rows[0].items() if k not in ("std", "seeds")}
     return {
         **first,
-        "value": min(values),
+        "value": max(values) if is_score(first["metric"]) else min(values),
         "repeats": len(rows),
         "min": min(values),
+        "max": max(values),
         "mean": float(np.mean(values)),
         "std": float(np.std(values, ddof=1)),
         "values": values,

@@ -140,9 +140,12 @@ def test_gen_is_labelled_and_independent_of_the_batch_size(capsys, reference, ru
     assert steps["value"] != first["value"]
 
 
-def test_repeats_shift_the_seeds_and_report_the_minimum(capsys, reference, run):
+def test_repeats_shift_the_seeds_and_report_the_best(capsys, reference, run):
     common = ("gen", f"--workdir={run}", f"--ref={reference}", "--num=20")
-    _, rows, _ = call(capsys, *common, "--repeats=3")
+    _, rows, _ = call(capsys, *common, "--repeats=3", "--metrics=fid,pr")
+    scores = [row["value"] for row in rows if row["metric"].startswith("recall")]
+    assert scores[3] == max(scores[:3]) > min(scores)
+    rows = [row for row in rows if row["metric"].startswith("fd")]
     assert [row["seeds"] for row in rows[:3]] == ["0-19", "20-39", "40-59"]
     values = [row["value"] for row in rows[:3]]
     summary = rows[3]

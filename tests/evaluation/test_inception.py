@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from scipy.ndimage import map_coordinates
 
 from lora_diffusion_jax.errors import UserError
-from lora_diffusion_jax.evaluation import inception
+from lora_diffusion_jax.evaluation import inception, resize
 from lora_diffusion_jax.evaluation.inception import load_inception
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "inception_pytorch_fid.npz"
@@ -78,7 +78,7 @@ def test_contract(detectors, weights_file):
 
 def test_gray_images_become_three_equal_channels():
     gray = images_of((32, 48, 1))
-    for prepare in inception.PREPROCESS.values():
+    for prepare in resize.PREPROCESS.values():
         np.testing.assert_array_equal(prepare(gray), prepare(gray.repeat(3, axis=-1)))
 
 
@@ -87,8 +87,8 @@ def test_resize_matrices_interpolate_linearly(size):
     pixels = np.random.default_rng(size).uniform(0, 255, size)
     targets = np.arange(299)
     for matrix, source in (
-        (inception.tf1_weights(size), targets * size / 299),
-        (inception.half_pixel_weights(size), (targets + 0.5) * size / 299 - 0.5),
+        (resize.tf1_weights(size), targets * size / 299),
+        (resize.half_pixel_weights(size), (targets + 0.5) * size / 299 - 0.5),
     ):
         expected = map_coordinates(pixels, [np.clip(source, 0, size - 1)], order=1, mode="nearest")
         np.testing.assert_allclose(matrix @ pixels, expected, atol=2e-4)
@@ -98,8 +98,8 @@ def test_resize_matrices_interpolate_linearly(size):
 def test_images_of_the_networks_size_are_not_resized():
     images = np.random.default_rng(0).integers(0, 256, (1, 299, 299, 3), np.uint8)
     x = images.astype(np.float32)
-    np.testing.assert_array_equal(inception.prepare_edm(images), (x - 128) / 128)
-    np.testing.assert_allclose(inception.prepare_pytorch_fid(images), x / 127.5 - 1, atol=1e-6)
+    np.testing.assert_array_equal(resize.prepare_edm(images), (x - 128) / 128)
+    np.testing.assert_allclose(resize.prepare_pytorch_fid(images), x / 127.5 - 1, atol=1e-6)
 
 
 def test_folding_batch_norm_changes_nothing(weights):

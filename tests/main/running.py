@@ -39,6 +39,18 @@ def run(*arguments, ok=True, program="main.py"):
     return done.returncode, text
 
 
+def start(*arguments, program="main.py"):
+    """Starts main.py; returns the process, whose standard output holds all it prints."""
+    return subprocess.Popen(
+        [sys.executable, program, *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": FAST_COMPILE},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
 def train(path, data_dir, images, *more, ok=True):
     return run(
         "--mode=train",

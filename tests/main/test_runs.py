@@ -1,11 +1,13 @@
 """Training, resuming, sampling and describing from the command line."""
 
 import json
+import signal
+import time
 
 import numpy as np
 from PIL import Image
 
-from tests.main.running import run, train
+from tests.main.running import run, start, train
 
 
 def test_a_run_is_a_directory(workdir):
@@ -96,3 +98,31 @@ def test_a_reference_judges_during_training(data_dir, tmp_path):
     )
     assert "/no.npz" in text
     assert "Traceback" not in text
+
+
+def test_sampling_goes_on_after_a_signal(workdir, tmp_path):
+    """SIGTERM in the middle keeps what is done; the same command makes the rest, of the same images."""
+    sample = ["--mode=sample", f"--workdir={workdir}", "--seeds=0-299", "--class_id=all"]
+    sample += ["--config.sampler.batch_size=8", "--config.sampler.num_steps=20"]
+    folder, whole = tmp_path / "folder", tmp_path / "whole.npz"
+    process = start(*sample, f"--out={folder}")
+    while not (folder / "000008.png").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    text = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + signal.SIGTERM, text
+    assert "stopped by SIGTERM; the same command goes on from here" in text
+    made = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.png")}
+    assert 8 < len(made) < 300
+    _, text = run(*sample, f"--out={folder}")
+    assert f"{len(made)} of 300 images are there already" in text
+    assert all((folder / name).stat().st_mtime_ns == made[name] for name in made)
+    run(*sample, f"--out={whole}")
+    with np.load(whole) as file:
+        for seed, image, label in zip(file["seeds"], file["images"], file["labels"], strict=True):
+            with Image.open(folder / f"{seed:06d}.png") as picture:
+                np.testing.assert_array_equal(np.asarray(picture), image[..., 0])
+            assert label == seed // 30
+    listed = json.loads((folder / "dataset.json").read_text())["labels"]
+    assert listed == [[f"{seed:06d}.png", seed // 30] for seed in range(300)]

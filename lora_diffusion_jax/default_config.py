@@ -98,7 +98,9 @@ def base() -> ConfigDict:
     config.eval.num_samples = 1_000  # of the evaluation during training; 0 leaves it out
     config.eval.final_num_samples = 0  # of the one at the end; 0: as many
     config.eval.num_steps = 0  # of the sampler during training; 0: sampler.num_steps, as at the end
-    config.eval.reference = ""  # statistics of eval_fid.py ref; "": held-out images, own classifier
+    # What samples are compared with: statistics of eval_fid.py ref, in their features (fid_2k); "":
+    # the held-out images, in features of a classifier trained on the data set (fd_classifier_1k).
+    config.eval.reference = ""
     config.eval.inception = ""  # weights file, where the reference is of Inception features
 
     config.mesh = ConfigDict()

@@ -20,7 +20,7 @@ from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.evaluation import classifier, quick, references
 from lora_diffusion_jax.evaluation.features import Detector, tree_hash
 from lora_diffusion_jax.evaluation.metrics import frechet_distance
-from lora_diffusion_jax.evaluation.report import metric_name
+from lora_diffusion_jax.evaluation.report import check_reference, metric_name
 from lora_diffusion_jax.evaluation.statistics import load_reference
 from lora_diffusion_jax.processes.interrupts import pause_point
 from lora_diffusion_jax.training import checkpoint, loop, sharding, state, workdir, writers
@@ -210,18 +210,23 @@ Judge = Callable[[Iterable[np.ndarray], int], dict[str, float]]
 def _judge(config: ConfigDict, source: Any) -> Judge | None:
     """(samples, number) -> distances by name; None where there is nothing to compare with.
 
-    Against eval.reference in its own features (`fid_2k`), or against held-out images in those of a
-    classifier trained on the data set (`fd_classifier_1k`), beside floor and ceiling.
+    Against eval.reference in its own features (`fid_2k`), or against the held-out images in those of
+    a classifier trained on the training images (`fd_classifier_1k`), beside floor and ceiling.
     """
     if not config.eval.num_samples:
         return None
     if config.eval.reference:
         reference = load_reference(config.eval.reference)  # now, rather than after hours
-        detector = references.published_detector(reference, config.eval.inception)
+        detector = references.choose_detector(
+            "auto", reference, inception=config.eval.inception or None
+        )
+        check_reference(reference, detector, ["fid"])
 
         def against_reference(samples: Iterable[np.ndarray], count: int) -> dict[str, float]:
             drawn = quick.feature_moments(detector, quick.take(samples, count))
-            value = frechet_distance(*drawn.result(), reference.mu, reference.sigma)
+            value = frechet_distance(
+                *drawn.result(), reference.mu, reference.sigma, root2=reference.root
+            )
             return {metric_name("fid", detector, count): value}
 
         return against_reference

@@ -53,28 +53,6 @@ def detector_of(reference: Reference) -> Detector | None:
     return classifier.rebuild(recipe, variables, reference.meta.get("detector_details"))
 
 
-def published_detector(reference: Reference, inception: str | os.PathLike | None) -> Detector:
-    """The detector that a reference was made with: the one it carries, or Inception's variant.
-
-    Args:
-        reference: statistics; EDM's own files, which say nothing, are of the `edm` variant.
-        inception: weights file; None: where `load_inception` looks for it.
-
-    Raises:
-        UserError: features that are neither, or weights that cannot be had.
-    """
-    own = detector_of(reference)
-    if own is not None:
-        return own
-    made_with = reference.meta.get("features", "inception_edm")
-    if made_with not in INCEPTION_DETECTORS:
-        raise UserError(
-            f"The reference was made with {made_with} features, which training does not compute; "
-            "use eval_fid.py, or a reference of Inception or classifier features."
-        )
-    return load_inception(inception or None, INCEPTION_DETECTORS[made_with])
-
-
 def choose_detector(
     wanted: str,
     reference: Reference | None = None,

@@ -54,8 +54,8 @@ def training_loss(config: ConfigDict, batch: int = 2) -> tuple[Callable, Any]:
     ("network", "mode", "remats"),
     [
         ("ddpmpp", "with_lora", ("norms", "blocks")),
-        ("ddpmpp", "only_lora", ("blocks",)),
-        ("adm", "with_lora", ("blocks",)),
+        pytest.param("ddpmpp", "only_lora", ("blocks",), marks=pytest.mark.slow),
+        pytest.param("adm", "with_lora", ("blocks",), marks=pytest.mark.slow),
     ],
 )
 def test_gradients_parameters_and_dropout_stay(network, mode, remats):

@@ -1,6 +1,6 @@
 """Inception features, metrics and speed beside pytorch-fid and torch-fidelity, one JSON line each.
 
-    python benchmarks/eval_against_torch.py --torch_python=OTHER_ENV/bin/python [--images=64]
+    python benchmarks/eval_against_torch.py --torch_python=OTHER_ENV/bin/python [--images=96]
 
 OTHER_ENV needs torch, pytorch-fid, torch-fidelity and torchvision (its compiled part may be
 missing: nothing here uses it). Weights are random; both sides get the same ones. Without
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 
 import numpy as np
 
@@ -63,7 +64,8 @@ def sets(dim: int = 48) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 # The PyTorch half.
 
 
-def as_torch(folder: pathlib.Path, count: int) -> None:
+def networks_of(folder: pathlib.Path) -> tuple:
+    """(torch, pytorch-fid's network without its resize, the whole one, the weights)."""
     import importlib.util
 
     import torch
@@ -75,15 +77,21 @@ def as_torch(folder: pathlib.Path, count: int) -> None:
         if not hasattr(torch.ops.torchvision, name):
             library.define(f"{name}(Tensor x) -> Tensor")
     import pytorch_fid.inception as reference
-    from torch_fidelity import metric_fid, metric_isc, metric_kid, metric_prc
 
     torch.set_grad_enabled(False)
     arrays = np.load(folder / "weights.npz")
     state = {name: torch.tensor(arrays[name]) for name in arrays}
-    torch.save(state, folder / "weights.pth")
     reference.load_state_dict_from_url = lambda *args, **kwargs: state
     plain = reference.InceptionV3([3], resize_input=False, normalize_input=False).eval()
-    whole = reference.InceptionV3([3]).eval()
+    return torch, plain, reference.InceptionV3([3]).eval(), state
+
+
+def torch_outputs(folder: pathlib.Path) -> None:
+    """Writes weights.pth, and features, logits and metrics as torch.npz."""
+    torch, plain, whole, state = networks_of(folder)
+    from torch_fidelity import metric_fid, metric_isc, metric_kid, metric_prc
+
+    torch.save(state, folder / "weights.pth")
     out = {}
     for shape in SHAPES:
         images = images_of(shape, 3, 0)
@@ -105,13 +113,16 @@ def as_torch(folder: pathlib.Path, count: int) -> None:
     found |= metric_isc.isc_features_to_metric(logits, 10, False)
     found |= metric_prc.prc_features_to_metric(fake.double(), real.double(), verbose=False)
     np.savez(folder / "torch.npz", metrics=json.dumps(found), **out)
-    images = images_of((32, 32, 3), count, 1)
-    batch = 50
+
+
+def torch_speed(folder: pathlib.Path, count: int) -> None:
+    """Prints the speed of pytorch-fid's network, resize included, in its batches of 50."""
+    torch, _, whole, _ = networks_of(folder)
+    images, batch = images_of((32, 32, 3), count, 1), 50
 
     def run() -> None:
         for i in range(0, count, batch):
-            x = to_nchw(torch, images[i : i + batch].astype(np.float32) / 255)
-            whole(x)
+            whole(to_nchw(torch, images[i : i + batch].astype(np.float32) / 255))
 
     print(json.dumps({**speed(run, count), "threads": torch.get_num_threads()}))
 
@@ -135,9 +146,7 @@ def speed(run, count: int) -> dict[str, float]:
 # Our half.
 
 
-def compare(folder: pathlib.Path, count: int, theirs: dict[str, float]) -> None:
-    sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
-    from lora_diffusion_jax.evaluation.features import extract
+def compare(folder: pathlib.Path) -> None:
     from lora_diffusion_jax.evaluation.inception import load_inception
 
     results = dict(np.load(folder / "torch.npz"))
@@ -157,10 +166,20 @@ def compare(folder: pathlib.Path, count: int, theirs: dict[str, float]) -> None:
             )
         )
     compare_metrics(metrics)
+
+
+def compare_speed(folder: pathlib.Path, count: int, theirs: Callable[[], dict]) -> None:
+    """Ours between two runs of theirs, so that a machine that others use treats both alike."""
+    from lora_diffusion_jax.evaluation.features import extract
+    from lora_diffusion_jax.evaluation.inception import load_inception
+
+    detector = load_inception(folder / "weights.pth", "pytorch-fid")
     images = images_of((32, 32, 3), count, 1)
-    ours = speed(lambda: list(extract(detectors["pytorch-fid"], [images])), count)
-    ratio = ours["images_per_second"] / theirs["images_per_second"]
-    line = {"jax": ours, "pytorch_fid": theirs, "images_per_second_ratio": ratio}
+    before = theirs()
+    ours = speed(lambda: list(extract(detector, [images])), count)
+    line = {"jax": ours, "pytorch_fid": [before, theirs()]}
+    for name in ("images_per_second", "cpu_s_per_image"):
+        line[f"{name}_ratio"] = ours[name] / np.mean([t[name] for t in line["pytorch_fid"]])
     print(json.dumps({"bench": "inception_speed", "images": count, **line}))
 
 
@@ -194,12 +213,14 @@ def compare_metrics(theirs: dict[str, float]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--torch_python", default=os.environ.get("TORCH_PYTHON"))
-    parser.add_argument("--images", type=int, default=100)
+    parser.add_argument("--images", type=int, default=96)
+    parser.add_argument("--only_speed", action="store_true")
     parser.add_argument("--keep", help="folder for weights and outputs; default: a temporary one")
-    parser.add_argument("--as_torch", help=argparse.SUPPRESS)
+    parser.add_argument("--torch", choices=("outputs", "speed"), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.as_torch:
-        as_torch(pathlib.Path(args.as_torch), args.images)
+    if args.torch:
+        folder = pathlib.Path(args.keep)
+        torch_outputs(folder) if args.torch == "outputs" else torch_speed(folder, args.images)
         return
     if not args.torch_python:
         print(json.dumps({"bench": "inception_vs_pytorch", "skipped": "needs --torch_python"}))
@@ -210,11 +231,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(args.keep or temporary)
         np.savez(folder / "weights.npz", **random_state_dict(0))
-        command = [args.torch_python, __file__, "--as_torch", str(folder)]
-        out = subprocess.run(
-            [*command, f"--images={args.images}"], stdout=subprocess.PIPE, text=True, check=True
-        ).stdout
-        compare(folder, args.images, json.loads(out.splitlines()[-1]))
+
+        def theirs(what: str) -> str:
+            command = [args.torch_python, __file__, f"--torch={what}", f"--keep={folder}"]
+            command.append(f"--images={args.images}")
+            return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+        if not (args.only_speed and (folder / "weights.pth").is_file()):
+            theirs("outputs")
+        if not args.only_speed:
+            compare(folder)
+        compare_speed(folder, args.images, lambda: json.loads(theirs("speed").splitlines()[-1]))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import numpy as np
 from lora_diffusion_jax import experiment, factory, generate, interop, processes
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.evaluation import history, report
-from lora_diffusion_jax.evaluation.collect import collect_resumable, forget
+from lora_diffusion_jax.evaluation.collect import FeatureSet, collect_resumable, forget
 from lora_diffusion_jax.evaluation.features import cache_folder, tree_hash
 from lora_diffusion_jax.evaluation.tools import Tools
 from lora_diffusion_jax.factory.overrides import override
@@ -21,6 +21,7 @@ from lora_diffusion_jax.training import checkpoint, workdir
 
 POLL_SECONDS = 30.0
 MOST_REPEATS = 100
+DECIDES = ("seeds", "sampler", "lora", "dtype")  # beside the weights, what images are made of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,8 +99,6 @@ def load_network(where: str, step: int | None, plan: Plan) -> interop.Pretrained
         loaded = factory.load_workdir(where, weights=plan.weights, at_step=step)
     config = override(factory.config_of(loaded), plan.overrides)
     if plan.batch_size is not None:
-        if plan.batch_size < 1:
-            raise UserError(f"--batch_size={plan.batch_size}; it must be at least 1.")
         config.sampler.batch_size = plan.batch_size
     return factory.with_config(loaded, config)
 
@@ -157,28 +156,17 @@ def judge(where: str, step: int | None, plan: Plan, tools: Tools) -> Iterator[re
         tools: what judges them.
     """
     network = load_network(where, step, plan)
-    mesh = factory.build_mesh(network.config)
-    generator = factory.build_generator(network.config, network.denoiser, mesh)
+    generator = factory.build_generator(
+        network.config, network.denoiser, factory.build_mesh(network.config)
+    )
     _check_size(where, generator, tools)
     labels = _labels(where, step, plan, network)
     home = Path(where) / history.FOLDER if step is not None else cache_folder()
     folders, results = [], []
     for seeds, text in zip(plan.repeats, plan.texts, strict=True):
         now = {**labels, "seeds": text}
-        identity = {name: now[name] for name in ("weights_hash", "sampler", "seeds")}
-        identity |= {"code": report.source_hash(), "lora": network.config.lora.mode}
-        key = report.to_line({**identity, "detector": tools.detector.hash, "m": tools.metrics})
-        folders.append(home / "partial" / hashlib.sha256(key.encode()).hexdigest()[:16])
-        found = collect_resumable(
-            tools.detector,
-            functools.partial(_images_from, generator, network, seeds),
-            len(seeds),
-            folders[-1],
-            identity=identity,
-            keep_rows=tools.needs_rows,
-            mesh=mesh,
-            progress=True,
-        )
+        found, folder = _features(generator, network, seeds, now, tools, home)
+        folders.append(folder)
         results.append([])
         for record in tools.records(found, now):
             results[-1].append(record)
@@ -187,6 +175,32 @@ def judge(where: str, step: int | None, plan: Plan, tools: Tools) -> Iterator[re
         yield from (report.repeated(rows) for rows in zip(*results, strict=True))
     for folder in folders if processes.is_leader() else ():
         forget(folder)
+
+
+def _features(
+    generator: generate.Generator,
+    network: interop.Pretrained,
+    seeds: list[int],
+    labels: report.Record,
+    tools: Tools,
+    home: Path,
+) -> tuple[FeatureSet, Path]:
+    """The features of the images of some seeds, and the folder of partial sums to be forgotten."""
+    identity = {name: labels[name] for name in ("weights_hash", *DECIDES)}
+    identity |= {"code": report.source_hash()}
+    key = report.to_line({**identity, "detector": tools.detector.hash, "m": tools.metrics})
+    folder = home / "partial" / hashlib.sha256(key.encode()).hexdigest()[:16]
+    found = collect_resumable(
+        tools.detector,
+        functools.partial(_images_from, generator, network, seeds),
+        len(seeds),
+        folder,
+        identity=identity,
+        keep_rows=tools.needs_rows,
+        mesh=generator.mesh,
+        progress=True,
+    )
+    return found, folder
 
 
 def _check_size(where: str, generator: generate.Generator, tools: Tools) -> None:
@@ -200,11 +214,18 @@ def _check_size(where: str, generator: generate.Generator, tools: Tools) -> None
 
 def _labels(where: str, step: int | None, plan: Plan, network: interop.Pretrained) -> report.Record:
     return {
-        **experiment.about(network, plan.weights, step),
+        **_settings(network, plan.weights, step),
         "weights_hash": tree_hash(network.variables),
         "images_seen": None if step is None else step * network.config.train.batch_size,
         "workdir": where,
     }
+
+
+def _settings(network: interop.Pretrained, weights: str, step: int | None) -> report.Record:
+    """How the images are made of the weights."""
+    config = network.config
+    about = experiment.about(network, weights, step)
+    return {**about, "lora": config.lora.mode, "dtype": config.dtype}
 
 
 def _images_from(
@@ -319,7 +340,7 @@ def expected_keys(run: str, step: int, plan: Plan, tools: Tools) -> list[str]:
     """The keys of all results that judging a checkpoint gives, the summaries last."""
     config = override(factory.config_from_dict(workdir.read_config(run)), plan.overrides)
     labels = {
-        **experiment.about(interop.Pretrained(None, {}, config), plan.weights, step),
+        **_settings(interop.Pretrained(None, {}, config), plan.weights, step),
         "detector_hash": tools.detector.hash,
         "reference_hash": tools.reference.hash,
     }

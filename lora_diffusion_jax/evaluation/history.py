@@ -17,6 +17,8 @@ KEY = (
     "weights",
     "seeds",
     "sampler",
+    "lora",
+    "dtype",
     "detector_hash",
     "reference_hash",
     "repeats",

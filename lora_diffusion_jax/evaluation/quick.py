@@ -1,4 +1,4 @@
-"""The evaluation that every run can afford: Frechet distance in the dataset's own features."""
+"""The evaluation that every run can afford: Frechet distance to held-out images, on the way."""
 
 import functools
 from collections.abc import Iterable, Iterator
@@ -67,7 +67,7 @@ class QuickEvaluator:
 
     @property
     def name(self) -> str:
-        """'fd_classifier_1k', or 'fid_2k' in Inception features."""
+        """'fd_classifier_1k', or 'fid_2k' in Inception features: to the held-out images."""
         return metric_name("fid", self.detector, self.num)
 
     def __call__(self, samples: Iterable[np.ndarray]) -> dict[str, float | int | str]:
@@ -89,18 +89,6 @@ class QuickEvaluator:
             "features": self.detector.name,
             "detector_hash": self.detector.hash,
         }
-
-
-def quick_report(
-    samples: Iterable[np.ndarray],
-    train: Source,
-    heldout: Source,
-    detector: Detector,
-    *,
-    num: int = 1000,
-) -> dict[str, float | int | str]:
-    """Judges samples once; see `QuickEvaluator`."""
-    return QuickEvaluator(train, heldout, detector, num=num)(samples)
 
 
 def take(batches: Iterable[np.ndarray], count: int) -> Iterator[np.ndarray]:

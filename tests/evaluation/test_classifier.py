@@ -10,10 +10,10 @@ from lora_diffusion_jax.evaluation import classifier
 from lora_diffusion_jax.evaluation.features import extract
 from lora_diffusion_jax.evaluation.images import ArraySource, source_batches
 from lora_diffusion_jax.evaluation.quick import (
+    QuickEvaluator,
     distance,
     feature_moments,
     noise_batches,
-    quick_report,
     take,
 )
 
@@ -31,16 +31,16 @@ def test_digits_classifier_is_good(detector, digits):
     assert outside.score(features[1], heldout.labels) >= 0.95
 
 
-def test_quick_report_names_counts_and_orders(detector, digits):
+def test_the_quick_evaluation_names_counts_and_orders(detector, digits):
     train, heldout = digits
     blurred = (b // 2 + np.roll(b, 1, axis=2) // 2 for b in source_batches(train))
-    report = quick_report(blurred, train, heldout, detector, num=1000)
+    report = QuickEvaluator(train, heldout, detector, num=1000)(blurred)
     floor, value, ceiling = (report[f"fd_classifier_1k{s}"] for s in ("_floor", "", "_ceiling"))
     assert 0 < floor < value < ceiling
     assert (report["n"], report["n_reference"]) == (1000, 297)
     assert report["detector_hash"] == detector.hash
     with pytest.raises(UserError, match="2000 images were asked for, but there are only 1500"):
-        quick_report(source_batches(train), train, heldout, detector, num=2000)
+        QuickEvaluator(train, heldout, detector, num=2000)(source_batches(train))
 
 
 def test_same_data_is_read_from_the_cache_and_other_data_is_not(digits, tmp_path, monkeypatch):
@@ -53,7 +53,9 @@ def test_same_data_is_read_from_the_cache_and_other_data_is_not(digits, tmp_path
     first = classifier.fit(train, **fit)
     (file,) = tmp_path.iterdir()
     stamp = file.stat().st_mtime_ns
-    assert classifier.fit(train, **fit).hash == first.hash
+    with monkeypatch.context() as patch:
+        patch.setattr(classifier, "read_images", None)  # the images are not read again
+        assert classifier.fit(train, **fit).hash == first.hash
     assert file.stat().st_mtime_ns == stamp
     changed = ArraySource(train.images.copy(), train.labels)
     changed.images[7, 0, 0, 0] ^= 1

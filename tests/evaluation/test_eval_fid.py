@@ -253,6 +253,8 @@ def test_all_judges_each_checkpoint_once(capsys, reference, tmp_path, monkeypatc
     monkeypatch.setattr(judging, "judge", never)
     assert call(capsys, *common)[1] == rows
     assert call(capsys, *common, "--follow")[1] == rows  # all runs are finished: it ends
+    with pytest.raises(AssertionError, match="judged again"):  # other images of the same weights
+        call(capsys, *common, "--config.dtype=bfloat16")
 
 
 def test_follow_waits_for_new_checkpoints(capsys, reference, tmp_path, monkeypatch):

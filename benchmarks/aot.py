@@ -180,9 +180,11 @@ def compile_apart(program: str, folder: Path) -> tuple[str, dict[str, Any]]:
     with open(folder / "stderr.txt", "w") as errors:
         child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
         try:
+            size = 0
             while child.poll() is None:
-                time.sleep(0.5)
-                if not FLAGS.generate_code and _is_laid_out(folder):
+                time.sleep(1)
+                before, size = size, _laid_out(folder)
+                if not FLAGS.generate_code and size == before > 0:  # written to the end
                     break
         finally:
             child.kill()
@@ -195,10 +197,9 @@ def compile_apart(program: str, folder: Path) -> tuple[str, dict[str, Any]]:
     return (folder / "stderr.txt").read_text() if failed else "", about
 
 
-def _is_laid_out(folder: Path) -> bool:
-    """Whether the compiler has written its last text before it generates code."""
-    texts = list(folder.glob(f"*{LAID_OUT}"))
-    return bool(texts) and Path(str(texts[0]).replace(LAID_OUT, "debug_options")).exists()
+def _laid_out(folder: Path) -> int:
+    """Size of the last text that the compiler writes before it generates code; 0 without it."""
+    return sum(path.stat().st_size for path in folder.glob(f"*{LAID_OUT}"))
 
 
 def measure(config: ConfigDict, program: str) -> dict[str, Any]:

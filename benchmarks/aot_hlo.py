@@ -34,7 +34,7 @@ class Instruction:
     type: str
     opcode: str
     operands: tuple[str, ...]
-    attributes: str  # of a constant: its value
+    attributes: str  # of a constant its value, of a parameter its number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,8 +144,21 @@ class Module:
         total = 0
         for where, i, times, fused in self.walk():
             if not fused and i.opcode not in _FREE and not i.opcode.endswith("-done"):
-                total += times * _traffic(i, [tables[where].get(o, "") for o in i.operands])
+                operands = [tables[where].get(o, "") for o in i.operands]
+                total += times * _traffic(i, operands, self._sliced(i))
         return total
+
+    def _sliced(self, instruction: Instruction) -> set[int]:
+        """Numbers of the operands of which an instruction reads no more than it needs."""
+        if instruction.opcode in _SLICES:
+            return set(range(len(instruction.operands)))
+        if instruction.opcode != "fusion":
+            return set()
+        body = [i for callee in _callees(instruction) for i in self.computations.get(callee, [])]
+        numbers = {i.name: int(i.attributes) for i in body if i.opcode == "parameter"}
+        uses = [operand for i in body for operand in i.operands]
+        taken_from = [i.operands[0] for i in body if i.opcode in _SLICES]
+        return {numbers[name] for name in taken_from if name in numbers and uses.count(name) == 1}
 
     def recomputed(self) -> int:
         """Instructions that XLA itself chose to compute twice, to fit into memory."""
@@ -162,7 +175,7 @@ def _instruction(line: str) -> Instruction | None:
         return None
     inside, attributes = _split_brackets(rest)
     operands = tuple(re.findall(r"%([\w.\-]+)", inside))
-    attributes = inside if opcode == "constant" else attributes
+    attributes = inside if opcode in ("constant", "parameter") else attributes
     return Instruction(match[1], kind, opcode, operands, attributes)
 
 
@@ -191,7 +204,7 @@ def _first(kind: str) -> str:
     return match[0] if match else ""
 
 
-def _traffic(instruction: Instruction, operands: list[str]) -> int:
+def _traffic(instruction: Instruction, operands: list[str], sliced: set[int]) -> int:
     """Bytes of main memory that one instruction reads and writes."""
     result, opcode = instruction.type, instruction.opcode
     if opcode == "async-start":  # ((operands), result, flag)
@@ -201,8 +214,7 @@ def _traffic(instruction: Instruction, operands: list[str]) -> int:
     elif opcode.endswith("-start"):  # (result, operand, flag)
         result = _first(result)
     reads = [type_bytes(o, main_memory_only=True) for o in operands]
-    if opcode in _SLICES:
-        reads = [min(size, type_bytes(result)) for size in reads]
+    reads = [min(r, type_bytes(result)) if n in sliced else r for n, r in enumerate(reads)]
     return sum(reads) + type_bytes(result, main_memory_only=True)
 
 

@@ -87,22 +87,30 @@ TPU = """HloModule tpu
   ROOT %d = bf16[4,128]{1,0} dynamic-slice(%r), dynamic_slice_sizes={4,128}
 }
 
+%gathering (t: s32[2], u: f32[8,128]) -> f32[2,128] {
+  %t = s32[2]{0} parameter(0)
+  %u = f32[8,128]{1,0} parameter(1)
+  ROOT %g = f32[2,128]{1,0:S(1)} gather(%u, %t), offset_dims={1}
+}
+
 ENTRY %main (a: f32[8,128], b: bf16[8,128]) -> f32[8,128] {
   %a = f32[8,128]{1,0:T(8,128)} parameter(0)
   %b = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(1)
   %c = ((f32[8,128]{1,0}), f32[2,128]{1,0:S(1)}, s32[]{:S(2)}) async-start(%a), calls=%slicing
   %e = f32[2,128]{1,0:S(1)} async-done(%c)
   %f = bf16[4,128]{1,0} fusion(%b), kind=kCustom, calls=%all-reduce-scatter.1
+  %h = s32[2]{0:S(1)} constant({0, 1})
+  %i = f32[2,128]{1,0:S(1)} fusion(%h, %a), kind=kCustom, calls=%gathering
   ROOT %add.remat = f32[8,128]{1,0:T(8,128)} add(%a, %a)
 }
 """
 
 
 def test_memory_traffic_and_the_ways_of_tpu():
-    """On-chip arrays are free, a slice reads its part, a fused all-reduce and slice is a scatter."""
+    """On-chip arrays are free, slices and gathers read a part, a fused reduction and slice is a scatter."""
     module = aot_hlo.Module(TPU)
     sliced, fused, added = 2 * 128 * 4, (8 + 4) * 128 * 2, 3 * 8 * 128 * 4
-    assert module.memory_traffic() == sliced + fused + added
+    assert module.memory_traffic() == 2 * sliced + fused + added
     assert module.recomputed() == 1
     (scatter,) = module.collectives()
     assert scatter == aot_hlo.Collective("reduce-scatter", 8 * 128 * 2, group=2, times=1)

@@ -19,6 +19,7 @@ _ARRAY = re.compile(r"\b(pred|bf16|token|opaque|[sufc]\d+)[a-z0-9]*\[([\d,]*)\](
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*->.*\{$")
 _LINE = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 # Opcodes that move nothing by themselves: names for other buffers, or calls that are walked into.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call"}
 _FREE |= {"conditional", "after-all", "partition-id", "replica-id", "iota", "custom-call"}
@@ -159,6 +160,11 @@ class Module:
         uses = [operand for i in body for operand in i.operands]
         taken_from = [i.operands[0] for i in body if i.opcode in _SLICES]
         return {numbers[name] for name in taken_from if name in numbers and uses.count(name) == 1}
+
+    def estimated_cycles(self) -> int:
+        """XLA's own estimate of the time of one run, in clock cycles; only generated code has it."""
+        found = ((_CYCLES.search(i.attributes), times) for _, i, times, _ in self.walk())
+        return sum(int(cycles[1]) * times for cycles, times in found if cycles)
 
     def recomputed(self) -> int:
         """Instructions that XLA itself chose to compute twice, to fit into memory."""

@@ -20,6 +20,7 @@ class Chip:
         hbm_bandwidth: bytes per second.
         ici_bandwidth: bytes per second that a chip sends over all its links to other chips (half
             of the bidirectional figure).
+        clock: cycles per second, from the peak: matrix units x side^2 x 2 x clock.
         dimensions: of the torus of chips.
     """
 
@@ -27,16 +28,17 @@ class Chip:
     hbm_bytes: float
     hbm_bandwidth: float
     ici_bandwidth: float
+    clock: float
     dimensions: int
 
 
 # Google Cloud's pages of the system architecture, read in 2026: docs.cloud.google.com/tpu/docs/v4,
 # .../v5e, .../v5p, .../v6e. A v4 chip's two cores act as one device (megacore), as on the machines.
 CHIPS = {
-    "v4": Chip(275e12, 32 * 2**30, 1200e9, 300e9, 3),
-    "v5e": Chip(197e12, 16 * 2**30, 819e9, 200e9, 2),
-    "v5p": Chip(459e12, 95 * 2**30, 2765e9, 600e9, 3),
-    "v6e": Chip(918e12, 32 * 2**30, 1640e9, 400e9, 2),
+    "v4": Chip(275e12, 32 * 2**30, 1200e9, 300e9, 1.05e9, 3),
+    "v5e": Chip(197e12, 16 * 2**30, 819e9, 200e9, 1.5e9, 2),
+    "v5p": Chip(459e12, 95 * 2**30, 2765e9, 600e9, 1.75e9, 3),
+    "v6e": Chip(918e12, 32 * 2**30, 1640e9, 400e9, 1.75e9, 2),
 }
 
 

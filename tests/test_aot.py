@@ -101,7 +101,7 @@ ENTRY %main (a: f32[8,128], b: bf16[8,128]) -> f32[8,128] {
   %f = bf16[4,128]{1,0} fusion(%b), kind=kCustom, calls=%all-reduce-scatter.1
   %h = s32[2]{0:S(1)} constant({0, 1})
   %i = f32[2,128]{1,0:S(1)} fusion(%h, %a), kind=kCustom, calls=%gathering
-  ROOT %add.remat = f32[8,128]{1,0:T(8,128)} add(%a, %a)
+  ROOT %add.remat = f32[8,128]{1,0:T(8,128)} add(%a, %a), backend_config={"estimated_cycles":"70"}
 }
 """
 
@@ -112,6 +112,7 @@ def test_memory_traffic_and_the_ways_of_tpu():
     sliced, fused, added = 2 * 128 * 4, (8 + 4) * 128 * 2, 3 * 8 * 128 * 4
     assert module.memory_traffic() == 2 * sliced + fused + added
     assert module.recomputed() == 1
+    assert module.estimated_cycles() == 70
     (scatter,) = module.collectives()
     assert scatter == aot_hlo.Collective("reduce-scatter", 8 * 128 * 2, group=2, times=1)
 
@@ -137,7 +138,7 @@ allocation 6: size 1000, preallocated-temp:
 
 
 def test_roofline_and_mfu():
-    chip = aot_report.Chip(100.0, 1.0, 10.0, 2.0, 2)
+    chip = aot_report.Chip(100.0, 1.0, 10.0, 2.0, clock=1.0, dimensions=2)
     seconds, bound = aot_report.roofline(chip, flops=400.0, hbm_bytes=50.0, wire_bytes=6.0)
     assert seconds == {"compute": 4.0, "memory": 5.0, "network": 3.0}
     assert bound == "memory"

@@ -16,11 +16,11 @@ STEPS = 34  # a line every 7, a checkpoint every 5
 class Run:
     """The stand-in program at work."""
 
-    def __init__(self, workdir, *options):
+    def __init__(self, workdir, *options, **environment):
         command = [sys.executable, "-m", "tests.training.stand_in", workdir, *map(str, options)]
         self.process = subprocess.Popen(
             [*command, "--total", str(STEPS)],
-            env=fast_compile_env(),
+            env={**fast_compile_env(), **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -44,17 +44,20 @@ class Run:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("undisturbed")
-    run = Run(workdir)
+    run = Run(workdir, JAX_ENABLE_COMPILATION_CACHE="0")  # the others read what one has compiled
     assert run.end() == 0, run.output
     return workdir, json.loads(workdir.with_name(f"{workdir.name}.json").read_text())
 
 
-def test_killed_stopped_and_resumed_it_ends_with_the_same_bits(tmp_path, undisturbed):
-    workdir = tmp_path / "run"
+def test_killed_stopped_and_resumed_it_ends_with_the_same_bits(tmp_path, undisturbed, monkeypatch):
+    workdir, cache = tmp_path / "run", tmp_path / "compiled"
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
 
     # kill -9 from within, while the checkpoint of step 10 is being written or just was
     run = Run(workdir, "--die-at", 11)
     assert run.end() == -signal.SIGKILL
+    (step,) = cache.glob("jit_one-*-cache")
+    written = step.stat().st_mtime_ns
 
     # SIGTERM: the step is finished and saved
     run = Run(workdir, "--pause", 0.05)
@@ -83,6 +86,7 @@ def test_killed_stopped_and_resumed_it_ends_with_the_same_bits(tmp_path, undistu
     reference, told = undisturbed
     assert json.loads((tmp_path / "run.json").read_text()) == told
     assert train_lines(workdir) == train_lines(reference)
+    assert [path.stat().st_mtime_ns for path in cache.glob("jit_one-*-cache")] == [written]
 
 
 def test_a_second_interrupt_ends_at_once(tmp_path):

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ from tqdm import tqdm
 from lora_diffusion_jax.array_types import Source
 from lora_diffusion_jax.data.base import ImageSource
 from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.processes.interrupts import SIGNALS
 
 Batch = dict[str, np.ndarray]  # {'image': uint8 [B, H, W, C], 'label': int32 [B]}
 
@@ -134,7 +136,8 @@ class Batches:
             if not flags.FLAGS.is_parsed():  # grain's workers read absl flags; a library call has
                 flags.FLAGS.mark_as_parsed()  # no command line, so they keep their defaults
             dataset = dataset.mp_prefetch(
-                grain.MultiprocessingOptions(num_workers=self._num_workers)
+                grain.MultiprocessingOptions(num_workers=self._num_workers),
+                worker_init_fn=_leave_signals_to_the_parent,
             )
         iterator = iter(dataset)
         try:
@@ -146,6 +149,12 @@ class Batches:
                 yield batch
         finally:
             iterator.close()
+
+
+def _leave_signals_to_the_parent(index: int, count: int) -> None:
+    """Ctrl-C and schedulers signal all processes of a group; the parent still needs this one."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @functools.lru_cache(maxsize=4)

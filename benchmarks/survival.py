@@ -44,7 +44,7 @@ CONFIG = {
 }
 # Moments of kills are drawn from: seconds of the start; seconds after some checkpoint of training.
 START_SECONDS, TRAIN_SECONDS = 5.0, 0.5
-PATIENCE = 120.0  # seconds until a process that should end or begin is given up
+PATIENCE = 300.0  # seconds until a process that should end or begin is given up
 CLOCKED = ("time", "callback/seconds")  # fields of metrics.jsonl that no two runs have alike
 
 

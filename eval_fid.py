@@ -230,13 +230,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     args, args_overrides = build_parser().parse_known_args(argv)
     args.overrides = args_overrides
-    start_up.use_compilation_cache()
     warnings.showwarning = lambda message, *_: say(f"warning: {message}")
     with Interrupts("saving what is done") as interrupts:
         try:
             if args.overrides and args.verb in ("ref", "calc"):
                 raise UserError(f"{args.overrides[0]} is not an option of {args.verb}.")
             join(args)
+            start_up.use_compilation_cache()
             with processes.ending_together():
                 interrupts.cut_short(functools.partial(VERBS[args.verb], args))
         except UserError as error:

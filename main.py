@@ -11,6 +11,7 @@ Without --config, the config of the workdir's run is used; overrides apply to it
 """
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -100,6 +101,8 @@ def run(_: list[str]) -> int:
     start_up.use_compilation_cache()
     with processes.ending_together():
         told = {name: FLAGS[name].value for name in ("mode", *ARGUMENTS)}
+        if FLAGS.config:
+            told["config"] = FLAGS.config.to_json_best_effort(sort_keys=True)
         processes.check_same("the command line", json.dumps(told))
         return do()
 
@@ -137,11 +140,14 @@ def do() -> int:
         print(f"wrote the {FLAGS.weights} weights of step {loaded.step} to {FLAGS.out}")
         return 0
     about = experiment.about(loaded, FLAGS.weights, loaded.step)
-    with Interrupts("stopping after this batch") as interrupts:
+    work = functools.partial(
+        experiment.sample, loaded, seeds, FLAGS.class_id, FLAGS.out, about=about
+    )
+    with Interrupts("stopping, what is done is kept") as interrupts:
         try:
-            count = experiment.sample(loaded, seeds, FLAGS.class_id, FLAGS.out, about)
+            count = interrupts.cut_short(work)
         except Interrupted:
-            stopped_by = interrupts.agreed
+            stopped_by = interrupts.agreed or interrupts.received
             name = signal.Signals(stopped_by).name
             writers.say(f"stopped by {name}; the same command goes on from here")
             return 128 + stopped_by
@@ -149,14 +155,29 @@ def do() -> int:
     return 0
 
 
+def end(argv: list[str]) -> int:
+    """Runs; after a signal it ends at once, where JAX would first finish what its devices are at."""
+    from lora_diffusion_jax import processes
+
+    status = run(argv)
+    if status > 128 and processes.alone():  # others would take it for a death
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
 def main() -> None:
     """Reads the command line and runs; a user's mistake is one plain message and status 2."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
         define_config(sys.argv[1:])
-        app.run(run)
+        app.run(end)
     except UserError as error:
         sys.exit(_complain(str(error)))
+    except KeyboardInterrupt:  # while nothing was under way that could be saved
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
     except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
         if FLAGS.is_parsed():
             raise  # else an override that does not fit, or a config file that is not there

@@ -182,7 +182,8 @@ def _callbacks(
         picture = sample_grid(generator, state.ema_variables(now))
         images = step * config.train.batch_size
         if processes.is_leader():
-            outputs.write_png(Path(directory) / "samples" / f"{images:010d}.png", picture)
+            with workdir.plain_disk_errors(directory):
+                outputs.write_png(Path(directory) / "samples" / f"{images:010d}.png", picture)
         return {"samples/grid": picture}
 
     judge = _judge(config, source)
@@ -293,11 +294,11 @@ def sample(
     seeds = generate.check_seeds(seeds)
     labels = generator.choose_labels(seeds, classes)
     out = Path(out)
-    if out.suffix.lower() in NOT_WRITTEN:
+    if out.suffix not in outputs.FILES and out.suffix.lower() in (*NOT_WRITTEN, *outputs.FILES):
         raise UserError(
             f"--out={out}: samples are written as .npz, .png (a grid), or into a folder."
         )
-    if not out.suffix and len(set(seeds)) < len(seeds):
+    if out.suffix not in outputs.FILES and len(set(seeds)) < len(seeds):
         raise UserError(
             "A seed is named twice, and a folder holds one file per seed; name each once."
         )

@@ -1,15 +1,19 @@
 """Where generated images go: a folder, a .npz, or one picture of all; a kill loses none that is done."""
 
+import fcntl
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 import numpy as np
 from PIL import Image
 
+from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.generate import NO_LABEL, Batch
+
+FILES = (".npz", ".png")  # any other --out is a folder
 
 
 class Output(Protocol):
@@ -49,7 +53,7 @@ def open_output(
             not used.
         columns: of a grid; 0: as many as rows.
     """
-    if path.suffix not in (".npz", ".png"):
+    if path.suffix not in FILES:
         return _Folder(path, seeds, labels, identity)
     return _File(path, seeds, labels, image_shape, identity, columns)
 
@@ -64,12 +68,14 @@ class _Folder:
         self.folder, self.seeds, self.labels = folder, seeds, labels
         self.state = folder / ".unfinished"
         folder.mkdir(parents=True, exist_ok=True)
-        if self.state.is_file() and self.state.read_text() == identity:
-            there = set(os.listdir(folder))
-            self.done = np.array([self._name(seed) in there for seed in seeds])
-        else:
-            self.state.write_text(identity)
-            self.done = np.zeros(len(seeds), bool)
+        self.lock = _locked(folder / ".lock", folder)
+        if not (self.state.is_file() and self.state.read_text() == identity):
+            # What an earlier result left under these names must not pass for this one's.
+            for name in ["dataset.json", *map(self._name, seeds)]:
+                (folder / name).unlink(missing_ok=True)
+            _write_whole(self.state, identity)
+        there = set(os.listdir(folder))
+        self.done = np.array([self._name(seed) in there for seed in seeds])
 
     def _name(self, seed: int) -> str:
         return f"{seed:06d}.png"
@@ -85,8 +91,9 @@ class _Folder:
             if label != NO_LABEL
         ]
         text = json.dumps({"labels": labels or None, "about": dict(about)})
-        (self.folder / "dataset.json").write_text(text)
+        _write_whole(self.folder / "dataset.json", text)
         self.state.unlink()
+        _unlock(self.lock, self.folder / ".lock")
 
 
 class _File:
@@ -108,14 +115,20 @@ class _File:
         self.image_shape, self.columns = image_shape, columns
         self.images = path.with_name(path.name + ".unfinished")
         self.state = path.with_name(path.name + ".unfinished.json")
+        self.lock = _locked(self._lock_path, path)
         count = 0
         if self.state.is_file() and self.images.is_file() and self.state.read_text() == identity:
             count = self.images.stat().st_size // int(np.prod(image_shape))
         else:
+            self.state.unlink(missing_ok=True)  # first: images of another identity must not stay
             self.images.write_bytes(b"")
-            self.state.write_text(identity)
+            _write_whole(self.state, identity)
         os.truncate(self.images, count * int(np.prod(image_shape)))
         self.done = np.arange(len(seeds)) < count
+
+    @property
+    def _lock_path(self) -> Path:
+        return self.path.with_name(f".{self.path.name}.lock")
 
     def write(self, batch: Batch) -> None:
         with self.images.open("ab") as file:
@@ -134,6 +147,31 @@ class _File:
             partial.replace(self.path)
         self.images.unlink()
         self.state.unlink()
+        _unlock(self.lock, self._lock_path)
+
+
+def _locked(lock: Path, output: Path) -> TextIO:
+    """A lock on an output, which dies with the process; UserError where another holds it."""
+    file = lock.open("w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise UserError(
+            f"Another process is writing {output}; wait for it, or choose another --out."
+        ) from error
+    return file
+
+
+def _unlock(file: TextIO, lock: Path) -> None:
+    lock.unlink(missing_ok=True)
+    file.close()
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Writes a file that appears whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    partial.replace(path)
 
 
 def to_pil(image: np.ndarray) -> Image.Image:

@@ -33,9 +33,10 @@ def watch_the_others() -> None:
     client, key = coordination_client(), f"{ROOT}/lifelines"
     lines = Lifelines(
         jax.process_index(),
+        jax.process_count(),
         coordinator_host(),
-        publish=lambda port: client.key_value_set(key, str(port)),
-        find=lambda: int(client.blocking_key_value_get(key, int(session.limit * 1000))),
+        publish=lambda text: client.key_value_set(key, text),
+        find=lambda: client.blocking_key_value_get(key, int(session.limit * 1000)),
     )
     session.watch = threading.Thread(target=_watch, args=(lines,), daemon=True)
     session.watch.start()
@@ -58,7 +59,7 @@ def ending_together() -> Iterator[None]:
             raise
         print(f"error: {error}", file=sys.stderr)
         _fail(str(error), 2)
-    except Interrupted:  # all have agreed on it
+    except (Interrupted, SystemExit):  # all have agreed on it
         _leave()
         raise
     except KeyboardInterrupt:
@@ -125,13 +126,13 @@ def _watch(lines: Lifelines) -> None:
         try:
             for index in lost:
                 client.key_value_set(f"{ROOT}/lost/{index}", "", True)
-            failed = client.key_value_dir_get(f"{ROOT}/failed/")
             lost = lost or [_last(key) for key, _ in client.key_value_dir_get(f"{ROOT}/lost/")]
+            failed = client.key_value_dir_get(f"{ROOT}/failed/")  # last: it is written first
             if not failed and not lost and _is_held_up():
                 _say_who_is_behind(client)
         except jax.errors.JaxRuntimeError:
             if not lost:
-                return  # JAX itself ends processes that lost the service
+                break  # JAX itself ends processes that lost the service
             failed = []
         if (failed or lost) and not session.ended.is_set():
             _end_with_the_others(failed, lost)

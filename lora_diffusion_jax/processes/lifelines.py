@@ -5,10 +5,12 @@ CPUs wait for it as long. The system closes a dead process's connections within 
 they cannot be made (a firewall), the heartbeats remain.
 """
 
+import secrets
 import socket
 from collections.abc import Callable
 
 _GOODBYE = b"."
+_TOKEN = 16  # bytes
 
 
 class Lifelines:
@@ -16,30 +18,43 @@ class Lifelines:
 
     Args:
         index: this process's number; 0 listens, the others connect.
+        count: number of processes.
         host: of process 0.
-        publish: called by process 0 with the port on which it listens.
-        find: called by the others; returns that port.
+        publish: called by process 0 with where it listens, a text for the others alone.
+        find: called by the others; returns that text.
     """
 
     def __init__(
-        self, index: int, host: str, publish: Callable[[int], None], find: Callable[[], int]
+        self,
+        index: int,
+        count: int,
+        host: str,
+        publish: Callable[[str], None],
+        find: Callable[[], str],
     ):
-        self.index = index
+        self.count = count
         self.server: socket.socket | None = None
         self.lines: dict[int, socket.socket] = {}
         if index == 0:
             self.server = socket.create_server(("", 0))
             self.server.setblocking(False)
-            publish(self.server.getsockname()[1])
+            # Who does not know the token is a stranger, whose coming and going means nothing.
+            self.token = secrets.token_bytes(_TOKEN)
+            publish(f"{self.server.getsockname()[1]} {self.token.hex()}")
             return
-        port = find()
+        port, token = find().split()
         try:
-            line = socket.create_connection((host, port), timeout=10)
-            line.sendall(index.to_bytes(4, "big"))
-            line.setblocking(False)
-            self.lines[0] = line
+            line = socket.create_connection((host, int(port)), timeout=10)
+            line.sendall(bytes.fromhex(token) + index.to_bytes(4, "big"))
         except OSError:
-            pass
+            return
+        self._keep(0, line)
+
+    def _keep(self, index: int, line: socket.socket) -> None:
+        """Holds a connection; keepalive finds a machine that vanished without closing it."""
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        line.setblocking(False)
+        self.lines[index] = line
 
     def lost(self) -> list[int]:
         """The processes whose connection ended without a goodbye since the last call."""
@@ -67,12 +82,15 @@ class Lifelines:
                 return
             line.settimeout(1)
             try:
-                index = int.from_bytes(line.recv(4), "big")
+                said = line.recv(_TOKEN + 4, socket.MSG_WAITALL)
             except OSError:
+                said = b""
+            index = int.from_bytes(said[_TOKEN:], "big")
+            known = secrets.compare_digest(said[:_TOKEN], self.token)
+            if known and 0 < index < self.count and index not in self.lines:
+                self._keep(index, line)
+            else:
                 line.close()
-                continue
-            line.setblocking(False)
-            self.lines[index] = line
 
     def say_goodbye(self) -> None:
         """Tells the others that this process ends as it should."""

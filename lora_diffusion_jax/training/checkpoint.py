@@ -1,5 +1,6 @@
 """Checkpoints of a run: saved in the background, restored onto any mesh, read by others."""
 
+import itertools
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,9 @@ from lora_diffusion_jax.training.workdir import Say, gone, plain_disk_errors
 FOLDER = "checkpoints"
 # Parts of a checkpoint, restored one by one: sampling reads the weights alone.
 PARTS = ("weights", "optimizer", "interval")
+# Seconds that processes wait for one another's reading. Where one of them cannot read its share, the
+# others are held by orbax's own barrier first, which gives up after 300 s.
+RESTORE_LIMIT = 1800.0
 Parts = Mapping[str, PyTree]
 
 
@@ -201,7 +205,7 @@ def _newest_readable(
         except Exception as error:
             parts, reason = None, error
         reasons = processes.exchange(
-            f"reading checkpoint {step}", _brief(reason) if parts is None else ""
+            f"reading checkpoint {step}", _brief(reason) if parts is None else "", RESTORE_LIMIT
         )
         if not any(reasons):
             return (step, parts), torn
@@ -264,8 +268,11 @@ def _set_aside(directory: Path, torn: Sequence[int]) -> None:
     """Renames unreadable checkpoints, so that their steps can be saved anew and nothing is lost."""
 
     def rename() -> None:
-        for step in torn:
-            (directory / str(step)).rename(directory / f"unreadable-{step}")
+        with plain_disk_errors(directory):
+            for step in torn:
+                names = itertools.chain([""], map("-{}".format, itertools.count(2)))
+                targets = (directory / f"unreadable-{step}{name}" for name in names)
+                (directory / str(step)).rename(next(t for t in targets if not t.exists()))
 
     processes.from_leader("setting unreadable checkpoints aside", rename)
 

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from lora_diffusion_jax import processes
 from lora_diffusion_jax.array_types import Key, PyTree
 from lora_diffusion_jax.errors import UserError
-from lora_diffusion_jax.processes.interrupts import Interrupted, Interrupts
+from lora_diffusion_jax.processes.interrupts import Interrupted, Interrupts, pause_point
 from lora_diffusion_jax.training import workdir as workdirs
 from lora_diffusion_jax.training import writers
 from lora_diffusion_jax.training.checkpoint import Checkpoints, from_parts, to_parts
@@ -272,6 +272,9 @@ class _Loop:
                 lambda: sorted(writers.callbacks_done(self.directory, self.step)),
             )
             stopped_by = self._call_back(interrupts, skip=done)
+            with contextlib.suppress(Interrupted):  # since the last callback, or with none
+                pause_point()
+            stopped_by = stopped_by or interrupts.agreed
         if self.step >= self.total:
             images = self.step * self.batch_size
             self.progress.say(f"{images:,} images are done; nothing is left to train")

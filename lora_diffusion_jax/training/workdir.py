@@ -8,6 +8,7 @@ import fnmatch
 import json
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,7 @@ def open_workdir(path: str | os.PathLike) -> Iterator[Path]:
 
     try:
         processes.from_leader("opening the workdir", open_and_lock)
-        if not directory.is_dir():
+        if not _appears(directory):
             raise UserError(
                 f"{directory}, which process 0 made, is not there in process "
                 f"{jax.process_index()}. Choose a workdir that all processes share."
@@ -97,6 +98,14 @@ def open_workdir(path: str | os.PathLike) -> Iterator[Path]:
     finally:
         for descriptor in descriptors:
             os.close(descriptor)  # which also frees the lock
+
+
+def _appears(directory: Path, limit: float = 60.0) -> bool:
+    """Waits for a directory that another machine made: NFS may remember for a while that it was not."""
+    deadline = time.monotonic() + limit
+    while not directory.is_dir() and time.monotonic() < deadline:
+        time.sleep(0.5)
+    return directory.is_dir()
 
 
 def _take_lock(directory: Path, descriptor: int) -> None:

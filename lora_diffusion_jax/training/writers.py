@@ -5,13 +5,15 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import tensorboardX
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tqdm import tqdm
 
 from lora_diffusion_jax.training.metrics import check_names
@@ -42,7 +44,7 @@ class Writers:
         with plain_disk_errors(directory):
             _drop_after(self.path, step)
             self.lines = self.path.open("ab", buffering=0)  # nothing is left over for closing
-            self.events = tensorboardX.SummaryWriter(str(directory), purge_step=images + 1)
+            self.events = _Events(directory, purge_from=images + 1)
 
     def __enter__(self) -> "Writers":
         return self
@@ -79,11 +81,41 @@ class Writers:
             raise gone(self.path)
         with plain_disk_errors(self.path):
             self.lines.write((json.dumps(line) + "\n").encode())
-            for name, value in scalars.items():
-                self.events.add_scalar(name, value, images)
-            for name in values.keys() - scalars.keys():
-                self.events.add_image(name, np.asarray(values[name]), images, dataformats="HWC")
-            self.events.flush()
+            parts = [summary.scalar(name, value) for name, value in scalars.items()]
+            parts += [
+                summary.image(name, np.asarray(values[name]), dataformats="HWC")
+                for name in values.keys() - scalars.keys()
+            ]
+            self.events.write(images, parts)
+
+
+class _Events:
+    """A TensorBoard event file, written at once.
+
+    tensorboardX's SummaryWriter writes in a thread, whose death on a full disk it does not notice:
+    its queue fills, and the program waits for ever.
+
+    Args:
+        directory: where the file is made.
+        purge_from: events of an earlier file from this place of the axis on are void.
+    """
+
+    def __init__(self, directory: Path, purge_from: int):
+        self.file = EventsWriter(str(directory / "events"))
+        start = SessionLog(status=SessionLog.START)
+        self.file.write_event(Event(step=purge_from, file_version="brain.Event:2"))
+        self.file.write_event(Event(step=purge_from, session_log=start))
+        self.file.flush()
+
+    def write(self, step: int, summaries: Sequence[Any]) -> None:
+        """Writes summaries (of tensorboardX.summary) at a place of the axis."""
+        for values in summaries:
+            self.file.write_event(Event(step=step, wall_time=time.time(), summary=values))
+        self.file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self.file.close()
 
 
 def read_metrics(directory: str | os.PathLike) -> list[dict[str, Any]]:

@@ -87,15 +87,18 @@ class Module:
     ) -> Iterator[tuple[str, Instruction, int, bool]]:
         """Yields (computation, instruction, how often it runs, is it in a fusion), from the entry.
 
-        Of a conditional all branches are counted; a loop of unknown length counts once.
+        Of a conditional the longest branch counts (a step that is skipped has a short one); a loop of
+        unknown length counts once.
         """
         name = name or self.entry
         for instruction in self.computations[name]:
             yield name, instruction, times, fused
             inner = times * self.trips(instruction)
-            for callee in _callees(instruction):
-                if callee in self.computations:
-                    yield from self.walk(callee, inner, fused or instruction.opcode in _AS_ONE)
+            callees = [c for c in _callees(instruction) if c in self.computations]
+            if instruction.opcode == "conditional" and callees:
+                callees = [max(callees, key=lambda c: len(self.computations[c]))]
+            for callee in callees:
+                yield from self.walk(callee, inner, fused or instruction.opcode in _AS_ONE)
 
     def collectives(self) -> list[Collective]:
         """All communications of one run."""

@@ -114,7 +114,7 @@ def read_lines(path: str | Path) -> list[dict[str, Any]]:
 
 def identity(row: Mapping[str, Any]) -> tuple:
     """What makes a measurement another one than its neighbour."""
-    names = ("config", "program", "topology", "batch", "overrides", "code_generated")
+    names = ("config", "program", "topology", "batch", "overrides")
     return tuple(json.dumps(row[name], sort_keys=True) for name in names)
 
 

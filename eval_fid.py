@@ -148,6 +148,8 @@ def run_ref(args: argparse.Namespace) -> None:
         if args.features == "classifier" and source.num_classes < 2:
             raise UserError(f"{where} has no classes to learn; use --features=rotation.")
         detector = classifier.fit(source, use_labels=args.features != "rotation")
+        processes.barrier("training the feature network", judging.METRICS_LIMIT)
+        processes.check_same("the feature network", detector.hash)
         say(f"features: {detector.name}, trained on these images")
     keep = keeps_features(detector, len(source), args.keep_features)
     found, folder = features_of(detector, source, changed, keep)

@@ -300,7 +300,7 @@ def check_lock(directory: Path) -> Finding:
 def check_checkpoints(directory: Path) -> Finding:
     """The config can be read and the newest checkpoint is named."""
     try:
-        config = workdir.read_config(directory)
+        train = factory.config_from_dict(workdir.read_config(directory)).train
         folder = directory / checkpoint.FOLDER
         steps = checkpoint.saved_steps(directory) if folder.is_dir() else []
     except UserError as error:
@@ -309,11 +309,11 @@ def check_checkpoints(directory: Path) -> Finding:
     if not steps:
         text = "run: no checkpoint yet"
     else:
-        seen = steps[-1] * config["train"]["batch_size"]
+        seen = steps[-1] * train.batch_size
         age = time.time() - (folder / str(steps[-1])).stat().st_mtime
         text = (
             f"run: {len(steps)} checkpoints, the newest of step {steps[-1]:,} ({seen:,} of "
-            f"{config['train']['total_images']:,} images), {datetime.timedelta(seconds=int(age))} old"
+            f"{train.total_images:,} images), {datetime.timedelta(seconds=int(age))} old"
         )
     told = f"{', '.join(aside)} could not be read once; delete them when nothing is missed."
     return Finding(text, told if aside else "")

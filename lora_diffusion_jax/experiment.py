@@ -50,6 +50,7 @@ OPEN_AFTER_IMPORT = (
     *("train.*", "augment.p", "dtype", "model.*dropout"),
     *("data.fingerprint", "data.image_width", "data.split", "data.class_folders"),
 )
+FINISH_LIMIT = 3600.0  # seconds that other processes wait for the compression of an npz
 NOT_WRITTEN = (".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".zip", ".npy", ".pt", ".h5")
 
 
@@ -123,8 +124,13 @@ def _initial_state(
 
 
 def _has_checkpoint(directory: str | os.PathLike) -> bool:
-    exists = (Path(directory) / checkpoint.FOLDER).is_dir()
-    return exists and bool(checkpoint.saved_steps(directory))
+    """Whether a run has saved anything, as process 0 sees it: file systems may differ for a while."""
+
+    def look() -> bool:
+        exists = (Path(directory) / checkpoint.FOLDER).is_dir()
+        return exists and bool(checkpoint.saved_steps(directory))
+
+    return processes.from_leader("looking for checkpoints", look)
 
 
 def overlay(fresh: Variables, loaded: Variables, origin: str) -> Variables:
@@ -241,7 +247,11 @@ def _judge(config: ConfigDict, source: Any) -> Judge | None:
 
     @functools.cache
     def detector() -> Detector:  # at the first evaluation: training it takes a while
-        return classifier.fit(source, test_source=heldout)
+        fitted = classifier.fit(source, test_source=heldout)
+        # Each process has trained it, or found it in its cache; they must have come to the same.
+        processes.barrier("training the feature network", loop.COMPILE_LIMIT)
+        processes.check_same("the feature network", fitted.hash)
+        return fitted
 
     @functools.cache
     def evaluator(count: int) -> quick.QuickEvaluator:
@@ -294,19 +304,7 @@ def sample(
     seeds = generate.check_seeds(seeds)
     labels = generator.choose_labels(seeds, classes)
     out = Path(out)
-    if out.suffix not in outputs.FILES and out.suffix.lower() in (*NOT_WRITTEN, *outputs.FILES):
-        raise UserError(
-            f"--out={out}: samples are written as .npz, .png (a grid), or into a folder."
-        )
-    if out.suffix not in outputs.FILES and len(set(seeds)) < len(seeds):
-        raise UserError(
-            "A seed is named twice, and a folder holds one file per seed; name each once."
-        )
-    if out.suffix == ".png" and class_id == "all" and len(seeds) % max(generator.num_classes, 1):
-        raise UserError(
-            f"{len(seeds)} seeds do not fill {generator.num_classes} rows, one per class; give a "
-            f"multiple, such as --seeds=0-{10 * generator.num_classes - 1}."
-        )
+    _check_out(out, seeds, generator.num_classes if class_id == "all" else 0)
     columns = len(seeds) // generator.num_classes if class_id == "all" else 0
     identity = json.dumps({**about, "of": tree_hash((run.variables, seeds, labels))})
     opened: list[outputs.Output] = []  # in process 0
@@ -318,25 +316,54 @@ def sample(
             opened.append(outputs.open_output(out, seeds, labels, shape, identity, columns))
         return np.packbits(opened[0].done).tobytes().hex()
 
+    def finish() -> None:
+        with workdir.plain_disk_errors(out.parent):
+            opened[0].finish(about)
+
     bits = bytes.fromhex(processes.from_leader("opening --out", begin))
     left = np.unpackbits(np.frombuffer(bits, np.uint8), count=len(seeds)) == 0
     if not left.all():
         writers.say(f"{len(seeds) - left.sum():,} of {len(seeds):,} images are there already")
-    batches = generator.batches(
-        run.variables,
-        seeds[left],
-        labels[left] if generator.num_classes else None,
-        progress=processes.is_leader(),
-        between=pause_point,
-    )
-    for batch in batches if left.any() else ():
+    for batch in _draw(generator, run.variables, seeds[left], labels[left]):
         for output in opened:
             with workdir.plain_disk_errors(out.parent):
                 output.write(batch)
-    for output in opened:
-        with workdir.plain_disk_errors(out.parent):
-            output.finish(about)
+    processes.from_leader("finishing --out", finish, FINISH_LIMIT)
     return len(seeds)
+
+
+def _check_out(out: Path, seeds: np.ndarray, rows: int) -> None:
+    """Raises UserError for an --out that cannot be written, or seeds that do not suit it.
+
+    Args:
+        out: where to.
+        seeds: of all images.
+        rows: of a grid with one row per class; 0 for any other.
+    """
+    if out.suffix not in outputs.FILES and out.suffix.lower() in (*NOT_WRITTEN, *outputs.FILES):
+        raise UserError(
+            f"--out={out}: samples are written as .npz, .png (a grid), or into a folder."
+        )
+    if out.suffix not in outputs.FILES and len(np.unique(seeds)) < len(seeds):
+        raise UserError(
+            "A seed is named twice, and a folder holds one file per seed; name each once."
+        )
+    if out.suffix == ".png" and rows and len(seeds) % rows:
+        raise UserError(
+            f"{len(seeds)} seeds do not fill {rows} rows, one per class; give a multiple, such as "
+            f"--seeds=0-{10 * rows - 1}."
+        )
+
+
+def _draw(
+    generator: generate.Generator, variables: Variables, seeds: np.ndarray, labels: np.ndarray
+) -> Iterable[generate.Batch]:
+    """The images of some seeds and labels, perhaps of none."""
+    if not len(seeds):
+        return ()
+    classes = labels if generator.num_classes else None
+    shown = processes.is_leader()
+    return generator.batches(variables, seeds, classes, progress=shown, between=pause_point)
 
 
 def choose_classes(

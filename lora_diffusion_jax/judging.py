@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from time import sleep
 
@@ -21,6 +21,7 @@ from lora_diffusion_jax.training import checkpoint, workdir
 
 POLL_SECONDS = 30.0
 MOST_REPEATS = 100
+METRICS_LIMIT = 3600.0  # seconds that other processes wait for process 0's arithmetic
 DECIDES = ("seeds", "sampler", "lora", "dtype")  # beside the weights, what images are made of
 
 
@@ -168,7 +169,7 @@ def judge(where: str, step: int | None, plan: Plan, tools: Tools) -> Iterator[re
         found, folder = _features(generator, network, seeds, now, tools, home)
         folders.append(folder)
         results.append([])
-        for record in tools.records(found, now):
+        for record in _while_the_others_wait(tools.records(found, now)):
             results[-1].append(record)
             yield record
     if len(results) > 1:
@@ -201,6 +202,16 @@ def _features(
         progress=True,
     )
     return found, folder
+
+
+def _while_the_others_wait(records: Iterable[report.Record]) -> Iterable[report.Record]:
+    """The records, which process 0 alone computes, perhaps for minutes."""
+    if processes.alone():
+        return records
+    computed: list[report.Record] = []
+    compute = functools.partial(computed.extend, records)
+    processes.from_leader("computing the metrics", compute, METRICS_LIMIT)
+    return computed
 
 
 def _check_size(where: str, generator: generate.Generator, tools: Tools) -> None:
@@ -308,8 +319,8 @@ def saved_steps(run: Path) -> list[int]:
 
 def finished(run: Path) -> bool:
     """Whether a run's last checkpoint is there, so that no new one will come."""
-    train, steps = workdir.read_config(run)["train"], saved_steps(run)
-    return bool(steps) and steps[-1] * train["batch_size"] >= train["total_images"]
+    train, steps = factory.config_from_dict(workdir.read_config(run)).train, saved_steps(run)
+    return bool(steps) and steps[-1] * train.batch_size >= train.total_images
 
 
 def _known(run: str) -> dict[str, report.Record]:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import jax
 
+from lora_diffusion_jax.errors import UserError
+
 # Programs that compile faster are not stored: reading one back costs some 10 ms as well.
 MIN_COMPILE_SECONDS = 0.1
 MAX_BYTES = 5 * 2**30  # the default of LORA_DIFFUSION_CACHE_GIB
@@ -99,11 +101,23 @@ def writing_problem(folder: Path) -> str:
 
 
 def max_bytes(environment: Mapping[str, str] = os.environ) -> int:
-    """The bound of the cache's size; what LORA_DIFFUSION_CACHE_GIB does not say is the default."""
-    try:
-        return int(float(environment[SIZE]) * 2**30)
-    except (KeyError, ValueError, OverflowError):
+    """The bound of the cache's size in bytes; without LORA_DIFFUSION_CACHE_GIB the default.
+
+    Raises:
+        UserError: the variable is no number of at least 0.
+    """
+    text = environment.get(SIZE)
+    if text is None:
         return MAX_BYTES
+    try:
+        size = float(text)
+    except ValueError:
+        size = -1.0
+    if not 0 <= size < 2**30:
+        raise UserError(
+            f"{SIZE}={text} is not a size in GiB; give a number such as 5, or unset it."
+        )
+    return int(size * 2**30)
 
 
 def entries(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
@@ -137,9 +151,7 @@ def tidy(folder: Path, limit: int) -> None:
                 break
             path.unlink(missing_ok=True)
             total -= size
-    except (
-        OSError
-    ) as error:  # what cannot be tidied now can be later; the program runs all the same
+    except OSError as error:  # it can be tidied another time
         print(f"warning: {folder} could not be tidied ({error})", file=sys.stderr)
 
 

@@ -188,7 +188,7 @@ class _Memory:
 
 
 class _Shared:
-    """Sums on the disk of process 0; the others take part in extraction, and add up nothing."""
+    """Sums on the disk of process 0; the others take part in extraction, and only count."""
 
     def __init__(self, store: "_Partial | None"):
         self.store = store
@@ -264,8 +264,14 @@ class _Partial:
             return
         self.widths = (features.shape[1], logits.shape[1])
         for path, rows in zip(self.files, (features, logits), strict=True):
-            with path.open("ab") as file:
-                file.write(np.ascontiguousarray(rows, np.float32).tobytes())
+            try:
+                with path.open("ab") as file:
+                    file.write(np.ascontiguousarray(rows, np.float32).tobytes())
+            except OSError as error:
+                raise UserError(
+                    f"Cannot write the features to {path}: {error.strerror}. Free space; the same "
+                    "command goes on from what was saved."
+                ) from error
 
     def save(self, moments: Moments) -> None:
         extra = {"identity": np.array(self.identity), "widths": np.array(self.widths)}

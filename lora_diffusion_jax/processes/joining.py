@@ -106,9 +106,9 @@ def _initialize(limit: float, **given: Any) -> None:
         jax.distributed.initialize(initialization_timeout=int(limit) + 2, **given)
     except (ValueError, RuntimeError) as error:
         raise UserError(
-            f"JAX could not join the processes: {str(error).splitlines()[0]} Give "
-            "--coordinator_address, --num_processes and --process_id where there is no Slurm, Open "
-            "MPI, Kubernetes or TPU pod to find them by."
+            f"JAX could not join the processes ({(str(error).splitlines() or ['no reason'])[0]}). "
+            "Where there is no Slurm, Open MPI, Kubernetes or TPU pod to find them by, give "
+            "--coordinator_address, --num_processes and --process_id."
         ) from error
     finally:
         told.cancel()

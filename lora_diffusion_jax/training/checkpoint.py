@@ -332,7 +332,7 @@ def open_for_reading(
     """
     manager, directory = _reader(workdir)
     try:
-        steps = sorted(manager.all_steps())
+        steps = processes.from_leader("listing checkpoints", lambda: sorted(manager.all_steps()))
         if not steps or (step is not None and step not in steps):
             raise UserError(
                 f"{directory} has no checkpoint{'' if step is None else f' {step}'}; there are: "

@@ -208,7 +208,7 @@ def read_config(directory: str | os.PathLike) -> dict[str, Any]:
     """
     path = Path(directory) / CONFIG
     try:
-        return json.loads(path.read_text())
+        config = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise UserError(
             f"{directory} is not a run: it has no {CONFIG}. Give the workdir of a training run."
@@ -219,6 +219,11 @@ def read_config(directory: str | os.PathLike) -> dict[str, Any]:
         ) from error
     except OSError as error:
         raise UserError(_disk_message(path, error.strerror or str(error))) from error
+    if not isinstance(config, dict):
+        raise UserError(
+            f"{path} is damaged (it holds no fields). Restore it from the config that started the run."
+        )
+    return config
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -35,7 +35,7 @@ from lora_diffusion_jax.training.feed import Feed
 from lora_diffusion_jax.training.loop import empty_metrics
 from lora_diffusion_jax.training.metrics import to_scalars
 from lora_diffusion_jax.training.state import create_state
-from lora_diffusion_jax.training.step import compile_step
+from lora_diffusion_jax.training.step import lower_step
 from lora_diffusion_jax.training.writers import Writers
 
 STEPS = 1_000  # that the shares are for
@@ -88,9 +88,9 @@ class Trainer:
         item = {**self.feed.next(), "stop": self.stop}
         self.state = jax.device_put(self.state, sharding.tree_sharding(self.state, self.mesh))
         self.key = jax.device_put(self.key, sharding.replicated(self.mesh))
-        self.compiled = compile_step(
+        self.compiled = lower_step(
             step, self.state, self.interval, self.feed.data, item, self.key, self.mesh
-        )
+        ).compile()
 
     def train(self, steps: int) -> None:
         """Some steps, to their end."""

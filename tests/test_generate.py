@@ -142,6 +142,31 @@ def test_what_was_made_before_a_kill_is_kept(tmp_path, name):
     assert not other.done.any()
 
 
+def test_an_earlier_result_does_not_pass_for_this_one(tmp_path):
+    generator, seeds = make(), np.array([1, 2])
+    save(tmp_path, generator, seeds, {})
+    labels = generator.choose_labels(seeds)
+    output = outputs.open_output(tmp_path, seeds, labels, (4, 4, 1), "another network")
+    assert not output.done.any()
+    assert not list(tmp_path.glob("*.png"))
+    assert not (tmp_path / "dataset.json").exists()
+
+
+@pytest.mark.parametrize("name", ["samples.npz", "folder"])
+def test_two_processes_do_not_write_one_output(tmp_path, name):
+    labels = np.zeros(1, np.int32)
+    held = outputs.open_output(tmp_path / name, np.array([1]), labels, (4, 4, 1), "x")
+    program = f"""
+import numpy as np
+from pathlib import Path
+from lora_diffusion_jax import outputs
+outputs.open_output(Path({str(tmp_path / name)!r}), np.array([1]), np.zeros(1), (4, 4, 1), "x")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "UserError: Another process is writing" in done.stderr
+    assert not held.lock.closed
+
+
 def test_grid_places_images_row_by_row():
     images = np.arange(5, dtype=np.uint8).reshape(5, 1, 1, 1) * np.ones((1, 2, 3, 1), np.uint8)
     picture = outputs.grid(images, columns=3, least_side=4, gap=1)

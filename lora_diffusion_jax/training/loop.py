@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from lora_diffusion_jax.training.sharding import (
     tree_sharding,
 )
 from lora_diffusion_jax.training.state import TRAIN, TrainState, purpose_key
-from lora_diffusion_jax.training.step import StepFn, compile_step
+from lora_diffusion_jax.training.step import StepFn, lower_step
 
 # Steps that may wait on the device: enough to keep it busy, few enough to stop at once.
 IN_FLIGHT = 2
@@ -172,7 +172,8 @@ def train(
             step=step,
         )
         key = jax.jit(lambda: purpose_key(seed, TRAIN), out_shardings=replicated(mesh))()
-        return loop.run(step_fn, rules, key)
+        with plain_memory_errors(batches.batch_size):
+            return loop.run(step_fn, rules, key)
 
 
 def _due(every: int, step: int, batch_size: int) -> bool:
@@ -237,6 +238,22 @@ def empty_metrics(mesh: Mesh) -> TrainMetrics:
     return put_replicated(jax.device_get(TrainMetrics.empty()), mesh)
 
 
+@contextlib.contextmanager
+def plain_memory_errors(batch_size: int) -> Iterator[None]:
+    """Turns a device's lack of memory for a step into a UserError that says what needs less."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(
+            f"A step of {batch_size} images does not fit into the devices' memory "
+            f"({str(error).splitlines()[0]}). Compute it in parts (train.microbatch="
+            f"{max(1, batch_size // 8)} or less), or with train.remat=blocks, dtype=bfloat16, or more "
+            "devices (mesh.fsdp). What was saved before is untouched."
+        ) from error
+
+
 @dataclasses.dataclass(kw_only=True)
 class _Loop:
     """The state of a loop between its steps."""
@@ -282,12 +299,15 @@ class _Loop:
             return self._result(stopped_by)
         item = {**self.feed.next(), "stop": self.go_on}
         began = time.perf_counter()
-        self.compiled = compile_step(
+        lowered = lower_step(
             step_fn, self.state, self.interval, self.feed.data, item, key, self.mesh, rules
         )
+        traced = time.perf_counter() - began
+        self.compiled = lowered.compile()
+        compiled = time.perf_counter() - began - traced
         processes.barrier("compiling the step", COMPILE_LIMIT)
         with Interrupts() as interrupts:
-            self.progress.say(f"compiled the step in {time.perf_counter() - began:.1f} s")
+            self.progress.say(f"compiled the step in {compiled:.1f} s (traced in {traced:.1f} s)")
             self._start_clock()
             stopped_by = self._steps(item, key, interrupts)
             processes.begin_step(None)

@@ -331,8 +331,3 @@ def lower_step(
         donate_argnums=(0, 1),
     )
     return jitted.lower(state, interval, data, item, key)
-
-
-def compile_step(*args: Any, **kwargs: Any) -> jax.stages.Compiled:
-    """Compiles what `lower_step` lowers."""
-    return lower_step(*args, **kwargs).compile()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.training import writers
 from lora_diffusion_jax.training.checkpoint import SavedWeights, save_weights, saved_steps
 from lora_diffusion_jax.training.feed import Feed, take
 from lora_diffusion_jax.training.loop import DivergedError, Schedule, train
@@ -238,3 +239,17 @@ def test_feed_gives_batch_k_either_way(device_bytes):
     assert feed.waited > 0
     assert batch["image"].shape == (BATCH, SIZE, SIZE, 3)
     assert int(batch["label"].max()) < CLASSES
+
+
+def test_a_signal_while_resuming_is_not_forgotten(tmp_path, monkeypatch):
+    """It comes while the run looks for what is done; nothing is trained, and all is kept."""
+    train(**make_run(tmp_path / "run", total=5))
+    looked = writers.callbacks_done
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return looked(*arguments)
+
+    monkeypatch.setattr(writers, "callbacks_done", interrupted)
+    result = train(**make_run(tmp_path / "run", total=10))
+    assert (result.step, result.exit_code) == (5, 128 + signal.SIGTERM)

@@ -1,6 +1,8 @@
 import json
 import re
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -98,3 +100,26 @@ def test_progress_speaks_now_and_then_without_a_terminal(capsys):
 )
 def test_durations(seconds, text):
     assert duration(seconds) == text
+
+
+FULL = """
+import resource, signal, sys
+import numpy as np
+from pathlib import Path
+from lora_diffusion_jax.training.writers import Writers
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+writers = Writers(Path(sys.argv[1]), 0, 0)
+picture = np.random.default_rng(0).integers(0, 256, (300, 300, 3), np.uint8)
+for step in range(1, 40):
+    writers.write(step, step, {"samples/grid": picture})
+"""
+
+
+def test_a_full_disk_stops_the_run_rather_than_hang_it(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, tmp_path], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1
+    assert "UserError: Cannot use" in done.stderr
+    assert "free space" in done.stderr

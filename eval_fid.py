@@ -52,8 +52,8 @@ def build_parser() -> argparse.ArgumentParser:
     calc = verbs.add_parser("calc", help="judge images in a folder, ZIP or npz")
     calc.add_argument("--images", required=True, help="folder, ZIP or npz of images; TFDS name")
     for verb in (ref, calc):
-        verb.add_argument("--data_dir", default="", help="where TFDS data sets lie")
-        verb.add_argument("--split", default="train", help="TFDS split or slice")
+        verb.add_argument("--data_dir", help="where TFDS data sets lie")
+        verb.add_argument("--split", help="TFDS split or slice; default: train")
     gen = verbs.add_parser("gen", help="judge a network's samples without writing them")
     every = verbs.add_parser("all", help="judge every checkpoint of a run or a sweep")
     for verb in (gen, every):
@@ -97,19 +97,25 @@ def open_images(args: argparse.Namespace, named: str) -> tuple[Source, str, str]
     path = Path(named).expanduser()
     if not named:
         raise UserError("No images are named: give a folder, a ZIP, an npz or a TFDS data set.")
+    is_file = path.suffix in (".npz", ".zip") or path.exists() or named.startswith((".", "/", "~"))
+    if is_file and (args.split or args.data_dir):
+        raise UserError(
+            f"--split and --data_dir are for TFDS data sets; {named} is read whole. Leave them out."
+        )
     if path.suffix == ".npz":
         source = images.ArraySource(images.open_npz(path))
         return source, str(path), source.fingerprint()
-    if path.exists() or os.sep in named or path.suffix == ".zip":
+    if is_file:
         source = open_source(path=str(path))
         return source, str(path), f"{source.fingerprint()} {images.newest_change(path)}"
     try:
-        source = open_source(named, args.data_dir, "", args.split)
+        split = args.split or "train"
+        source = open_source(named, args.data_dir or "", "", split)
     except UserError as error:
         raise UserError(
             f"There is no file or folder {named}, and as a TFDS name: {error}"
         ) from error
-    return source, f"{named}[{args.split}]", source.fingerprint()
+    return source, f"{named}[{split}]", source.fingerprint()
 
 
 def features_of(
@@ -124,7 +130,7 @@ def features_of(
         keep_rows: keep every image's features.
     """
     identity = {"images": changed, "code": report.source_hash()}
-    key = report.to_line({**identity, "detector": detector.hash, "rows": keep_rows})
+    key = report.to_line({"images": changed, "detector": detector.hash, "rows": keep_rows})
     folder = cache_folder() / "partial" / hashlib.sha256(key.encode()).hexdigest()[:16]
     found = collect_resumable(
         detector,
@@ -155,7 +161,8 @@ def run_ref(args: argparse.Namespace) -> None:
     found, folder = features_of(detector, source, changed, keep)
     if not processes.is_leader():
         return
-    reference = make_reference(detector, found, {"data": where})
+    about = {"data": where, "image_shape": list(source.image_shape)}
+    reference = make_reference(detector, found, about)
     save_reference(args.dest, reference)
     facts = {k: v for k, v in reference.meta.items() if k not in ("recipe", "n")}
     emit({"reference": args.dest, "n": len(source), **facts, "reference_hash": reference.hash})
@@ -173,8 +180,9 @@ def run_calc(args: argparse.Namespace) -> None:
     images.check_count(len(source), args.num, where)
     tools = prepared(args)
     tools.check_counts(len(source))
+    tools.check_shape(source.image_shape, where)
     found, folder = features_of(tools.detector, source, changed, tools.needs_rows)
-    for record in tools.records(found, {"images": where}):
+    for record in judging.while_the_others_wait(tools.records(found, {"images": where})):
         emit(record)
     if processes.is_leader():
         forget(folder)
@@ -197,7 +205,8 @@ def plan_of(args: argparse.Namespace) -> judging.Plan:
 
 def run_gen(args: argparse.Namespace) -> None:
     """Judges the samples of one network."""
-    step, plan = judging.choose_step(args.workdir, args.step), plan_of(args)
+    choose = functools.partial(judging.choose_step, args.workdir, args.step)
+    step, plan = processes.from_leader("choosing the checkpoint", choose), plan_of(args)
     tools = prepared(args)
     tools.check_counts(plan.count)
     for record in judging.judge(args.workdir, step, plan, tools):

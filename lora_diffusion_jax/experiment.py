@@ -204,7 +204,8 @@ def _callbacks(
     def evaluate(now: state.TrainState, step: int) -> Mapping[str, Any]:
         last = step * config.train.batch_size >= config.train.total_images
         count = (last and config.eval.final_num_samples) or config.eval.num_samples
-        drawer = generator if last else fast
+        # Numbers of one name are of one sampler: the full one has a number of samples of its own.
+        drawer = generator if last and config.eval.final_num_samples else fast
         batches = drawer.batches(state.ema_variables(now), range(count), between=pause_point)
         return {f"eval/{k}": v for k, v in judge((b.images for b in batches), count).items()}
 

@@ -17,6 +17,7 @@ from lora_diffusion_jax.evaluation.features import cache_folder, tree_hash
 from lora_diffusion_jax.evaluation.tools import Tools
 from lora_diffusion_jax.factory.overrides import override
 from lora_diffusion_jax.interop.export import is_safetensors, read_export
+from lora_diffusion_jax.processes.interrupts import pause_point
 from lora_diffusion_jax.training import checkpoint, workdir
 
 POLL_SECONDS = 30.0
@@ -160,7 +161,7 @@ def judge(where: str, step: int | None, plan: Plan, tools: Tools) -> Iterator[re
     generator = factory.build_generator(
         network.config, network.denoiser, factory.build_mesh(network.config)
     )
-    _check_size(where, generator, tools)
+    tools.check_shape(generator.image_shape, where)
     labels = _labels(where, step, plan, network)
     home = Path(where) / history.FOLDER if step is not None else cache_folder()
     folders, results = [], []
@@ -169,7 +170,7 @@ def judge(where: str, step: int | None, plan: Plan, tools: Tools) -> Iterator[re
         found, folder = _features(generator, network, seeds, now, tools, home)
         folders.append(folder)
         results.append([])
-        for record in _while_the_others_wait(tools.records(found, now)):
+        for record in while_the_others_wait(tools.records(found, now)):
             results[-1].append(record)
             yield record
     if len(results) > 1:
@@ -188,8 +189,8 @@ def _features(
 ) -> tuple[FeatureSet, Path]:
     """The features of the images of some seeds, and the folder of partial sums to be forgotten."""
     identity = {name: labels[name] for name in ("weights_hash", *DECIDES)}
-    identity |= {"code": report.source_hash()}
     key = report.to_line({**identity, "detector": tools.detector.hash, "m": tools.metrics})
+    identity |= {"code": report.source_hash()}  # other code starts the same folder anew
     folder = home / "partial" / hashlib.sha256(key.encode()).hexdigest()[:16]
     found = collect_resumable(
         tools.detector,
@@ -204,7 +205,7 @@ def _features(
     return found, folder
 
 
-def _while_the_others_wait(records: Iterable[report.Record]) -> Iterable[report.Record]:
+def while_the_others_wait(records: Iterable[report.Record]) -> Iterable[report.Record]:
     """The records, which process 0 alone computes, perhaps for minutes."""
     if processes.alone():
         return records
@@ -212,15 +213,6 @@ def _while_the_others_wait(records: Iterable[report.Record]) -> Iterable[report.
     compute = functools.partial(computed.extend, records)
     processes.from_leader("computing the metrics", compute, METRICS_LIMIT)
     return computed
-
-
-def _check_size(where: str, generator: generate.Generator, tools: Tools) -> None:
-    if tools.detector.image_shape not in (None, tuple(generator.image_shape)):
-        raise UserError(
-            f"{where} makes images of {generator.image_shape} (height, width, channels); the "
-            f"reference's {tools.detector.name} features are of {tools.detector.image_shape}. "
-            "Choose a reference of its data set."
-        )
 
 
 def _labels(where: str, step: int | None, plan: Plan, network: interop.Pretrained) -> report.Record:
@@ -274,7 +266,9 @@ def judge_all(root: str, plan: Plan, tools: Tools, *, follow: bool) -> Iterator[
             report.say(summarise(Path(root), find_runs(root), plan, tools))
         if complete:
             return
-        sleep(POLL_SECONDS)
+        for _ in range(int(POLL_SECONDS)):
+            sleep(1.0)
+            pause_point()
 
 
 def _look(
@@ -320,7 +314,8 @@ def saved_steps(run: Path) -> list[int]:
 def finished(run: Path) -> bool:
     """Whether a run's last checkpoint is there, so that no new one will come."""
     train, steps = factory.config_from_dict(workdir.read_config(run)).train, saved_steps(run)
-    return bool(steps) and steps[-1] * train.batch_size >= train.total_images
+    # An imported network has step 0 alone, and is not trained on by itself.
+    return steps == [0] or (bool(steps) and steps[-1] * train.batch_size >= train.total_images)
 
 
 def _known(run: str) -> dict[str, report.Record]:

@@ -75,8 +75,7 @@ def _gather(
     try:
         with bar:
             for features, logits in extract(detector, batches, mesh=mesh):
-                if not alone():
-                    pause_point()
+                pause_point()
                 store.append(features, logits)  # first: rows without sums are cut off again
                 moments.add(features)
                 bar.update(len(features))

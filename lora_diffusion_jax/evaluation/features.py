@@ -50,8 +50,11 @@ class Detector:
 
     @functools.cached_property
     def hash(self) -> str:
-        """First 16 hex digits of the SHA-256 of the weights: names, shapes and values."""
-        return tree_hash(self.variables)
+        """First 16 hex digits of the SHA-256 of the detector's name and its weights.
+
+        The name, since the two Inception detectors differ in their resizing alone.
+        """
+        return tree_hash({self.name: self.variables})
 
     @functools.cached_property
     def _compiled(self) -> Callable[[PyTree, jax.Array], tuple[jax.Array, jax.Array]]:

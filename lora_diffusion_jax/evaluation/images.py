@@ -121,4 +121,4 @@ def source_batches(
 def newest_change(path: str | os.PathLike[str]) -> int:
     """When a file, or anything below a folder, last changed: nanoseconds since 1970."""
     paths = [Path(path), *Path(path).rglob("*")]
-    return max(p.stat().st_mtime_ns for p in paths)
+    return max(p.lstat().st_mtime_ns for p in paths)  # links may lead nowhere

@@ -13,7 +13,7 @@ from lora_diffusion_jax.evaluation.dinov2 import load_dinov2
 from lora_diffusion_jax.evaluation.features import Detector
 from lora_diffusion_jax.evaluation.inception import load_inception, present_weights
 from lora_diffusion_jax.evaluation.inception_network import POOL_DIM
-from lora_diffusion_jax.evaluation.report import code_version, describe
+from lora_diffusion_jax.evaluation.report import code_version, describe, say
 from lora_diffusion_jax.evaluation.statistics import Reference
 
 FEATURES = ("auto", "edm", "pytorch-fid", "dinov2", "classifier", "rotation")
@@ -100,6 +100,11 @@ def _detector_for(
         )
     if own is not None and wanted in ("auto", own.name):
         return own
+    if wanted == "auto" and "features" not in reference.meta:
+        say(
+            "the reference does not name its features, and is taken to be of EDM's; pytorch-fid's own "
+            "are told by --features=pytorch-fid"
+        )
     if wanted == "auto" and made_with in INCEPTION_DETECTORS:
         return load_inception(inception, INCEPTION_DETECTORS[made_with])
     if wanted == "auto" and str(made_with).startswith("dinov2"):

@@ -121,16 +121,16 @@ def check_reference(reference: Reference, detector: Detector, metrics: Sequence[
             f"The reference was made with {made_with} features, not with {detector.name}. Leave "
             "--features out, or make a reference with it."
         )
+    if "is" in metrics and not detector.has_classes:
+        raise UserError(
+            f"The Inception Score needs classes, which the {detector.name} features do not have. "
+            "Leave `is` out of --metrics."
+        )
     hashed = reference.meta.get("detector_hash")
     if hashed and hashed != detector.hash:
         raise UserError(
             f"The reference was made with other weights: detector hash {hashed} there, "
             f"{detector.hash} here. Use the same weights file for both."
-        )
-    if "is" in metrics and not detector.has_classes:
-        raise UserError(
-            f"The Inception Score needs classes, which the {detector.name} features do not have. "
-            "Leave `is` out of --metrics."
         )
 
 

@@ -2,8 +2,9 @@
 
 import dataclasses
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.evaluation import report
 from lora_diffusion_jax.evaluation.collect import FeatureSet
 from lora_diffusion_jax.evaluation.features import Detector
@@ -36,6 +37,15 @@ class Tools:
     def check_counts(self, count: int) -> None:
         """Raises UserError where `count` images are too few for a metric."""
         report.check_counts(self.metrics, count, self.reference)
+
+    def check_shape(self, shape: Sequence[int], where: str) -> None:
+        """Raises UserError where images (height, width, channels) are not of the reference's shape."""
+        theirs = self.reference.meta.get("image_shape") or self.detector.image_shape
+        if theirs is not None and tuple(theirs) != tuple(shape):
+            raise UserError(
+                f"{where} has images of {tuple(shape)} (height, width, channels); the reference "
+                f"{self.path} is of {tuple(theirs)}. Choose a reference of the same data set."
+            )
 
     def names(self, count: int) -> list[str]:
         """The names of all numbers that `count` images give."""

@@ -81,7 +81,8 @@ def _check_numbers(config: ConfigDict) -> None:
     counts = [f"train.{f}" for f in ("batch_size", "total_images")]
     counts += [f"model.{f}" for f in ("channels", "num_blocks", "channel_mult_emb")]
     ranges = dict.fromkeys([*counts, "sampler.batch_size"], (1, float("inf")))
-    ranges |= dict.fromkeys(("train.microbatch", "eval.num_samples"), (0, float("inf")))
+    unlimited = ("train.microbatch", "eval.num_samples", "eval.final_num_samples", "eval.num_steps")
+    ranges |= dict.fromkeys(unlimited, (0, float("inf")))
     ranges["train.seed"] = (0, 2**32 - 1)  # JAX would drop what lies above
     for name, (low, high) in ranges.items():
         group, field = name.split(".")

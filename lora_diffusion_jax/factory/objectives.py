@@ -7,9 +7,11 @@ from typing import NamedTuple
 import jax
 from ml_collections import ConfigDict
 
+from lora_diffusion_jax import default_config
 from lora_diffusion_jax.array_types import Images, Key, Labels, PyTree, Variables
 from lora_diffusion_jax.data import augment as augmentation
 from lora_diffusion_jax.diffusion import losses, precond, samplers, schedules
+from lora_diffusion_jax.errors import UserError
 
 
 class Objective(NamedTuple):
@@ -97,8 +99,6 @@ def build_sampler(config: ConfigDict, denoiser: precond.Denoiser) -> Callable[..
         "sigma_max": min(high, denoiser.sigma_max),
         "round_sigma": denoiser.round_sigma,
     }
-    if not ablation:
-        return functools.partial(samplers.edm_sampler, **settings)
     own = (
         "solver",
         "discretization",
@@ -110,4 +110,13 @@ def build_sampler(config: ConfigDict, denoiser: precond.Denoiser) -> Callable[..
         "c_2",
         "m",
     )
+    if not ablation:
+        usual = default_config.base().sampler
+        unused = [f"sampler.{field}={s[field]}" for field in own if s[field] != usual[field]]
+        if unused:
+            raise UserError(
+                f"{', '.join(unused)} would be without effect: sampler.name=edm has no such choice. "
+                "Set sampler.name=ablation, or leave it out."
+            )
+        return functools.partial(samplers.edm_sampler, **settings)
     return functools.partial(samplers.ablation_sampler, **settings, **{f: s[f] for f in own})

@@ -26,12 +26,15 @@ def override(config: ConfigDict, arguments: Sequence[str]) -> ConfigDict:
         group = config
         for parent in parents:
             group = group.get(parent) if isinstance(group, ConfigDict) else None
-        if not isinstance(group, ConfigDict) or field not in group:
+        if not isinstance(group, ConfigDict) or isinstance(group.get(field), ConfigDict):
+            raise UserError(f"{argument}: {name} is no single field of the config.")
+        if field not in group:
             raise UserError(f"{argument}: the config has no field {name}.")
         kind = type(group[field])
+        wanted = "a number or None" if group[field] is None else f"a value of type {kind.__name__}"
         try:
-            value = text if kind is str else ast.literal_eval(text)
-            group[field] = float(text) if kind is float else value
+            read = {str: str, float: float}.get(kind, ast.literal_eval)
+            group[field] = read(text)
         except (ValueError, SyntaxError, TypeError) as error:
-            raise UserError(f"{argument}: expected a value of type {kind.__name__}.") from error
+            raise UserError(f"{argument}: expected {wanted}.") from error
     return config

@@ -261,6 +261,8 @@ def test_follow_waits_for_new_checkpoints(capsys, reference, tmp_path, monkeypat
     run = write_run(tmp_path / "run", steps=(5,))
 
     def train_on(seconds):
+        if (run / "checkpoints" / "10").exists():
+            return
         other = write_run(tmp_path / "later", steps=(10,))
         (other / "checkpoints" / "10").rename(run / "checkpoints" / "10")
 
@@ -285,7 +287,7 @@ BAD = {
     "channels first": (CALC + "{first}", "images.transpose(0, 2, 3, 1)"),
     "integers": (CALC + "{ints}", "images.astype(numpy.uint8)"),
     "an array alone": (CALC + "{npy}", "a single .npy array"),
-    "another size": (CALC + "{large}", "made for 8x8x1"),
+    "another size": (CALC + "{large}", "is of (8, 8, 1)"),
     "one image to judge": (CALC + "{one}", "at least 2"),
     "images as reference": (JUDGE + "{npz}", "no reference statistics"),
     "reference as images": (CALC + "{ref}", "Pass it with --ref"),

@@ -74,6 +74,7 @@ def test_contract(detectors, weights_file):
     assert features(images).dtype == np.float32
     assert features.details["verified"] == 0
     assert features.hash == detectors["edm"].hash
+    assert features.hash != detectors["pytorch-fid"].hash  # the same weights, other features
 
 
 def test_gray_images_become_three_equal_channels():

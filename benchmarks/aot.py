@@ -97,7 +97,12 @@ def lower_step(config: ConfigDict, mesh: Mesh, num_images: int) -> jax.stages.Lo
         return state.create_state(variables, optimizer, factory.trainable(config))
 
     batch = config.train.batch_size
-    sharding.check_batch_size(batch, mesh, config.train.microbatch or None)
+    if config.train.microbatch:
+        raise UserError(
+            "train.microbatch makes a loop, whose FLOP XLA counts once; leave it out, and take a "
+            "smaller --batch for the memory of a part."
+        )
+    sharding.check_batch_size(batch, mesh)
     data, item = _data_shapes(config, batch, num_images)
     return step.lower_step(
         factory.build_step(config, denoiser, mesh),

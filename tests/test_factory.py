@@ -323,3 +323,14 @@ def test_sizes_come_from_the_data_set_or_agree_with_it():
         factory.complete(tiny(**open_sizes), Pictures((9, 8, 1)))
     with pytest.raises(UserError, match="channels=1"):
         factory.complete(tiny(), Pictures((8, 8, 3)))
+
+
+def test_sampler_settings_without_effect_are_errors() -> None:
+    config = tiny()
+    denoiser = factory.build_denoiser(config)
+    factory.build_sampler(config, denoiser)
+    config.sampler.solver = "euler"
+    with pytest.raises(UserError, match=r"sampler\.solver=euler would be without effect"):
+        factory.build_sampler(config, denoiser)
+    config.sampler.name = "ablation"
+    factory.build_sampler(config, denoiser)

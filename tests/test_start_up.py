@@ -42,7 +42,8 @@ def test_it_is_on_by_default_survives_cut_entries_and_can_be_turned_off(tmp_path
     for path, data in whole.items():  # as a kill or a full disk leaves them
         path.write_bytes(data[: len(data) // 2])
     assert start(XDG_CACHE_HOME=tmp_path) == (lines, "")
-    assert {path: path.stat().st_size for path in whole} == {p: len(d) for p, d in whole.items()}
+    for path, data in whole.items():  # made anew; the compiler may take a few bytes more or less
+        assert path.stat().st_size > 0.9 * len(data)
     lines, errors = start(XDG_CACHE_HOME=tmp_path / "off", JAX_ENABLE_COMPILATION_CACHE="0")
     assert lines == ["", "45.0"]
     assert not (tmp_path / "off").exists()

@@ -1,9 +1,10 @@
 """Where generated images go: a folder, a .npz, or one picture of all; a kill loses none that is done."""
 
+import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -73,7 +74,7 @@ class _Folder:
             # What an earlier result left under these names must not pass for this one's.
             for name in ["dataset.json", *map(self._name, seeds)]:
                 (folder / name).unlink(missing_ok=True)
-            _write_whole(self.state, identity)
+            _write_text(self.state, identity)
         there = set(os.listdir(folder))
         self.done = np.array([self._name(seed) in there for seed in seeds])
 
@@ -91,7 +92,7 @@ class _Folder:
             if label != NO_LABEL
         ]
         text = json.dumps({"labels": labels or None, "about": dict(about)})
-        _write_whole(self.folder / "dataset.json", text)
+        _write_text(self.folder / "dataset.json", text)
         self.state.unlink()
         _unlock(self.lock, self.folder / ".lock")
 
@@ -122,7 +123,7 @@ class _File:
         else:
             self.state.unlink(missing_ok=True)  # first: images of another identity must not stay
             self.images.write_bytes(b"")
-            _write_whole(self.state, identity)
+            _write_text(self.state, identity)
         os.truncate(self.images, count * int(np.prod(image_shape)))
         self.done = np.arange(len(seeds)) < count
 
@@ -141,10 +142,8 @@ class _File:
             write_png(self.path, grid(images, columns))
         else:
             whole = Batch(images, self.seeds, self.labels)
-            partial = self.path.with_name(self.path.name + ".partial")
-            with partial.open("wb") as file:
+            with _whole_or_not(self.path) as partial, partial.open("wb") as file:
                 np.savez_compressed(file, **whole._asdict(), about=json.dumps(dict(about)))
-            partial.replace(self.path)
         self.images.unlink()
         self.state.unlink()
         _unlock(self.lock, self._lock_path)
@@ -167,11 +166,17 @@ def _unlock(file: TextIO, lock: Path) -> None:
     file.close()
 
 
-def _write_whole(path: Path, text: str) -> None:
-    """Writes a file that appears whole or not at all."""
+@contextlib.contextmanager
+def _whole_or_not(path: Path) -> Iterator[Path]:
+    """Gives where to write a file that gets its own name when it is whole."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
+    yield partial
     partial.replace(path)
+
+
+def _write_text(path: Path, text: str) -> None:
+    with _whole_or_not(path) as partial:
+        partial.write_text(text)
 
 
 def to_pil(image: np.ndarray) -> Image.Image:
@@ -198,6 +203,5 @@ def grid(images: np.ndarray, columns: int, *, least_side: int = 48, gap: int = 4
 def write_png(path: Path, image: np.ndarray) -> None:
     """Writes one uint8 image as a PNG that appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".partial")
-    to_pil(image).save(temporary, format="PNG")
-    os.replace(temporary, path)
+    with _whole_or_not(path) as partial:
+        to_pil(image).save(partial, format="PNG")

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from lora_diffusion_jax.array_types import PyTree, Source
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.evaluation.features import Detector, cache_folder
+from lora_diffusion_jax.evaluation.files import replacing
 
 ROTATIONS = 4
 
@@ -298,14 +299,9 @@ def _read_cache(path: Path) -> PyTree | None:
 
 def _write_cache(path: Path, params: PyTree) -> None:
     flat = {"/".join(names): np.asarray(value) for names, value in flatten_dict(params).items()}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with replacing(path) as temporary:
             save_file(flat, temporary)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(
             f"Cannot write the feature network to {path.parent}: {error.strerror}. Set "

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.evaluation.files import replacing
 from lora_diffusion_jax.evaluation.report import Record, is_score, to_line
 
 FOLDER = "evaluation"  # inside a workdir
@@ -134,10 +135,5 @@ def plot(runs: Mapping[str, Sequence[Record]], metric: str, path: Path) -> None:
     axes.grid(alpha=0.3)
     if len(chosen) > 1:
         axes.legend(fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 from lora_diffusion_jax.array_types import PyTree
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.evaluation.features import Detector, cache_folder, tree_hash
+from lora_diffusion_jax.evaluation.files import replacing
 from lora_diffusion_jax.evaluation.inception_network import (
     BLOCKS,
     POOL_DIM,
@@ -96,22 +97,18 @@ def find_weights(path: str | os.PathLike[str] | None = None) -> Path:
 
 
 def _download(target: Path) -> Path:
-    partial = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(URL, timeout=30) as answer, partial.open("wb") as file:
-            shutil.copyfileobj(answer, file)
-        found = sha256_of(partial)
-        if found != FILE_SHA256:
-            raise UserError(f"What {URL} gave has the sha256 {found}. {WHERE_TO_PUT_IT}")
-        partial.replace(target)
+        with replacing(target) as partial:
+            with urllib.request.urlopen(URL, timeout=30) as answer, partial.open("wb") as file:
+                shutil.copyfileobj(answer, file)
+            found = sha256_of(partial)
+            if found != FILE_SHA256:
+                raise UserError(f"What {URL} gave has the sha256 {found}. {WHERE_TO_PUT_IT}")
     except (urllib.error.URLError, OSError) as error:
         raise UserError(
             f"The Inception weights are not here and cannot be downloaded ({error}). "
             f"{WHERE_TO_PUT_IT}"
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)
     return target
 
 

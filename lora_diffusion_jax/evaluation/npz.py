@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.evaluation.files import replacing
 
 MAGIC = {b"\x93NUMPY": "a single .npy array", b"\x80": "a pickle", b"\x89PNG": "a PNG"}
 
@@ -51,15 +52,9 @@ def _kind(path: Path) -> str:
 def write_npz(path: str | os.PathLike[str], arrays: dict[str, np.ndarray]) -> None:
     """Writes an npz through a temporary file beside it, so that a kill leaves no half file."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("wb") as file:
-                np.savez(file, **arrays)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, **arrays)
     except OSError as error:
         raise UserError(_unwritable(path, error)) from error
 

@@ -305,8 +305,9 @@ def sample(
     seeds = generate.check_seeds(seeds)
     labels = generator.choose_labels(seeds, classes)
     out = Path(out)
-    _check_out(out, seeds, generator.num_classes if class_id == "all" else 0)
-    columns = len(seeds) // generator.num_classes if class_id == "all" else 0
+    rows = generator.num_classes if class_id == "all" else 0
+    _check_out(out, seeds, rows)
+    columns = len(seeds) // rows if rows else 0
     identity = json.dumps({**about, "of": tree_hash((run.variables, seeds, labels))})
     opened: list[outputs.Output] = []  # in process 0
 

@@ -104,7 +104,7 @@ class Checkpoints:
         Raises:
             UserError: the folder is gone (orbax would make a new one), or cannot be written.
         """
-        if jax.process_index() == 0 and not self.directory.is_dir():
+        if processes.is_leader() and not self.directory.is_dir():
             raise gone(self.directory)
         if step in self.manager.all_steps():
             return

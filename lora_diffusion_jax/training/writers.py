@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tqdm import tqdm
 
+from lora_diffusion_jax import processes
 from lora_diffusion_jax.training.metrics import check_names
 from lora_diffusion_jax.training.workdir import gone, plain_disk_errors, write_atomically
 
@@ -39,7 +39,7 @@ class Writers:
     def __init__(self, directory: Path, step: int, images: int):
         self.path = directory / METRICS
         self.lines, self.events = None, None
-        if jax.process_index() != 0:
+        if not processes.is_leader():
             return
         with plain_disk_errors(directory):
             _drop_after(self.path, step)
@@ -150,7 +150,7 @@ def _drop_after(path: Path, step: int) -> None:
 
 def say(text: str) -> None:
     """Prints a line in process 0, above a bar where there is one."""
-    if jax.process_index() == 0:
+    if processes.is_leader():
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
 
@@ -165,7 +165,7 @@ class Progress:
     """
 
     def __init__(self, total: int, done: int = 0, quiet: bool = False):
-        self.silent = quiet or jax.process_index() != 0
+        self.silent = quiet or not processes.is_leader()
         self.total, self.done, self.first = total, done, done
         self.started: float | None = None  # when the first step was done
         self.spoke = time.monotonic()

@@ -19,12 +19,13 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_diffusion_jax import judging, processes, start_up
+from lora_diffusion_jax import compile_cache, judging, processes
 from lora_diffusion_jax.array_types import Source
 from lora_diffusion_jax.data.sources import open_source
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.evaluation import classifier, history, images, report
 from lora_diffusion_jax.evaluation.collect import FeatureSet, collect_resumable, forget
+from lora_diffusion_jax.evaluation.evaluator import Tools, prepare
 from lora_diffusion_jax.evaluation.features import Detector, cache_folder
 from lora_diffusion_jax.evaluation.npz import check_target
 from lora_diffusion_jax.evaluation.references import (
@@ -35,7 +36,6 @@ from lora_diffusion_jax.evaluation.references import (
 )
 from lora_diffusion_jax.evaluation.report import say
 from lora_diffusion_jax.evaluation.statistics import save_reference
-from lora_diffusion_jax.evaluation.tools import Tools, prepare
 from lora_diffusion_jax.processes.interrupts import Interrupted, Interrupts
 
 
@@ -247,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if args.overrides and args.verb in ("ref", "calc"):
                 raise UserError(f"{args.overrides[0]} is not an option of {args.verb}.")
             join(args)
-            start_up.use_compilation_cache()
+            compile_cache.use_compilation_cache()
             with processes.ending_together():
                 interrupts.cut_short(functools.partial(VERBS[args.verb], args))
         except UserError as error:

@@ -88,17 +88,17 @@ def need(*names: str) -> None:
 
 def run(_: list[str]) -> int:
     """Joins the other processes, if there are any, and does what --mode says; the exit status."""
-    from lora_diffusion_jax import processes, start_up
+    from lora_diffusion_jax import compile_cache, processes
 
     logging.set_verbosity(logging.WARNING)
     if FLAGS.mode == "doctor":
-        from lora_diffusion_jax import doctor
+        from lora_diffusion_jax.modes import doctor
 
         return doctor.examine(FLAGS.config, FLAGS.workdir)
     address, count, index = FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id
     limit = FLAGS.process_timeout
     processes.join(address, count, index, detect=FLAGS.distributed, limit=limit)
-    start_up.use_compilation_cache()
+    compile_cache.use_compilation_cache()
     with processes.ending_together():
         told = {name: FLAGS[name].value for name in ("mode", *ARGUMENTS)}
         if FLAGS.config:

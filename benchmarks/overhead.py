@@ -27,7 +27,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from lora_diffusion_jax import factory, start_up
+from lora_diffusion_jax import compile_cache, factory
 from lora_diffusion_jax.data.pipeline import Batches
 from lora_diffusion_jax.training import sharding
 from lora_diffusion_jax.training.checkpoint import Checkpoints, to_parts
@@ -196,7 +196,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--data_dir", default="")
     args = parser.parse_args()
-    start_up.use_compilation_cache()
+    compile_cache.use_compilation_cache()
     config, source = open_config(args.config, args.data_dir)
     trainer = Trainer(config, source)
     about = {"benchmark": "overhead", "config": args.config, "batch": config.train.batch_size}

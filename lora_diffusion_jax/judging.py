@@ -13,8 +13,8 @@ from lora_diffusion_jax import experiment, factory, generate, interop, processes
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.evaluation import history, report
 from lora_diffusion_jax.evaluation.collect import FeatureSet, collect_resumable, forget
+from lora_diffusion_jax.evaluation.evaluator import Tools
 from lora_diffusion_jax.evaluation.features import cache_folder, tree_hash
-from lora_diffusion_jax.evaluation.tools import Tools
 from lora_diffusion_jax.factory.overrides import override
 from lora_diffusion_jax.interop.export import is_safetensors, read_export
 from lora_diffusion_jax.processes.interrupts import pause_point

@@ -33,7 +33,7 @@ ALLOWED = {  # part -> parts of the package it may import at module level, besid
 }
 # Libraries that only these parts may import.
 CONFINED = {
-    "ml_collections": {"default_config", "factory", "experiment", "doctor"},
+    "ml_collections": {"default_config", "factory", "experiment", "modes"},
     "tensorflow_datasets": {"data"},
     "orbax": {"training"},
     "safetensors": {"interop", "evaluation"},

@@ -14,7 +14,7 @@ from absl import flags
 from tqdm import tqdm
 
 from lora_diffusion_jax.array_types import Source
-from lora_diffusion_jax.data.base import ImageSource
+from lora_diffusion_jax.data.image_source import ImageSource
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.processes.interrupts import SIGNALS
 

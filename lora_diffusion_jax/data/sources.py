@@ -1,6 +1,6 @@
 """One entrance to all image data: a TFDS name, or a folder or ZIP of images."""
 
-from lora_diffusion_jax.data.base import ImageSource, describe, format_description
+from lora_diffusion_jax.data.image_source import ImageSource, describe, format_description
 from lora_diffusion_jax.data.sources_files import open_files
 from lora_diffusion_jax.data.sources_tfds import open_tfds
 from lora_diffusion_jax.errors import UserError

@@ -9,9 +9,9 @@ from zipfile import BadZipFile
 import numpy as np
 from tqdm import tqdm
 
-from lora_diffusion_jax.data.base import ImageSource, Record, spaced
 from lora_diffusion_jax.data.containers import Container, open_container
 from lora_diffusion_jax.data.decode import describe_shape, read_shape
+from lora_diffusion_jax.data.image_source import ImageSource, Record, spaced
 from lora_diffusion_jax.errors import UserError
 
 _SUFFIXES = (".png", ".jpg", ".jpeg")

@@ -11,8 +11,8 @@ import tensorflow_datasets as tfds
 from google.protobuf import json_format
 
 from lora_diffusion_jax.data import digits
-from lora_diffusion_jax.data.base import ImageSource, Record, spaced
 from lora_diffusion_jax.data.decode import describe_shape, read_shape
+from lora_diffusion_jax.data.image_source import ImageSource, Record, spaced
 from lora_diffusion_jax.errors import UserError
 
 _VERSION = re.compile(r"\d+\.\d+\.\d+")

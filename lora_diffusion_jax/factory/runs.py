@@ -10,8 +10,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from lora_diffusion_jax import generate, interop, lora
-from lora_diffusion_jax.data import base as data_base
-from lora_diffusion_jax.data import pipeline, sources
+from lora_diffusion_jax.data import image_source, pipeline, sources
 from lora_diffusion_jax.default_config import base as default_config
 from lora_diffusion_jax.diffusion import precond
 from lora_diffusion_jax.errors import UserError
@@ -36,7 +35,7 @@ from lora_diffusion_jax.training import (
 )
 
 
-def open_source(config: ConfigDict) -> data_base.ImageSource:
+def open_source(config: ConfigDict) -> image_source.ImageSource:
     """The training images of `config.data`.
 
     Raises:
@@ -51,7 +50,7 @@ def open_source(config: ConfigDict) -> data_base.ImageSource:
     return sources.open_source(d.name, d.data_dir, d.path, d.split, class_folders=d.class_folders)
 
 
-def open_heldout(config: ConfigDict) -> data_base.ImageSource | None:
+def open_heldout(config: ConfigDict) -> image_source.ImageSource | None:
     """Real images that training does not see; None for a folder or ZIP without data.eval_path."""
     d = config.data
     if d.name:
@@ -61,7 +60,7 @@ def open_heldout(config: ConfigDict) -> data_base.ImageSource | None:
     return None
 
 
-def complete(config: ConfigDict, source: data_base.ImageSource) -> ConfigDict:
+def complete(config: ConfigDict, source: image_source.ImageSource) -> ConfigDict:
     """The config with the sizes of its data set filled in.
 
     Raises:
@@ -89,7 +88,7 @@ def complete(config: ConfigDict, source: data_base.ImageSource) -> ConfigDict:
 
 
 def build_batches(
-    config: ConfigDict, source: data_base.ImageSource, mesh: Mesh
+    config: ConfigDict, source: image_source.ImageSource, mesh: Mesh
 ) -> pipeline.Batches:
     """The training batches, of each the rows that this process's devices hold."""
     return pipeline.Batches(

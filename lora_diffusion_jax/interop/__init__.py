@@ -20,7 +20,7 @@ from lora_diffusion_jax.interop.export import (
 )
 from lora_diffusion_jax.interop.infer import infer_architecture
 from lora_diffusion_jax.interop.names import count_parameters
-from lora_diffusion_jax.interop.pickles import read_snapshot, read_torch_state_dict
+from lora_diffusion_jax.readers.pickles import read_snapshot, read_torch_state_dict
 
 __all__ = [
     "Pretrained",

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lora_diffusion_jax.errors import UserError
-from lora_diffusion_jax.interop.machine import shorten, show
+from lora_diffusion_jax.readers.machine import shorten, show
 
 Architecture = dict[str, Any]  # JSON types only; the fields are those of `FIELDS`
 

@@ -8,8 +8,8 @@ import numpy as np
 
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.interop.architecture import Architecture
-from lora_diffusion_jax.interop.machine import shorten
 from lora_diffusion_jax.interop.names import StateDict, iddpm_levels, name_table
+from lora_diffusion_jax.readers.machine import shorten
 
 Variables = dict[str, Any]
 

@@ -26,8 +26,8 @@ from lora_diffusion_jax.interop.convert import (
     to_state_dict,
     to_variables,
 )
-from lora_diffusion_jax.interop.machine import shorten, show
 from lora_diffusion_jax.interop.names import name_table
+from lora_diffusion_jax.readers.machine import shorten, show
 
 FORMAT = "lora_diffusion_jax/1"
 MAX_HEADER = 100_000_000  # bytes, the limit that the safetensors library sets

@@ -8,9 +8,9 @@ import numpy as np
 
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.interop.architecture import Architecture, check_architecture
-from lora_diffusion_jax.interop.machine import shorten, show
 from lora_diffusion_jax.interop.names import StateDict
-from lora_diffusion_jax.interop.pickles import ModuleNode
+from lora_diffusion_jax.readers.machine import shorten, show
+from lora_diffusion_jax.readers.pickles import ModuleNode
 
 # Official class -> our name, and its constants: official attribute -> our argument.
 PRECONDS = {

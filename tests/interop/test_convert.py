@@ -19,7 +19,7 @@ from lora_diffusion_jax.interop import (
 )
 from lora_diffusion_jax.interop.convert import split_adapters
 from lora_diffusion_jax.interop.names import iddpm_levels, name_table
-from lora_diffusion_jax.interop.pickles import ModuleNode
+from lora_diffusion_jax.readers.pickles import ModuleNode
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 NAMES = ("edm_lora", "ve_ncsnpp", "iddpm_adm")

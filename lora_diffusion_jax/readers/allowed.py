@@ -4,9 +4,9 @@ from typing import Any
 
 import numpy as np
 
-from lora_diffusion_jax.interop.machine import Budget, Instance, Maker, Refused
-from lora_diffusion_jax.interop.tensors import TENSORS, containers
-from lora_diffusion_jax.interop.torch_files import nested_storage
+from lora_diffusion_jax.readers.machine import Budget, Instance, Maker, Refused
+from lora_diffusion_jax.readers.tensors import TENSORS, containers
+from lora_diffusion_jax.readers.torch_files import nested_storage
 
 PERSISTENCE_VERSION = 6  # of torch_utils.persistence, since 2021
 

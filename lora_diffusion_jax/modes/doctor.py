@@ -20,7 +20,7 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from lora_diffusion_jax import factory, start_up
+from lora_diffusion_jax import compile_cache, factory
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.training import checkpoint, sharding, workdir
 
@@ -79,7 +79,7 @@ def findings(config: ConfigDict | None, directory: str | None) -> Iterator[Findi
     devices = probe()
     yield check_devices(devices, os.environ, accelerators(), plugins)
     yield check_host_memory(*host_memory())
-    yield check_cache(start_up.cache_place(), os.environ)
+    yield check_cache(compile_cache.cache_place(), os.environ)
     if directory is not None:
         yield from check_workdir(Path(directory), _checkpoint_bytes(config) if config else 0)
     if not config:
@@ -244,9 +244,9 @@ def check_cache(place: str, environment: Mapping[str, str]) -> Finding:
         return Finding("compilation cache: off (JAX_ENABLE_COMPILATION_CACHE)")
     if "://" in place:
         return Finding(f"compilation cache: {place}")
-    problem = start_up.writing_problem(Path(place))
-    sizes = [stat.st_size for _, stat in start_up.entries(Path(place))]
-    limit = start_up.max_bytes(environment) / GIB
+    problem = compile_cache.writing_problem(Path(place))
+    sizes = [stat.st_size for _, stat in compile_cache.entries(Path(place))]
+    limit = compile_cache.max_bytes(environment) / GIB
     text = f"compilation cache: {place}, {len(sizes)} programs, {sum(sizes) / GIB:.3f} of {limit:g} GiB"
     wrong = f"It cannot be written ({problem}); set JAX_COMPILATION_CACHE_DIR to another folder."
     return Finding(text, wrong if problem else "")

@@ -8,7 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from lora_diffusion_jax.interop.machine import Budget, Instance, Maker, Refused, check_key
+from lora_diffusion_jax.readers.machine import Budget, Instance, Maker, Refused, check_key
 
 MAX_DIMS = 8
 

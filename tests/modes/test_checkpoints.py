@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from lora_diffusion_jax import factory, lora
-from tests.main.running import run, train
+from tests.modes.running import run, train
 
 
 def test_export_and_import_keep_every_bit(workdir, tmp_path):

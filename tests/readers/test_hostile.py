@@ -14,9 +14,9 @@ import pytest
 
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.interop.infer import infer_architecture
-from lora_diffusion_jax.interop.pickles import read_snapshot, read_torch_state_dict
-from tests.interop import pickling as p
-from tests.interop.watching import nothing_runs
+from lora_diffusion_jax.readers.pickles import read_snapshot, read_torch_state_dict
+from tests.readers import pickling as p
+from tests.readers.watching import nothing_runs
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 GOOD = GOLDEN / "snapshot_edm_lora.pkl"
@@ -377,7 +377,7 @@ LIMITED = """
 import resource, sys
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.interop.infer import infer_architecture
-from lora_diffusion_jax.interop.pickles import read_snapshot, read_torch_state_dict
+from lora_diffusion_jax.readers.pickles import read_snapshot, read_torch_state_dict
 pages = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (pages + (700 << 20),) * 2)
 resource.setrlimit(resource.RLIMIT_CPU, (60, 60))

@@ -7,12 +7,12 @@ import zlib
 
 import pytest
 
-from lora_diffusion_jax import start_up
+from lora_diffusion_jax import compile_cache
 
 PROGRAM = """
 import jax
-from lora_diffusion_jax import start_up
-print(start_up.use_compilation_cache())
+from lora_diffusion_jax import compile_cache
+print(compile_cache.use_compilation_cache())
 print(jax.jit(lambda x: (x @ x.T).sum())(jax.numpy.ones((3, 5))))
 """
 
@@ -37,7 +37,7 @@ def test_it_is_on_by_default_survives_cut_entries_and_can_be_turned_off(tmp_path
     (place,) = (tmp_path / "lora_diffusion_jax" / "compiled").iterdir()
     assert lines[0] == str(place)
     assert lines[1] == "45.0"
-    whole = {path: path.read_bytes() for path, _ in start_up.entries(place)}
+    whole = {path: path.read_bytes() for path, _ in compile_cache.entries(place)}
     assert whole
     for path, data in whole.items():  # as a kill or a full disk leaves them
         path.write_bytes(data[: len(data) // 2])
@@ -64,7 +64,7 @@ def test_the_least_recently_used_entries_go_first(tmp_path):
         os.utime(path, (1e9 - age, 1e9 - age))
     size = path.stat().st_size
     (tmp_path / "other").write_bytes(b"x" * 9000)
-    start_up.tidy(tmp_path, 2 * size)
+    compile_cache.tidy(tmp_path, 2 * size)
     assert {p.name for p in tmp_path.glob("*")} == {"0-cache", "1-cache", "other", ".checked"}
 
 
@@ -77,4 +77,4 @@ def test_the_least_recently_used_entries_go_first(tmp_path):
     ],
 )
 def test_the_environment_decides(environment, place):
-    assert start_up.cache_place(environment) == place
+    assert compile_cache.cache_place(environment) == place

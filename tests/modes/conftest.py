@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.main.running import train
+from tests.modes.running import train
 
 
 @pytest.fixture(scope="session")

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from lora_diffusion_jax.errors import UserError
-from lora_diffusion_jax.interop.pickles import read_snapshot, read_torch_state_dict
-from tests.interop import pickling as p
-from tests.interop.watching import nothing_runs
+from lora_diffusion_jax.readers.pickles import read_snapshot, read_torch_state_dict
+from tests.readers import pickling as p
+from tests.readers.watching import nothing_runs
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SHARED = Path(__file__).parents[3] / "shared" / "golden"

@@ -4,10 +4,10 @@ import json
 import os
 
 import pytest
-
-from lora_diffusion_jax import doctor
 from lora_diffusion_jax.doctor import Devices
-from tests.main.running import run
+
+from lora_diffusion_jax.modes import doctor
+from tests.modes.running import run
 
 CPU = Devices("cpu", "cpu", (None,))
 GPU = Devices("gpu", "NVIDIA H100", (80 * 2**30,) * 2)

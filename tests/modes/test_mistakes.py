@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.main.running import TINY, run
+from tests.modes.running import TINY, run
 
 MISTAKES = {
     "unknown field": (["--config.train.batchsize=3"], "batchsize"),

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from lora_diffusion_jax.errors import UserError
-from lora_diffusion_jax.interop.allowed import snapshot_globals
-from lora_diffusion_jax.interop.machine import (
+from lora_diffusion_jax.readers.allowed import snapshot_globals
+from lora_diffusion_jax.readers.machine import (
     Budget,
     Cursor,
     Instance,
@@ -23,8 +23,8 @@ from lora_diffusion_jax.interop.machine import (
     shorten,
     show,
 )
-from lora_diffusion_jax.interop.tensors import Tensor, containers
-from lora_diffusion_jax.interop.torch_files import ZIP_MAGIC, read_torch
+from lora_diffusion_jax.readers.tensors import Tensor, containers
+from lora_diffusion_jax.readers.torch_files import ZIP_MAGIC, read_torch
 
 MAX_DEPTH = 32  # modules inside modules
 MAX_MODULES = 20_000

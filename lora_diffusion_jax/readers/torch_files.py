@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_diffusion_jax.interop.machine import (
+from lora_diffusion_jax.readers.machine import (
     Budget,
     Cursor,
     Machine,
@@ -19,7 +19,7 @@ from lora_diffusion_jax.interop.machine import (
     shorten,
     show,
 )
-from lora_diffusion_jax.interop.tensors import STORAGES, TENSORS, Storage, StorageType
+from lora_diffusion_jax.readers.tensors import STORAGES, TENSORS, Storage, StorageType
 
 MAGIC_NUMBER = 0x1950A86A20F9469CFC6C  # the first pickle of a legacy file
 PROTOCOL_VERSION = 1001

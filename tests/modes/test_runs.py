@@ -7,7 +7,7 @@ import time
 import numpy as np
 from PIL import Image
 
-from tests.main.running import run, start, train
+from tests.modes.running import run, start, train
 
 
 def test_a_run_is_a_directory(workdir):

@@ -1,0 +1,20 @@
+"""The purposes of all random keys, and the one way to derive a key.
+
+A random number is a function of (seed, purpose, number): fold_in(fold_in(key(seed), purpose), number),
+where the number counts steps, batches or draws. Images in sampling have their own seeds, so image k is
+the same in any batch. A purpose never changes its number: that would change every run that resumes.
+"""
+
+import jax
+
+INIT = 0  # fresh weights; seed: train.seed
+TRAIN = 1  # number: the step; its sigma, augmentation, noise and dropout are split from it
+LATENT = 2  # unit normal noise that sampling starts from; seed: the image's
+CLASS = 3  # class of a sample for which none was requested; seed: the image's
+CHURN = 4  # noise added by stochastic samplers; seed: the image's, number: the step
+CLASSIFIER = 5  # weights and batches of the feature network; seed: its settings', number: the step
+
+
+def purpose_key(seed: int | jax.Array, purpose: int) -> jax.Array:
+    """The key of one purpose; fold_in with a step, batch or draw gives the numbers of that one."""
+    return jax.random.fold_in(jax.random.key(seed), purpose)

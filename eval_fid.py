@@ -11,15 +11,11 @@
 import argparse
 import functools
 import hashlib
-import json
-import os
-import signal
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_diffusion_jax import compile_cache, judging, processes
+from lora_diffusion_jax import cli, judging, processes
 from lora_diffusion_jax.array_types import Source
 from lora_diffusion_jax.data.sources import open_source
 from lora_diffusion_jax.errors import UserError
@@ -36,14 +32,11 @@ from lora_diffusion_jax.evaluation.references import (
 )
 from lora_diffusion_jax.evaluation.report import say
 from lora_diffusion_jax.evaluation.statistics import save_reference
-from lora_diffusion_jax.processes.interrupts import Interrupted, Interrupts
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.Parser(description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="ref|calc|gen|all")
     ref = verbs.add_parser("ref", help="statistics of a data set, in EDM's npz format")
     ref.add_argument("--data", required=True, help="TFDS name, folder, ZIP or npz of images")
@@ -69,15 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
         verb.add_argument("--features", choices=FEATURES, default="auto")
         verb.add_argument("--inception", help="Inception weights file")
         verb.add_argument("--dinov2", help="DINOv2 weights file")
-        verb.add_argument("--coordinator_address", help="HOST:PORT of process 0, of several")
-        verb.add_argument("--num_processes", type=int, help="how many processes there are")
-        verb.add_argument("--process_id", type=int, help="which of them this is, from 0")
-        verb.add_argument(
-            "--distributed",
-            action=argparse.BooleanOptionalAction,
-            help="find them by TPU pod, Slurm, Open MPI or Kubernetes; default: by Slurm",
-        )
-        verb.add_argument("--process_timeout", type=float, default=300.0, help="seconds of waiting")
+        verb.add_process_flags()
     for verb in (calc, gen, every):
         verb.add_argument("--ref", required=True, help="statistics written by ref, or EDM's")
         verb.add_argument("--metrics", default="fid", help=",".join(report.METRICS))
@@ -224,47 +209,26 @@ def run_all(args: argparse.Namespace) -> None:
         emit(record)
 
 
-def join(args: argparse.Namespace) -> None:
-    """Joins the other processes, if there are any; all must have been given the same arguments."""
-    place = args.coordinator_address, args.num_processes, args.process_id
-    processes.join(*place, detect=args.distributed, limit=args.process_timeout)
-    processes.check_joined()
-    told = {name: value for name, value in vars(args).items() if name != "process_id"}
-    processes.check_same("the command line", json.dumps(told, sort_keys=True))
-
-
 VERBS = {"ref": run_ref, "calc": run_calc, "gen": run_gen, "all": run_all}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a verb; a user's mistake is one plain message and status 2, a signal 128 + its number."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    args, args_overrides = build_parser().parse_known_args(argv)
-    args.overrides = args_overrides
-    warnings.showwarning = lambda message, *_: say(f"warning: {message}")
-    with Interrupts("saving what is done") as interrupts:
-        try:
-            if args.overrides and args.verb in ("ref", "calc"):
-                raise UserError(f"{args.overrides[0]} is not an option of {args.verb}.")
-            join(args)
-            compile_cache.use_compilation_cache()
-            with processes.ending_together():
-                interrupts.cut_short(functools.partial(VERBS[args.verb], args))
-        except UserError as error:
-            if processes.is_leader():  # what the others do not know of has been said before
-                say(f"error: {error}")
-            return 2
-        except Interrupted:
-            number = interrupts.agreed or interrupts.received
-            name = signal.Signals(number).name
-            say(f"stopped by {name}; the same command goes on from here")
-            return 128 + number
-    return 0
+    """Runs the program; returns its exit status."""
+    return cli.run(work, argv)
+
+
+def work(argv: list[str]) -> int:
+    """Runs a verb; returns the exit status."""
+    argv, name, overrides = cli.take_config(argv)
+    args = build_parser().parse_args(argv)
+    args.overrides = overrides
+    if name is not None:
+        raise UserError(f"--config={name}: the network's own config is used; override its fields.")
+    if overrides and args.verb in ("ref", "calc"):
+        raise UserError(f"{overrides[0]}: {args.verb} has no config; gen and all have.")
+    with cli.joined(args):
+        return cli.cut_short(functools.partial(VERBS[args.verb], args), "saving what is done")
 
 
 if __name__ == "__main__":
-    status = main()
-    if status > 128:  # JAX would first finish what the devices are at, perhaps for minutes
-        sys.stdout.flush()
-        os._exit(status)
-    sys.exit(status)
+    sys.exit(main())

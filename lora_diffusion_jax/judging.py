@@ -9,14 +9,15 @@ from time import sleep
 
 import numpy as np
 
-from lora_diffusion_jax import experiment, factory, generate, interop, processes
+from lora_diffusion_jax import factory, generate, interop, processes
+from lora_diffusion_jax.cli import override
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.evaluation import history, report
 from lora_diffusion_jax.evaluation.collect import FeatureSet, collect_resumable, forget
 from lora_diffusion_jax.evaluation.evaluator import Tools
 from lora_diffusion_jax.evaluation.features import cache_folder, tree_hash
-from lora_diffusion_jax.factory.overrides import override
 from lora_diffusion_jax.interop.export import is_safetensors, read_export
+from lora_diffusion_jax.modes.sample import describe
 from lora_diffusion_jax.processes.interrupts import pause_point
 from lora_diffusion_jax.training import checkpoint, workdir
 
@@ -227,7 +228,7 @@ def _labels(where: str, step: int | None, plan: Plan, network: interop.Pretraine
 def _settings(network: interop.Pretrained, weights: str, step: int | None) -> report.Record:
     """How the images are made of the weights."""
     config = network.config
-    about = experiment.about(network, weights, step)
+    about = describe(config, weights, step)
     return {**about, "lora": config.lora.mode, "dtype": config.dtype}
 
 

@@ -2,10 +2,15 @@
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from typing import Any
 
+import flax.traverse_util
+import numpy as np
 from ml_collections import ConfigDict
 
+from lora_diffusion_jax import lora
+from lora_diffusion_jax.array_types import Variables
 from lora_diffusion_jax.default_config import base as default_config
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.factory.checks import choose
@@ -89,6 +94,48 @@ def with_config(loaded: Pretrained, config: ConfigDict) -> Pretrained:
     return dataclasses.replace(
         loaded, denoiser=build_denoiser(config, loaded.variables), config=config
     )
+
+
+def overlay(fresh: Variables, loaded: Variables, origin: str) -> Variables:
+    """Fresh variables with the loaded ones in their places: a base under new adapters, or both.
+
+    Loaded variables may lack adapters, and the scale-and-shift layers (`affine`) of a base may be left
+    over (`only_lora` has none). Everything else must match.
+
+    Args:
+        fresh: the network's own variables.
+        loaded: those of a checkpoint.
+        origin: the checkpoint's name, for messages.
+
+    Raises:
+        UserError: other variables are missing, left over, or of other shapes.
+    """
+    new, old = (flax.traverse_util.flatten_dict(v, sep="/") for v in (fresh, loaded))
+    if "buffers/u" not in new:
+        old.pop("buffers/u", None)  # iDDPM's noise levels: no other preconditioning has them
+    missing = [k for k in new if k not in old and not lora.params.is_adapter(tuple(k.split("/")))]
+    over = [k for k in old if k not in new and "/affine/" not in k]
+    if any("/affine/" in k for k in new):
+        over += [k for k in old if k not in new and "/affine/" in k]
+    shapes = [
+        f"{k} is {old[k].shape} there, {new[k].shape} here"
+        for k in new
+        if k in old and old[k].shape != new[k].shape
+    ]
+    problems = {"it lacks": missing, "left over": over, "other shapes": shapes}
+    listed = [f"{what}: {_shorten(names)}" for what, names in problems.items() if names]
+    if listed:
+        raise UserError(
+            f"init_from={origin} does not match this network; {'; '.join(listed)}. Use the config that "
+            "it was trained with (classes, widths, augmentation, LoRA sizes)."
+        )
+    merged = {k: np.asarray(old[k], v.dtype) if k in old else v for k, v in new.items()}
+    return flax.traverse_util.unflatten_dict(merged, sep="/")
+
+
+def _shorten(names: Sequence[str], limit: int = 4) -> str:
+    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(sorted(names)[:limit]) + rest
 
 
 def config_from_dict(saved: dict[str, Any]) -> ConfigDict:

@@ -1,0 +1,73 @@
+"""Checkpoint files in, safetensors out."""
+
+import os
+from pathlib import Path
+
+from lora_diffusion_jax import files, interop, lora, processes
+from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.factory.networks import SITES, architecture_from_config, image_shape
+from lora_diffusion_jax.factory.pretrained import Pretrained, config_of
+from lora_diffusion_jax.training import checkpoint, workdir, writers
+
+
+def import_checkpoint(
+    source: str | os.PathLike, directory: str | os.PathLike, base: str | None = None
+) -> int:
+    """Turns a checkpoint file into a workdir that sample, train and evaluate accept.
+
+    Args:
+        source: an official snapshot, or a file that --mode=export wrote.
+        directory: the workdir to create.
+        base: for a file of adapters alone, the file or workdir of the network they belong to.
+
+    Returns:
+        Number of parameters.
+
+    Raises:
+        UserError: the file cannot be read, or the workdir already holds a run.
+    """
+    if has_checkpoint(directory):
+        raise UserError(f"{directory} already holds a run; choose another workdir.")
+    loaded = interop.load_pretrained(source, base)
+    params = loaded.variables["params"]
+    weights = checkpoint.SavedWeights(
+        params=params, frozen={}, buffers=loaded.variables.get("buffers", {}), ema=params
+    )
+    with workdir.open_workdir(directory) as path:
+        workdir.reconcile_config(path, config_of(loaded).to_dict(), (), writers.say)
+        with files.disk_errors(path):
+            checkpoint.save_weights(path, weights)
+    return lora.count(params)
+
+
+def export_checkpoint(
+    run: Pretrained, out: str | os.PathLike, *, weights: str, adapters_only: bool
+) -> None:
+    """Writes a run's weights as safetensors with official names, whole or the adapters alone.
+
+    Raises:
+        UserError: the official format cannot express the network, or the file cannot be written.
+    """
+    height, width, _ = image_shape(run.config)
+    if height != width:
+        raise UserError(
+            f"This network makes images of {height}x{width}, but the official format knows square "
+            "images only. Keep the workdir."
+        )
+    if run.config.lora.mode != "baseline" and run.config.lora.sites != SITES:
+        raise UserError(
+            f"lora.sites={run.config.lora.sites!r}, but the official names know adapters at qkv and "
+            f"proj only ({SITES!r}). Keep the workdir."
+        )
+    write = interop.export_adapters if adapters_only else interop.export_network
+    write(out, run.variables, architecture_from_config(run.config), weights=weights)
+
+
+def has_checkpoint(directory: str | os.PathLike) -> bool:
+    """Whether a run has saved anything, as process 0 sees it: file systems may differ for a while."""
+
+    def look() -> bool:
+        exists = (Path(directory) / checkpoint.FOLDER).is_dir()
+        return exists and bool(checkpoint.saved_steps(directory))
+
+    return processes.from_leader("looking for checkpoints", look)

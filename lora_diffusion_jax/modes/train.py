@@ -1,0 +1,167 @@
+"""Training a config in a workdir: what is built, where it starts from, what it shows on the way."""
+
+import functools
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from lora_diffusion_jax import files, generate, interop, outputs, processes
+from lora_diffusion_jax.array_types import Variables
+from lora_diffusion_jax.data.image_source import ImageSource
+from lora_diffusion_jax.diffusion.precond import Denoiser
+from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.experiment import _judge
+from lora_diffusion_jax.factory.checks import check
+from lora_diffusion_jax.factory.data import build_batches, complete, open_source
+from lora_diffusion_jax.factory.networks import build_denoiser, forward_flops, init_variables
+from lora_diffusion_jax.factory.pretrained import Pretrained, load_workdir, overlay
+from lora_diffusion_jax.factory.training import (
+    build_generator,
+    build_mesh,
+    build_optimizer,
+    build_schedule,
+    build_step,
+    trainable,
+)
+from lora_diffusion_jax.modes.checkpoints import has_checkpoint
+from lora_diffusion_jax.processes.interrupts import pause_point
+from lora_diffusion_jax.training import loop, sharding, state, workdir
+from lora_diffusion_jax.training.state import INIT
+
+# Fields that may change when a run is resumed: they decide how long it goes on, how it is computed,
+# and what is shown and kept, but not what it learns.
+RESUMABLE_CHANGES = (
+    *("train.total_images", "train.*_every", "train.keep", "train.max_nonfinite"),
+    *("train.microbatch", "train.remat", "mesh.*", "sampler.*", "eval.*", "init_from"),
+    *("data.name", "data.data_dir", "data.path", "data.eval_*"),  # the fingerprint must agree
+    *("data.workers", "data.memory_limit_gib"),
+)
+# An imported network's config decides its architecture alone; these are open until it is first trained.
+OPEN_AFTER_IMPORT = (
+    *("train.*", "augment.p", "dtype", "model.*dropout"),
+    *("data.fingerprint", "data.image_width", "data.split", "data.class_folders"),
+)
+
+
+def train(config: ConfigDict, directory: str | os.PathLike) -> loop.Result:
+    """Trains a config in a workdir, or resumes the run that is there.
+
+    Raises:
+        UserError: the config, its data or the workdir cannot be used.
+    """
+    check(config)
+    source = open_source(config)
+    config = complete(config, source)
+    if config.dtype == "float16":
+        raise UserError(
+            "Training in float16 would need loss scaling, which does not exist here; use "
+            "dtype=bfloat16 (float16 works for sampling)."
+        )
+    start = starting_point(config, directory)
+    denoiser = build_denoiser(config, start and start.variables)
+    mesh = build_mesh(config)
+    sharding.check_batch_size(config.train.batch_size, mesh, config.train.microbatch or None)
+    return loop.train(
+        directory,
+        config=config.to_dict(),
+        init=initial_state(config, denoiser, None if has_checkpoint(directory) else start),
+        step_fn=build_step(config, denoiser, mesh),
+        batches=build_batches(config, source, mesh),
+        mesh=mesh,
+        schedule=build_schedule(config),
+        seed=config.train.seed,
+        harmless=may_change(directory),
+        callbacks=callbacks(config, directory, denoiser, mesh, source),
+        flops_per_image=3 * forward_flops(config, denoiser),  # the backward pass costs two forwards
+    )
+
+
+def may_change(directory: str | os.PathLike) -> tuple[str, ...]:
+    """Patterns of the fields in which the config may differ from the one in the workdir."""
+    if (Path(directory) / workdir.CONFIG).exists():
+        data = workdir.read_config(directory).get("data", {})
+        if not data.get("fingerprint"):  # imported, and never trained
+            return (*RESUMABLE_CHANGES, *OPEN_AFTER_IMPORT)
+    return RESUMABLE_CHANGES
+
+
+def starting_point(config: ConfigDict, directory: str | os.PathLike) -> Pretrained | None:
+    """The network that a run starts from: None for a fresh one, or for what the checkpoint holds.
+
+    For iDDPM, whose noise levels come with the weights, it is the run's own checkpoint.
+    """
+    if has_checkpoint(directory):
+        return load_workdir(directory) if config.precond.name == "iddpm" else None
+    return interop.load_pretrained(config.init_from) if config.init_from else None
+
+
+def initial_state(config: ConfigDict, denoiser: Denoiser, start: Pretrained | None) -> loop.Init:
+    """The state to begin with: fresh weights, or those of `start` with fresh adapters."""
+    key = state.purpose_key(config.train.seed, INIT)
+    optimizer = build_optimizer(config)
+
+    def fresh() -> (
+        state.TrainState
+    ):  # compiled by the loop, so that every device makes its own part
+        variables = init_variables(config, denoiser, key)
+        return state.create_state(variables, optimizer, trainable(config))
+
+    if start is None:
+        return fresh
+    variables = jax.jit(functools.partial(init_variables, config, denoiser))(key)
+    variables = overlay(variables, start.variables, config.init_from)
+    return state.create_state(variables, optimizer, trainable(config))
+
+
+def callbacks(
+    config: ConfigDict,
+    directory: str | os.PathLike,
+    denoiser: Denoiser,
+    mesh: jax.sharding.Mesh,
+    source: ImageSource,
+) -> dict[str, loop.Callback]:
+    """Grids of samples, and an evaluation that may be quicker on the way than at the end."""
+    generator = build_generator(config, denoiser, mesh)
+
+    def samples(now: state.TrainState, step: int) -> Mapping[str, Any]:
+        picture = sample_grid(generator, state.ema_variables(now))
+        name = f"{step * config.train.batch_size:010d}.png"
+        if processes.is_leader():
+            with files.disk_errors(directory):
+                outputs.write_png(Path(directory) / "samples" / name, picture)
+        return {"samples/grid": picture}
+
+    judge = _judge(config, source)
+    if judge is None:
+        return {"samples": samples}
+    quick_config = config.copy_and_resolve_references()
+    quick_config.sampler.num_steps = config.eval.num_steps or config.sampler.num_steps
+    quick = build_generator(quick_config, denoiser, mesh)
+
+    def evaluate(now: state.TrainState, step: int) -> Mapping[str, Any]:
+        last = step * config.train.batch_size >= config.train.total_images
+        # Metrics of one name must come from one sampler: the full one is used only with a number of
+        # samples of its own, which is part of the name.
+        full = last and config.eval.final_num_samples > 0
+        count = config.eval.final_num_samples if full else config.eval.num_samples
+        batches = (generator if full else quick).batches(
+            state.ema_variables(now), range(count), between=pause_point
+        )
+        return {f"eval/{k}": v for k, v in judge((b.images for b in batches), count).items()}
+
+    return {"samples": samples, "eval": evaluate}
+
+
+def sample_grid(
+    generator: generate.Generator, variables: Variables, *, columns: int = 8, rows: int = 10
+) -> np.ndarray:
+    """A uint8 picture of samples: a row per class, for up to `rows` classes, or `rows` rows."""
+    rows = min(rows, generator.num_classes) if generator.num_classes else rows
+    classes = np.repeat(np.arange(rows), columns) if generator.num_classes else None
+    batches = generator.batches(variables, range(rows * columns), classes, between=pause_point)
+    return outputs.grid(np.concatenate([b.images for b in batches]), columns)

@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from absl import flags
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags import config_path
 
@@ -25,46 +26,47 @@ from lora_diffusion_jax import compile_cache, default_config, processes
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.processes.interrupts import Interrupted, Interrupts
 
-# Packaged configs: inside an installed package, beside it in a checkout.
-CONFIG_FOLDERS = tuple(Path(__file__).parent / folder for folder in ("configs", "../configs"))
-PROCESS_FLAGS = ("coordinator_address", "num_processes", "process_id", "distributed")
-PROCESS_FLAGS += ("process_timeout",)
-
+# Packaged configs lie inside an installed package, and beside it in a checkout.
+CONFIG_FOLDERS = (Path(__file__).parent / "configs", Path(__file__).parents[1] / "configs")
+PROCESS_FLAGS = {
+    "coordinator_address": "HOST:PORT of process 0",
+    "num_processes": "how many there are",
+    "process_id": "this one's number, from 0",
+    "distributed": "find the others by TPU pod, Slurm, Open MPI or Kubernetes; default: within Slurm",
+    "process_timeout": "seconds that processes wait for one another; default: 300",
+}
 _CONFIG_ARGUMENT = re.compile(r"--?(no)?config(?:\.([^=]*))?(?:=(.*))?", re.DOTALL)
 
 
 def run(work: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> int:
-    """Calls `work` with the command line as a program does, and returns the exit status.
+    """Calls `work` with a command line, and returns the exit status of the program.
 
-    That is what `work` returns, 2 after a UserError, or 130 after Ctrl-C.
+    That is what `work` returns, 2 after a user's mistake, or 130 after Ctrl-C.
 
     Args:
         work: the program.
-        argv: its arguments. None: those of this process, which a signal then ends at once.
+        argv: its arguments; None: those of this process, which then exits at once after a signal.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
         status = work(sys.argv[1:] if argv is None else list(argv))
     except UserError as error:
-        if processes.is_leader():  # an error of another process alone is already printed there
+        if processes.is_leader():  # the mistake of another process alone is printed there
             print(f"error: {error}", file=sys.stderr)
         status = 2
-    except ModuleNotFoundError as error:  # the core is installed without the extras
+    except ModuleNotFoundError as error:
         if (error.name or "").startswith(__package__):
             raise
-        print(
-            f"error: the package {error.name} is not installed; "
-            "pip install 'lora_diffusion_jax[train,eval]'",
-            file=sys.stderr,
-        )
+        advice = "pip install 'lora_diffusion_jax[train,eval]'"
+        print(f"error: the package {error.name} is not installed; {advice}", file=sys.stderr)
         status = 2
-    except KeyboardInterrupt:  # there was nothing to save yet
+    except KeyboardInterrupt:  # before there was anything to save
         print("interrupted; rerun the same command to continue", file=sys.stderr)
         status = 130
     if argv is None and status > 128 and processes.alone():
-        # An ordinary exit waits for what the devices are doing, perhaps for minutes. Several
-        # processes need it nevertheless, to leave one another.
+        # An ordinary exit would wait for what the devices are doing, perhaps for minutes. Several
+        # processes need it nevertheless, to leave one another in order.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -84,13 +86,8 @@ def joined(args: argparse.Namespace, config: ConfigDict | None = None) -> Iterat
     Raises:
         UserError: a process is missing, or was given another command line.
     """
-    processes.join(
-        args.coordinator_address,
-        args.num_processes,
-        args.process_id,
-        detect=args.distributed,
-        limit=args.process_timeout,
-    )
+    place = args.coordinator_address, args.num_processes, args.process_id
+    processes.join(*place, detect=args.distributed, limit=args.process_timeout)
     compile_cache.use_compilation_cache()
     with processes.ending_together():
         processes.check_joined()
@@ -105,7 +102,7 @@ def cut_short(work: Callable[[], Any], doing: str = "stopping; finished work is 
     """Calls `work`, which a signal interrupts; returns 0, or 128 + the signal's number.
 
     Args:
-        work: may be rerun to continue where it was interrupted.
+        work: called again, it continues where it was interrupted.
         doing: what is printed when a signal arrives.
     """
     with Interrupts(doing) as interrupts:
@@ -134,49 +131,35 @@ class Parser(argparse.ArgumentParser):
         """Raises UserError instead of exiting."""
         raise UserError(f"{message}. See {self.prog} --help.")
 
-    def add_switch(self, name: str, default: bool | None, help: str) -> None:
+    def add_switch(self, name: str, default: bool | None, text: str) -> None:
         """Adds --name and --noname."""
-        self.add_argument(f"--{name}", action="store_true", default=default, help=help)
-        for no in ("no", "no-"):
-            self.add_argument(
-                f"--{no}{name}", action="store_false", dest=name, help=argparse.SUPPRESS
-            )
+        self.add_argument(f"--{name}", action="store_true", default=default, help=text)
+        no = {"action": "store_false", "dest": name, "help": argparse.SUPPRESS}
+        self.add_argument(f"--no{name}", f"--no-{name}", **no)
 
     def add_process_flags(self) -> None:
         """Adds what `joined` needs."""
-        group = self.add_argument_group("several processes")
-        group.add_argument("--coordinator_address", metavar="HOST:PORT", help="of process 0")
-        group.add_argument("--num_processes", type=int, metavar="N", help="how many there are")
-        group.add_argument("--process_id", type=int, metavar="I", help="this one's number, from 0")
-        self.add_switch(
-            "distributed",
-            None,
-            "find the others by TPU pod, Slurm, Open MPI or Kubernetes; default: within Slurm",
-        )
-        group.add_argument(
-            "--process_timeout",
-            type=float,
-            default=300.0,
-            metavar="SECONDS",
-            help="how long processes wait for one another; default: 300",
-        )
+        types = {"num_processes": int, "process_id": int, "process_timeout": float}
+        for name, text in PROCESS_FLAGS.items():
+            if name == "distributed":
+                self.add_switch(name, None, text)
+            else:
+                self.add_argument(f"--{name}", type=types.get(name, str), help=text)
+        self.set_defaults(process_timeout=300.0)
 
     def add_config_help(self) -> None:
         """Adds --helpfull, and lines on the arguments that `take_config` takes."""
-        line = {"default": argparse.SUPPRESS, "action": "store_true"}
-        group = self.add_argument_group("config")
-        group.add_argument(
-            "--config=FILE", **line, help="a config file, or the name of one of ours"
-        )
-        group.add_argument("--config.GROUP.FIELD=VALUE", **line, help="override a field")
-        group.add_argument("--helpfull", action=_HelpFull, nargs=0, help="list all config fields")
+        line = {"action": "store_true", "default": argparse.SUPPRESS}
+        self.add_argument("--config=FILE", **line, help="a config file, or the name of one of ours")
+        self.add_argument("--config.GROUP.FIELD=VALUE", **line, help="override a field")
+        self.add_argument("--helpfull", action=_HelpFull, nargs=0, help="list all config fields")
 
 
 class _HelpFull(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         parser.print_help()
         print("\nconfig fields and their defaults:")
-        for name, value in _flatten(default_config.base()).items():
+        for name, value in flatten_dict(default_config.base().to_dict(), sep=".").items():
             print(f"  --config.{name}={value}")
         parser.exit()
 
@@ -184,14 +167,13 @@ class _HelpFull(argparse.Action):
 def take_config(argv: Sequence[str]) -> tuple[list[str], str | None, list[str]]:
     """Takes the config's arguments out of a command line.
 
-    `--config.a.b value` and, for booleans, `--config.a.b` and `--noconfig.a.b` are understood as well.
+    `--config.a.b value` and, for booleans, `--config.a.b` and `--noconfig.a.b` work as well.
 
     Returns:
         The other arguments; the value of --config or None; and overrides as `--config.a.b=value`, one
-        per field: of several for the same field, the last.
+        per field: the last that was given.
     """
-    left, others = list(argv), []
-    name, overrides = None, {}
+    left, others, name, overrides = list(argv), [], None, {}
     while left:
         argument = left.pop(0)
         match = _CONFIG_ARGUMENT.fullmatch(argument)
@@ -199,18 +181,18 @@ def take_config(argv: Sequence[str]) -> tuple[list[str], str | None, list[str]]:
             others.append(argument)
             continue
         no, field, value = match.groups()
-        if value is None and no:
+        if no:
             value = "false"
         elif value is None and left and not left[0].startswith("--"):
             value = left.pop(0)
         elif value is None and field:
             value = "true"
-        if value is None:
-            raise UserError("--config needs a value: a file, or the name of a packaged config.")
-        if field is None:
+        if field:
+            overrides[field] = f"--config.{field}={value}"
+        elif value:
             name = value
         else:
-            overrides[field] = f"--config.{field}={value}"
+            raise UserError("--config needs a value: a file, or the name of a packaged config.")
     return others, name, list(overrides.values())
 
 
@@ -229,41 +211,36 @@ def load_config(name: str) -> tuple[ConfigDict, ModuleType]:
     Raises:
         UserError: there is no such file, or it fails.
     """
-    path = _find_config(name)
-    folder = path.parent
-    if (folder / "__init__.py").is_file() and folder.name not in sys.modules:
-        _execute(folder / "__init__.py", folder.name)  # configs may import one another
+    path = Path(name).expanduser().resolve()
+    if path.suffix != ".py":
+        packaged = {p.stem: p for folder in CONFIG_FOLDERS for p in folder.glob("[!_]*.py")}
+        if name not in packaged:
+            raise UserError(
+                f"--config={name}: there is no such config. Give the path of a .py file, or one of "
+                f"{', '.join(sorted(packaged))}."
+            )
+        path = packaged[name]
+    if not path.is_file():
+        raise UserError(f"--config={name}: there is no such file.")
+    package = path.parent.name
+    if (path.parent / "__init__.py").exists() and package not in sys.modules:
+        _execute(package, path.parent / "__init__.py")  # its configs may import one another
     try:
-        module = _execute(path, path.stem)
+        module = _execute(path.stem, path)
         config = module.get_config() if hasattr(module, "get_config") else None
-    except Exception as error:  # whatever the user's code raises
+    except Exception as error:  # whatever the code of a config raises
         frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
-        line = error.lineno if isinstance(error, SyntaxError) else lines[-1]
-        message = " ".join(str(error).split())
-        raise UserError(f"{path}, line {line}: {type(error).__name__}: {message}") from error
+        line = [frame.lineno for frame in frames if frame.filename == str(path)]
+        line = line[-1] if line else getattr(error, "lineno", "unknown")
+        text = " ".join(str(error).split())
+        raise UserError(f"{path}, line {line}: {type(error).__name__}: {text}") from error
     if not isinstance(config, ConfigDict):
         raise UserError(f"{path} has no function get_config() that returns a ConfigDict.")
     return config, module
 
 
-def _find_config(name: str) -> Path:
-    if name.endswith(".py") or "/" in name:
-        path = Path(name).expanduser().resolve()
-        if not path.is_file():
-            raise UserError(f"--config={name}: there is no such file.")
-        return path
-    packaged = {p.stem: p.resolve() for folder in CONFIG_FOLDERS for p in folder.glob("[!_]*.py")}
-    if name not in packaged:
-        raise UserError(
-            f"--config={name}: there is no such config. Give the path of a file, or one of "
-            f"{', '.join(sorted(packaged))}."
-        )
-    return packaged[name]
-
-
-def _execute(path: Path, name: str) -> ModuleType:
-    """Imports a file; an __init__.py as a package that `import` then finds by its name."""
+def _execute(name: str, path: Path) -> ModuleType:
+    """Imports a file, an __init__.py as the package `name`."""
     is_package = path.name == "__init__.py"
     places = [str(path.parent)] if is_package else None
     spec = importlib.util.spec_from_file_location(name, path, submodule_search_locations=places)
@@ -280,28 +257,24 @@ def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     `sampler.name` is applied first, because it decides which other fields `sampler` has.
 
     Raises:
-        UserError: an argument of another form, an unknown field, or a value of the wrong type.
+        UserError: an unknown field, or a value of the wrong type.
     """
     config = copy.deepcopy(config)
     for argument in sorted(overrides, key=lambda a: not a.startswith("--config.sampler.name=")):
-        match = re.fullmatch(r"--config\.([^=]+)=(.*)", argument, re.DOTALL)
-        if match is None:
-            raise UserError(
-                f"{argument} is not a flag. Config fields are --config.GROUP.FIELD=VALUE."
-            )
-        field, text = match.groups()
+        field, _, text = argument.removeprefix("--config.").partition("=")
         _check_field(config, field)
-        if field == "sampler.name":
-            _choose_sampler(config, text)
+        if field == "sampler.name" and text != config.sampler.name:
+            config.sampler = default_config.sampler(text, config.sampler)
         _set_field(config, field, argument)
     return config
 
 
 def _check_field(config: ConfigDict, field: str) -> None:
     """Raises UserError, naming similar fields and the group's, unless the config has this one."""
-    group, path, known = config, "", _flatten(config)
+    known = flatten_dict(config.to_dict(), sep=".")
     if field in known:
         return
+    group, path = config, ""
     for name in field.split("."):
         if not isinstance(group.get(name), ConfigDict):
             break
@@ -311,21 +284,10 @@ def _check_field(config: ConfigDict, field: str) -> None:
     near = [path + close for close in difflib.get_close_matches(name, group)]
     near += [other for other in known if other.rpartition(".")[2] == field]
     guess = f" Did you mean {' or '.join(near)}?" if near else ""
+    where = path.rstrip(".") or "the config"
     raise UserError(
-        f"The config has no field {field}.{guess} Fields of {path[:-1] or 'the config'}: "
-        f"{', '.join(group)}."
+        f"The config has no field {field}.{guess} Fields of {where}: {', '.join(group)}."
     )
-
-
-def _choose_sampler(config: ConfigDict, name: str) -> None:
-    """Replaces the group `sampler` by that of another sampler; fields that both have keep values."""
-    make = getattr(default_config, "sampler", None)
-    if make is None or name == config.sampler.name:
-        return
-    group = make(name)
-    for field in group.keys() & config.sampler.keys() - {"name"}:
-        group[field] = config.sampler[field]
-    config.sampler = group
 
 
 def _set_field(config: ConfigDict, field: str, argument: str) -> None:
@@ -344,12 +306,3 @@ def _set_field(config: ConfigDict, field: str, argument: str) -> None:
     except (flags.Error, SyntaxError, TypeError, ValueError) as error:
         example = "" if old is None else f", such as {old!r}"
         raise UserError(f"{argument}: expected a value of type {kind}{example}.") from error
-
-
-def _flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
-    """Dotted field name -> value."""
-    flat = {}
-    for name, value in config.items():
-        nested = isinstance(value, ConfigDict)
-        flat |= _flatten(value, f"{prefix}{name}.") if nested else {prefix + name: value}
-    return flat

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from lora_diffusion_jax import generate, interop, lora
 from lora_diffusion_jax.data import image_source, pipeline, sources
+from lora_diffusion_jax.default_config import adopt_sampler, sampler
 from lora_diffusion_jax.default_config import base as default_config
 from lora_diffusion_jax.diffusion import precond
 from lora_diffusion_jax.errors import UserError
@@ -155,7 +156,7 @@ def build_generator(
 ) -> generate.Generator:
     """Draws images from a denoiser with `config.sampler`."""
     return generate.Generator(
-        apply=denoiser.apply,
+        denoiser=denoiser,
         sampler=build_sampler(config, denoiser),
         image_shape=image_shape(config),
         num_classes=num_labels(config),
@@ -223,6 +224,9 @@ def config_from_dict(saved: dict[str, Any]) -> ConfigDict:
         UserError: a field that this version does not have.
     """
     config = default_config()
+    if "sampler" in saved:
+        saved = {**saved, "sampler": adopt_sampler(saved["sampler"])}
+        config.sampler = sampler(saved["sampler"].get("name", "edm"))
     unknown = _update(config, saved, "")
     if unknown:
         raise UserError(

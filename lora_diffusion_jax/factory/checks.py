@@ -12,7 +12,7 @@ from lora_diffusion_jax.models.blocks import REMAT
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
-PRECONDS = {"edm": precond.EDM, "vp": precond.VP, "ve": precond.VE, "iddpm": precond.IDDPM}
+PRECONDS = precond.PRECONDS
 
 _POSITIONAL = {
     "embedding_type": "positional",
@@ -50,7 +50,7 @@ def check(config: ConfigDict) -> None:
     choose("model.name", config.model.name, VARIANTS)
     choose("precond.name", config.precond.name, PRECONDS)
     choose("lora.mode", config.lora.mode, ("baseline", "with_lora", "only_lora"))
-    choose("sampler.name", config.sampler.name, ("edm", "ablation"))
+    choose("sampler.name", config.sampler.name, samplers.SAMPLERS)
     if config.sampler.name == "ablation":
         for field, known in samplers.CHOICES.items():
             choose(f"sampler.{field}", config.sampler[field], known)
@@ -102,5 +102,6 @@ def _check_numbers(config: ConfigDict) -> None:
     ):
         if not 0 <= value <= 1:
             raise UserError(f"{name} is {value}; it is a probability, 0 to 1.")
-    if not config.precond.sigma_data > 0:
-        raise UserError(f"precond.sigma_data is {config.precond.sigma_data}; it must be above 0.")
+    for field in ("sigma_data", "p_std"):
+        if not config.precond[field] > 0:
+            raise UserError(f"precond.{field} is {config.precond[field]}; it must be above 0.")

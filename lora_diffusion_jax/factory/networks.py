@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict
 
 from lora_diffusion_jax import lora
@@ -152,10 +151,6 @@ def denoiser_from_architecture(
     """
     a = architecture
     preconditioning = PRECONDS[a["precond"]](**a["precond_args"])
-    table = (variables or {}).get("buffers", {}).get("u")
-    if a["precond"] == "iddpm" and table is not None:
-        table = tuple(np.asarray(table, np.float64).tolist())
-        preconditioning = dataclasses.replace(preconditioning, table=table)
     common = {
         "resolution": a["img_resolution"],
         "img_channels": a["img_channels"],
@@ -186,13 +181,21 @@ def denoiser_from_architecture(
 def build_denoiser(config: ConfigDict, variables: Variables | None = None) -> precond.Denoiser:
     """The network of a config: U-Net, LoRA as `lora.mode` says, and preconditioning."""
     check(config)
-    return denoiser_from_architecture(
+    denoiser = denoiser_from_architecture(
         architecture_from_config(config),
         variables,
         dtype=config.dtype,
         remat=config.train.remat,
         sites=config.lora.sites,
     )
+    return denoiser.clone(precond=build_precond(config.precond))
+
+
+def build_precond(group: ConfigDict) -> precond.Precond:
+    """The preconditioning of `config.precond`, with the fields of the group that it has."""
+    chosen = PRECONDS[group.name]
+    fields = {field.name for field in dataclasses.fields(chosen)}
+    return chosen(**{k: v for k, v in group.items() if k in fields})
 
 
 def bypass_lora(denoiser: precond.Denoiser) -> precond.Denoiser:
@@ -236,12 +239,6 @@ def init_variables(config: ConfigDict, denoiser: precond.Denoiser, key: Key) -> 
     x = jnp.zeros((1, *image_shape(config)))
     variables = denoiser.init({"params": key}, x, jnp.ones(1), labels)
     variables = {k: v for k, v in variables.items() if k in ("params", "buffers")}
-    table = getattr(denoiser.precond, "table", None)
-    if table is not None:  # a checkpoint's own noise levels stay with its weights
-        variables["buffers"] = {
-            **variables.get("buffers", {}),
-            "u": jnp.asarray(table, jnp.float32),
-        }
     return variables
 
 

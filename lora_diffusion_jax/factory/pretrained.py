@@ -5,13 +5,12 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-import flax.traverse_util
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
-from lora_diffusion_jax import lora
+from lora_diffusion_jax import default_config, lora
 from lora_diffusion_jax.array_types import Variables
-from lora_diffusion_jax.default_config import base as default_config
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.factory.checks import choose
 from lora_diffusion_jax.factory.networks import (
@@ -110,7 +109,7 @@ def overlay(fresh: Variables, loaded: Variables, origin: str) -> Variables:
     Raises:
         UserError: other variables are missing, left over, or of other shapes.
     """
-    new, old = (flax.traverse_util.flatten_dict(v, sep="/") for v in (fresh, loaded))
+    new, old = (flatten_dict(v, sep="/") for v in (fresh, loaded))
     if "buffers/u" not in new:
         old.pop("buffers/u", None)  # iDDPM's noise levels: no other preconditioning has them
     missing = [k for k in new if k not in old and not lora.params.is_adapter(tuple(k.split("/")))]
@@ -130,7 +129,7 @@ def overlay(fresh: Variables, loaded: Variables, origin: str) -> Variables:
             "it was trained with (classes, widths, augmentation, LoRA sizes)."
         )
     merged = {k: np.asarray(old[k], v.dtype) if k in old else v for k, v in new.items()}
-    return flax.traverse_util.unflatten_dict(merged, sep="/")
+    return unflatten_dict(merged, sep="/")
 
 
 def _shorten(names: Sequence[str], limit: int = 4) -> str:
@@ -144,23 +143,18 @@ def config_from_dict(saved: dict[str, Any]) -> ConfigDict:
     Raises:
         UserError: the file has a field that this version does not know.
     """
-    config = default_config()
-    unknown = _update(config, saved, "")
+    config = default_config.base()
+    if "sampler" in saved:
+        saved = {**saved, "sampler": default_config.adopt_sampler(saved["sampler"])}
+        config.sampler = default_config.sampler(saved["sampler"].get("name", "edm"))
+    fields = flatten_dict(saved, sep=".")
+    unknown = fields.keys() - flatten_dict(config.to_dict(), sep=".").keys()
     if unknown:
         raise UserError(
-            f"The saved config has fields that this version does not know: {', '.join(unknown)}. "
+            f"The saved config has fields that this version does not know: {', '.join(sorted(unknown))}. "
             "Use the version that wrote it."
         )
+    config.update_from_flattened_dict(
+        {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    )
     return config
-
-
-def _update(config: ConfigDict, saved: dict[str, Any], prefix: str) -> list[str]:
-    unknown = []
-    for key, value in saved.items():
-        if key not in config:
-            unknown.append(prefix + key)
-        elif isinstance(value, dict):
-            unknown += _update(config[key], value, f"{prefix}{key}.")
-        else:
-            config[key] = tuple(value) if isinstance(value, list) else value
-    return unknown

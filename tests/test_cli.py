@@ -71,11 +71,12 @@ def test_overrides_are_typed_and_leave_the_original_alone():
         ("--config.train.batch_size=many", ["of type int, such as 512"]),
         ("--config.train.batch_size=1.5", ["of type int"]),
         ("--config.train.batch_size=", ["of type int"]),
-        ("--config.sampler.sigma_min=x", ["of type float."]),
+        ("--config.sampler.sigma_min=x", ["of type float, such as 0.002"]),
         ("--config.class_conditional=3", ["of type bool, such as False"]),
         ("--config.model.channel_mult=wide", ["of type tuple, such as (2, 2, 2)"]),
         ("--config.model.channel_mult=(1,", ["of type tuple"]),
-        ("--follow", ["--follow is not a flag"]),
+        ("--config.sampler.solver=euler", ["no field sampler.solver"]),
+        ("--config.sampler.name=rk4", ["sampler.name is 'rk4'"]),
     ],
 )
 def test_an_invalid_override_is_one_sentence(argument, words):
@@ -83,6 +84,17 @@ def test_an_invalid_override_is_one_sentence(argument, words):
         cli.override(default_config.base(), [argument])
     for word in words:
         assert word in str(error.value)
+
+
+def test_the_sampler_is_chosen_first_and_brings_its_own_fields():
+    config = default_config.base()
+    config.sampler.num_steps = 40
+    texts = ["--config.sampler.solver=euler", "--config.sampler.name=ablation"]
+    found = cli.override(config, texts)
+    assert (found.sampler.name, found.sampler.solver) == ("ablation", "euler")
+    assert found.sampler.num_steps == 40  # which both have
+    with pytest.raises(UserError, match="no field sampler.s_churn"):
+        cli.override(config, ["--config.sampler.name=dpmpp_2m", "--config.sampler.s_churn=7"])
 
 
 def test_a_config_has_a_path_or_a_name():

@@ -3,7 +3,7 @@
 import functools
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,8 @@ from lora_diffusion_jax import factory, generate, interop, lora, outputs, proces
 from lora_diffusion_jax.array_types import Variables
 from lora_diffusion_jax.data.sources import describe, format_description
 from lora_diffusion_jax.errors import UserError
-from lora_diffusion_jax.evaluation import classifier, quick, references
-from lora_diffusion_jax.evaluation.features import Detector, tree_hash
-from lora_diffusion_jax.evaluation.metrics import frechet_distance
-from lora_diffusion_jax.evaluation.report import check_reference, metric_name
-from lora_diffusion_jax.evaluation.statistics import load_reference
+from lora_diffusion_jax.evaluation.evaluator import for_training
+from lora_diffusion_jax.evaluation.features import tree_hash
 from lora_diffusion_jax.processes.interrupts import pause_point
 from lora_diffusion_jax.training import checkpoint, loop, sharding, state, workdir, writers
 from lora_diffusion_jax.training.state import INIT
@@ -192,8 +189,13 @@ def _callbacks(
                 outputs.write_png(Path(directory) / "samples" / f"{images:010d}.png", picture)
         return {"samples/grid": picture}
 
-    judge = _judge(config, source)
-    if judge is None:
+    measure = None
+    if config.eval.num_samples:
+        heldout = None if config.eval.reference else factory.open_heldout(config)
+        measure = for_training(
+            source, heldout, reference=config.eval.reference, inception=config.eval.inception
+        )
+    if measure is None:
         return {"samples": samples}
     steps = config.eval.num_steps or config.sampler.num_steps
     quick_config = config.copy_and_resolve_references()
@@ -207,61 +209,9 @@ def _callbacks(
         # Numbers of one name are of one sampler: the full one has a number of samples of its own.
         drawer = generator if last and config.eval.final_num_samples else fast
         batches = drawer.batches(state.ema_variables(now), range(count), between=pause_point)
-        return {f"eval/{k}": v for k, v in judge((b.images for b in batches), count).items()}
+        return {f"eval/{k}": v for k, v in measure((b.images for b in batches), count).items()}
 
     return {"samples": samples, "eval": evaluate}
-
-
-Judge = Callable[[Iterable[np.ndarray], int], dict[str, float]]
-
-
-def _judge(config: ConfigDict, source: Any) -> Judge | None:
-    """(samples, number) -> distances by name; None where there is nothing to compare with.
-
-    Against eval.reference in its own features (`fid_2k`), or against the held-out images in those of
-    a classifier trained on the training images (`fd_classifier_1k`), beside floor and ceiling.
-    """
-    if not config.eval.num_samples:
-        return None
-    if config.eval.reference:
-        reference = load_reference(config.eval.reference)  # now, rather than after hours
-        detector = references.choose_detector(
-            "auto", reference, inception=config.eval.inception or None
-        )
-        check_reference(reference, detector, ["fid"])
-
-        def against_reference(samples: Iterable[np.ndarray], count: int) -> dict[str, float]:
-            drawn = quick.feature_moments(detector, quick.take(samples, count))
-            value = frechet_distance(
-                *drawn.result(), reference.mu, reference.sigma, root2=reference.root
-            )
-            return {metric_name("fid", detector, count): value}
-
-        return against_reference
-    heldout = factory.open_heldout(config)
-    if heldout is None:
-        writers.say(
-            "no evaluation: there are no held-out images; name some (data.eval_path) or statistics "
-            "(eval.reference)"
-        )
-        return None
-
-    @functools.cache
-    def detector() -> Detector:  # at the first evaluation: training it takes a while
-        fitted = classifier.fit(source, test_source=heldout)
-        # Each process has trained it, or found it in its cache; they must have come to the same.
-        processes.barrier("training the feature network", loop.COMPILE_LIMIT)
-        processes.check_same("the feature network", fitted.hash)
-        return fitted
-
-    @functools.cache
-    def evaluator(count: int) -> quick.QuickEvaluator:
-        return quick.QuickEvaluator(source, heldout, detector(), num=count)
-
-    def against_heldout(samples: Iterable[np.ndarray], count: int) -> dict[str, float]:
-        return {k: v for k, v in evaluator(count)(samples).items() if k.startswith("fd_")}
-
-    return against_heldout
 
 
 def sample_grid(

@@ -15,9 +15,9 @@ from lora_diffusion_jax.array_types import Variables
 from lora_diffusion_jax.data.image_source import ImageSource
 from lora_diffusion_jax.diffusion.precond import Denoiser
 from lora_diffusion_jax.errors import UserError
-from lora_diffusion_jax.experiment import _judge
+from lora_diffusion_jax.evaluation.evaluator import for_training
 from lora_diffusion_jax.factory.checks import check
-from lora_diffusion_jax.factory.data import build_batches, complete, open_source
+from lora_diffusion_jax.factory.data import build_batches, complete, open_heldout, open_source
 from lora_diffusion_jax.factory.networks import build_denoiser, forward_flops, init_variables
 from lora_diffusion_jax.factory.pretrained import Pretrained, load_workdir, overlay
 from lora_diffusion_jax.factory.training import (
@@ -136,8 +136,13 @@ def callbacks(
                 outputs.write_png(Path(directory) / "samples" / name, picture)
         return {"samples/grid": picture}
 
-    judge = _judge(config, source)
-    if judge is None:
+    measure = None
+    if config.eval.num_samples:
+        heldout = None if config.eval.reference else open_heldout(config)
+        measure = for_training(
+            source, heldout, reference=config.eval.reference, inception=config.eval.inception
+        )
+    if measure is None:
         return {"samples": samples}
     quick_config = config.copy_and_resolve_references()
     quick_config.sampler.num_steps = config.eval.num_steps or config.sampler.num_steps
@@ -152,7 +157,7 @@ def callbacks(
         batches = (generator if full else quick).batches(
             state.ema_variables(now), range(count), between=pause_point
         )
-        return {f"eval/{k}": v for k, v in judge((b.images for b in batches), count).items()}
+        return {f"eval/{k}": v for k, v in measure((b.images for b in batches), count).items()}
 
     return {"samples": samples, "eval": evaluate}
 

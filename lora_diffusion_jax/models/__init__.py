@@ -1,1 +1,1 @@
-"""U-Nets of the EDM line and of improved diffusion, without any LoRA code."""
+"""The U-Nets, without any LoRA code."""

@@ -1,6 +1,7 @@
 """The only reader of ConfigDict: configs become networks, losses, samplers, data and runs."""
 
 from lora_diffusion_jax.factory.checks import DTYPES, PRECONDS, VARIANTS, check, choose
+from lora_diffusion_jax.factory.data import build_batches, complete, open_heldout, open_source
 from lora_diffusion_jax.factory.networks import (
     CONDITION,
     SITES,
@@ -17,21 +18,19 @@ from lora_diffusion_jax.factory.networks import (
     num_labels,
 )
 from lora_diffusion_jax.factory.objectives import Objective, build_objective, build_sampler
-from lora_diffusion_jax.factory.runs import (
-    build_batches,
+from lora_diffusion_jax.factory.pretrained import (
+    config_from_dict,
+    config_of,
+    load_workdir,
+    with_config,
+)
+from lora_diffusion_jax.factory.training import (
     build_generator,
     build_mesh,
     build_optimizer,
     build_schedule,
     build_step,
-    complete,
-    config_from_dict,
-    config_of,
-    load_workdir,
-    open_heldout,
-    open_source,
     trainable,
-    with_config,
 )
 
 __all__ = [

@@ -1,7 +1,6 @@
 """Checkpoints in and out: official snapshots and PyTorch files in, safetensors in and out."""
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.factory.pretrained import Pretrained
 from lora_diffusion_jax.interop.architecture import Architecture, check_architecture
 from lora_diffusion_jax.interop.convert import base_hash, to_state_dict, to_variables
 from lora_diffusion_jax.interop.export import (
@@ -38,27 +38,6 @@ __all__ = [
     "to_state_dict",
     "to_variables",
 ]
-
-
-@dataclasses.dataclass(frozen=True, repr=False)
-class Pretrained:
-    """A network with its weights.
-
-    Attributes:
-        denoiser: nn.Module; `denoiser.apply(variables, x, sigma, class_labels, augment_labels)` is
-            D(x; sigma, c).
-        variables: {'params', optional 'buffers'}, float32.
-        config: the ConfigDict that describes it; None for a network that no config expresses (an
-            unusual filter, say).
-        step: of the checkpoint, when it comes from a workdir.
-        architecture: its plain description, when it comes from a file.
-    """
-
-    denoiser: Any
-    variables: dict[str, Any]
-    config: Any
-    step: int | None = None
-    architecture: Architecture | None = None
 
 
 def load_pretrained(path: str | Path, base: str | Path | None = None) -> Pretrained:

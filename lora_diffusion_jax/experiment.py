@@ -22,6 +22,7 @@ from lora_diffusion_jax.evaluation.features import Detector, tree_hash
 from lora_diffusion_jax.evaluation.metrics import frechet_distance
 from lora_diffusion_jax.evaluation.report import check_reference, metric_name
 from lora_diffusion_jax.evaluation.statistics import load_reference
+from lora_diffusion_jax.factory.pretrained import Pretrained
 from lora_diffusion_jax.processes.interrupts import pause_point
 from lora_diffusion_jax.training import checkpoint, loop, sharding, state, workdir, writers
 from lora_diffusion_jax.training.state import INIT
@@ -69,7 +70,7 @@ def train(config: ConfigDict, directory: str | os.PathLike) -> loop.Result:
             "(float16 works for sampling)."
         )
     start = _start(config, directory)
-    denoiser = factory.build_denoiser(config, start and start.variables)
+    denoiser = factory.build_denoiser(config)
     mesh = factory.build_mesh(config)
     sharding.check_batch_size(config.train.batch_size, mesh, config.train.microbatch or None)
     generator = factory.build_generator(config, denoiser, mesh)
@@ -77,7 +78,7 @@ def train(config: ConfigDict, directory: str | os.PathLike) -> loop.Result:
     return loop.train(
         directory,
         config=config.to_dict(),
-        init=_initial_state(config, denoiser, None if _has_checkpoint(directory) else start),
+        init=_initial_state(config, denoiser, start),
         step_fn=factory.build_step(config, denoiser, mesh),
         batches=factory.build_batches(config, source, mesh),
         mesh=mesh,
@@ -96,18 +97,14 @@ def _knows_its_data(directory: str | os.PathLike) -> bool:
     return bool(workdir.read_config(directory).get("data", {}).get("fingerprint"))
 
 
-def _start(config: ConfigDict, directory: str | os.PathLike) -> interop.Pretrained | None:
-    """The network that a run starts from: init_from, or for iDDPM, whose noise levels come with the
-    weights, the run's own checkpoint; None for a fresh one.
-    """
+def _start(config: ConfigDict, directory: str | os.PathLike) -> Pretrained | None:
+    """The network that a run starts from, init_from; None for a fresh one, or a run that resumes."""
     if _has_checkpoint(directory):
-        return factory.load_workdir(directory) if config.precond.name == "iddpm" else None
+        return None
     return interop.load_pretrained(config.init_from) if config.init_from else None
 
 
-def _initial_state(
-    config: ConfigDict, denoiser: Any, start: interop.Pretrained | None
-) -> loop.Init:
+def _initial_state(config: ConfigDict, denoiser: Any, start: Pretrained | None) -> loop.Init:
     """The state to begin with: fresh weights, or those of `start` with fresh adapters."""
     key = state.purpose_key(config.train.seed, INIT)
     optimizer, trainable = factory.build_optimizer(config), factory.trainable(config)
@@ -148,8 +145,6 @@ def overlay(fresh: Variables, loaded: Variables, origin: str) -> Variables:
         UserError: other variables are missing, left over, or of another shape.
     """
     new, old = (flax.traverse_util.flatten_dict(v, sep="/") for v in (fresh, loaded))
-    if "buffers/u" not in new:
-        old.pop("buffers/u", None)  # iDDPM's noise levels, which another preconditioning has not
     missing = [k for k in new if k not in old and not lora.params.is_adapter(tuple(k.split("/")))]
     over = [k for k in old if k not in new and "/affine/" not in k]
     if any("/affine/" in k for k in new):
@@ -275,7 +270,7 @@ def sample_grid(
 
 
 def sample(
-    run: interop.Pretrained,
+    run: Pretrained,
     seeds: Sequence[int],
     class_id: str | None,
     out: str | os.PathLike,
@@ -434,7 +429,7 @@ def import_checkpoint(
     weights = checkpoint.SavedWeights(
         params=params, frozen={}, buffers=loaded.variables.get("buffers", {}), ema=params
     )
-    config = factory.config_of(loaded).to_dict()
+    config = loaded.config.to_dict()
     with workdir.open_workdir(directory) as path:
         workdir.reconcile_config(path, config, (), writers.say)
         with workdir.plain_disk_errors(path):
@@ -443,26 +438,15 @@ def import_checkpoint(
 
 
 def export_checkpoint(
-    run: interop.Pretrained, out: str | os.PathLike, *, weights: str, adapters_only: bool
+    run: Pretrained, out: str | os.PathLike, *, weights: str, adapters_only: bool
 ) -> None:
     """Writes a run's weights as safetensors with official names, whole or the adapters alone."""
-    height, width, _ = factory.image_shape(run.config)
-    if height != width:
-        raise UserError(
-            f"This network makes images of {height}x{width}; the official format knows square ones "
-            "only, and would come back as another network. Keep the workdir."
-        )
-    if run.config.lora.mode != "baseline" and run.config.lora.sites != factory.SITES:
-        raise UserError(
-            f"lora.sites={run.config.lora.sites!r} is not {factory.SITES!r}; the official names know "
-            "adapters at qkv and proj only."
-        )
-    architecture = factory.architecture_from_config(run.config)
-    write = interop.export_adapters if adapters_only else interop.export_network
-    write(out, run.variables, architecture, weights=weights)
+    interop.export_network(
+        out, run.variables, run.config, weights=weights, adapters_only=adapters_only
+    )
 
 
-def about(run: interop.Pretrained, weights: str, step: int | None) -> dict[str, Any]:
+def about(run: Pretrained, weights: str, step: int | None) -> dict[str, Any]:
     """What made some samples: which weights, and the sampler's settings."""
     fields = run.config.sampler.to_dict()
     sampler = {k: str(v) if v == float("inf") else v for k, v in fields.items()}  # JSON has no inf

@@ -16,7 +16,8 @@ from lora_diffusion_jax.evaluation.collect import FeatureSet, collect_resumable,
 from lora_diffusion_jax.evaluation.evaluator import Tools
 from lora_diffusion_jax.evaluation.features import cache_folder, tree_hash
 from lora_diffusion_jax.factory.overrides import override
-from lora_diffusion_jax.interop.export import is_safetensors, read_export
+from lora_diffusion_jax.factory.pretrained import Pretrained
+from lora_diffusion_jax.interop import is_safetensors, read_export
 from lora_diffusion_jax.processes.interrupts import pause_point
 from lora_diffusion_jax.training import checkpoint, workdir
 
@@ -93,13 +94,13 @@ def repeat_seeds(text: str | None, num: int | None, repeats: int) -> list[list[i
 # One network.
 
 
-def load_network(where: str, step: int | None, plan: Plan) -> interop.Pretrained:
+def load_network(where: str, step: int | None, plan: Plan) -> Pretrained:
     """The network of a workdir's checkpoint, or of an official checkpoint file."""
     if Path(where).is_file():
         loaded = interop.load_pretrained(where)
     else:
         loaded = factory.load_workdir(where, weights=plan.weights, at_step=step)
-    config = override(factory.config_of(loaded), plan.overrides)
+    config = override(loaded.config, plan.overrides)
     if plan.batch_size is not None:
         config.sampler.batch_size = plan.batch_size
     return factory.with_config(loaded, config)
@@ -181,7 +182,7 @@ def judge(where: str, step: int | None, plan: Plan, tools: Tools) -> Iterator[re
 
 def _features(
     generator: generate.Generator,
-    network: interop.Pretrained,
+    network: Pretrained,
     seeds: list[int],
     labels: report.Record,
     tools: Tools,
@@ -215,7 +216,7 @@ def while_the_others_wait(records: Iterable[report.Record]) -> Iterable[report.R
     return computed
 
 
-def _labels(where: str, step: int | None, plan: Plan, network: interop.Pretrained) -> report.Record:
+def _labels(where: str, step: int | None, plan: Plan, network: Pretrained) -> report.Record:
     return {
         **_settings(network, plan.weights, step),
         "weights_hash": tree_hash(network.variables),
@@ -224,7 +225,7 @@ def _labels(where: str, step: int | None, plan: Plan, network: interop.Pretraine
     }
 
 
-def _settings(network: interop.Pretrained, weights: str, step: int | None) -> report.Record:
+def _settings(network: Pretrained, weights: str, step: int | None) -> report.Record:
     """How the images are made of the weights."""
     config = network.config
     about = experiment.about(network, weights, step)
@@ -232,7 +233,7 @@ def _settings(network: interop.Pretrained, weights: str, step: int | None) -> re
 
 
 def _images_from(
-    generator: generate.Generator, network: interop.Pretrained, seeds: list[int], done: int
+    generator: generate.Generator, network: Pretrained, seeds: list[int], done: int
 ) -> Iterator[np.ndarray]:
     return (batch.images for batch in generator.batches(network.variables, seeds[done:]))
 
@@ -346,7 +347,7 @@ def expected_keys(run: str, step: int, plan: Plan, tools: Tools) -> list[str]:
     """The keys of all results that judging a checkpoint gives, the summaries last."""
     config = override(factory.config_from_dict(workdir.read_config(run)), plan.overrides)
     labels = {
-        **_settings(interop.Pretrained(None, {}, config), plan.weights, step),
+        **_settings(Pretrained(None, {}, config), plan.weights, step),
         "detector_hash": tools.detector.hash,
         "reference_hash": tools.reference.hash,
     }

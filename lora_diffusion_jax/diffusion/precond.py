@@ -172,6 +172,7 @@ class IDDPM:
 
 
 Precond = EDM | VP | VE | IDDPM
+PRECONDS = {"edm": EDM, "vp": VP, "ve": VE, "iddpm": IDDPM}
 
 
 class Denoiser(nn.Module):

@@ -19,8 +19,8 @@ from lora_diffusion_jax.array_types import PyTree
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.evaluation.features import Detector
 from lora_diffusion_jax.evaluation.inception import sha256_of
-from lora_diffusion_jax.interop.export import is_safetensors
 from lora_diffusion_jax.readers.pickles import read_torch_state_dict
+from lora_diffusion_jax.readers.safetensors import is_safetensors
 
 VARIABLE = "LORA_DIFFUSION_DINOV2"
 FILE_NAME = "dinov2_vitl14_pretrain.pth"

@@ -69,8 +69,8 @@ def repeat_seeds(text: str | None, num: int | None, repeats: int) -> list[list[i
         raise UserError(f"--num={num}; a distance needs at least 2 images.")
     if not 1 <= repeats <= MOST_REPEATS:
         raise UserError(f"--repeats={repeats}; choose 1 to {MOST_REPEATS} (papers use 3).")
-    if num is not None and num > generate.MOST_SEEDS:
-        raise UserError(f"--num={num}; at most {generate.MOST_SEEDS:,} images are sampled at once.")
+    if num is not None and num > generate.MAX_SEEDS:
+        raise UserError(f"--num={num}; at most {generate.MAX_SEEDS:,} images are sampled at once.")
     seeds = generate.parse_seeds(f"0-{(num or 50_000) - 1}" if text is None else text)
     if len(set(seeds)) < len(seeds):
         raise UserError(f"--seeds={text} names a seed twice; its image would count twice.")
@@ -83,10 +83,10 @@ def repeat_seeds(text: str | None, num: int | None, repeats: int) -> list[list[i
         raise UserError(f"--seeds={text} is one image; a distance needs at least 2.")
     stride = max(seeds) - min(seeds) + 1
     last = max(seeds) + stride * (repeats - 1)
-    if last > generate.LAST_SEED:
+    if last > generate.MAX_SEED:
         raise UserError(
             f"--repeats={repeats} of these seeds would go up to {last}; the last is "
-            f"{generate.LAST_SEED}. Choose lower seeds or fewer repeats."
+            f"{generate.MAX_SEED}. Choose lower seeds or fewer repeats."
         )
     return [[seed + stride * k for seed in seeds] for k in range(repeats)]
 

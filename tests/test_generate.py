@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
@@ -22,11 +23,16 @@ def apply(variables, x, sigma, labels):
     return (0.01 * x + sigma**2 * np.float32(1) * mean.reshape(-1, 1, 1, 1)) / (0.01 + sigma**2)
 
 
+IDEAL = types.SimpleNamespace(
+    apply=apply, sigma_min=0.0, sigma_max=float("inf"), round_sigma=np.asarray
+)
+
+
 def make(batch_size=4, num_classes=8, **settings):
     def sampler(denoise, latents, *, key):
         return edm_sampler(denoise, latents, num_steps=6, key=key, **settings)
 
-    return generate.Generator(apply, sampler, (4, 4, 1), num_classes, make_mesh(), batch_size)
+    return generate.Generator(IDEAL, sampler, (4, 4, 1), num_classes, make_mesh(), batch_size)
 
 
 VARIABLES = {"mean": np.zeros(1, np.float32)}
@@ -42,7 +48,8 @@ def save(path, generator, seeds, about):
 
 
 def images_of(generator, seeds, classes=None):
-    batches = list(generator.batches(VARIABLES, seeds, classes))
+    labels = None if classes is None else generator.choose_labels(seeds, classes)
+    batches = list(generator.batches(VARIABLES, seeds, labels))
     return generate.Batch(*(np.concatenate(parts) for parts in zip(*batches, strict=True)))
 
 

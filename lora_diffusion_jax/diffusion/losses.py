@@ -1,40 +1,14 @@
-"""Training losses of EDM, VP and VE: lambda(sigma) (D(x + n; sigma) - x)^2 (EDM eq. 2 and table 1).
+"""Training losses: lambda(sigma) (D(x + n; sigma) - x)^2 (Karras et al. 2022, eq. 2).
 
-The draws are separate from the losses: `edm_sigma`, `vp_sigma`, `ve_sigma` give the noise levels.
+Noise levels and weights belong to the preconditioning (`precond`); the functions named after one take
+its usual constants. Draws are separate from losses, so a loss can be replayed.
 """
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lora_diffusion_jax.array_types import Denoise, Images, Key
-
-
-def edm_sigma(
-    key: Key, batch: int, *, p_mean: float = -1.2, p_std: float = 1.2
-) -> Float[Array, " B"]:
-    """Noise levels with ln sigma ~ N(p_mean, p_std^2)."""
-    return jnp.exp(p_mean + p_std * jax.random.normal(key, (batch,)))
-
-
-def vp_sigma(
-    key: Key, batch: int, *, beta_d: float = 19.9, beta_min: float = 0.1, epsilon_t: float = 1e-5
-) -> Float[Array, " B"]:
-    """sigma(t) of VP at t ~ U(epsilon_t, 1)."""
-    t = 1 + jax.random.uniform(key, (batch,)) * (epsilon_t - 1)
-    return jnp.sqrt(jnp.expm1(0.5 * beta_d * jnp.square(t) + beta_min * t))
-
-
-def ve_sigma(
-    key: Key, batch: int, *, sigma_min: float = 0.02, sigma_max: float = 100.0
-) -> Float[Array, " B"]:
-    """Noise levels whose logarithm is uniform between those of sigma_min and sigma_max."""
-    return sigma_min * (sigma_max / sigma_min) ** jax.random.uniform(key, (batch,))
-
-
-def iddpm_sigma(key: Key, batch: int, levels: Float[Array, " M"]) -> Float[Array, " B"]:
-    """A level of iDDPM's grid for each image, all levels equally likely."""
-    return jnp.asarray(levels)[jax.random.randint(key, (batch,), 0, len(levels))]
+from lora_diffusion_jax.diffusion.precond import EDM, VE, VP
 
 
 def weighted_loss(
@@ -48,6 +22,13 @@ def weighted_loss(
     level = jnp.reshape(sigma, (-1, 1, 1, 1))
     error = denoise(images + level * noise, sigma) - images
     return jnp.reshape(weight, (-1, 1, 1, 1)) * jnp.square(error)
+
+
+def edm_sigma(
+    key: Key, batch: int, *, p_mean: float = -1.2, p_std: float = 1.2
+) -> Float[Array, " B"]:
+    """Noise levels with ln sigma ~ N(p_mean, p_std^2)."""
+    return EDM(p_mean=p_mean, p_std=p_std).draw_sigma(key, batch)
 
 
 def edm_loss(
@@ -67,19 +48,18 @@ def edm_loss(
         noise: unit normal noise of the images' shape.
         sigma_data: standard deviation of the data.
     """
-    weight = (jnp.square(sigma) + sigma_data**2) / jnp.square(sigma * sigma_data)
-    return weighted_loss(denoise, images, sigma, noise, weight)
+    return weighted_loss(denoise, images, sigma, noise, EDM(sigma_data).weight(sigma))
 
 
 def vp_loss(
     denoise: Denoise, images: Images, sigma: Float[Array, " B"], noise: Images
 ) -> Float[Array, "B H W C"]:
     """VP's loss per pixel, weight 1 / sigma^2; arguments as in `edm_loss`."""
-    return weighted_loss(denoise, images, sigma, noise, 1 / jnp.square(sigma))
+    return weighted_loss(denoise, images, sigma, noise, VP().weight(sigma))
 
 
 def ve_loss(
     denoise: Denoise, images: Images, sigma: Float[Array, " B"], noise: Images
 ) -> Float[Array, "B H W C"]:
     """VE's loss per pixel, weight 1 / sigma^2; arguments as in `edm_loss`."""
-    return weighted_loss(denoise, images, sigma, noise, 1 / jnp.square(sigma))
+    return weighted_loss(denoise, images, sigma, noise, VE().weight(sigma))

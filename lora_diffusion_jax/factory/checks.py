@@ -23,15 +23,13 @@ _CHOICES = {
     "precond.name": PRECONDS,
     "lora.mode": ("baseline", "with_lora", "only_lora"),
     "lora.adapter": lora.ADAPTERS,
+    "sampler.name": samplers.SAMPLERS,
     "dtype": DTYPES,
     "train.remat": REMAT,
 }
 _RANGES = {  # fields -> their range; upper bounds keep a damaged file from asking for an endless network
-    ("data.image_size", "data.image_width", "data.channels"): (
-        0,
-        8192,
-    ),  # 0: as the data set has it
-    ("data.num_classes",): (0, 10_000_000),
+    ("data.image_size", "data.image_width", "data.channels"): (0, 8192),
+    ("data.num_classes",): (0, 10_000_000),  # 0, here and above: as the data set has it
     ("model.channels",): (1, 65_536),
     ("model.channel_mult_emb", "model.channel_mult_noise", "model.num_blocks"): (1, 256),
     ("model.augment_dim",): (0, 65_536),
@@ -83,12 +81,12 @@ def check(config: ConfigDict) -> None:
                 f"{field} is {printable(list(value))}; expected {fewest} to {most} integers from {low} "
                 f"to {high}."
             )
-    choose("sampler.name", config.sampler.name, ("edm", "ablation"))
     if config.sampler.name == "ablation":
         for field, known in samplers.CHOICES.items():
             choose(f"sampler.{field}", config.sampler[field], known)
-    if not config.precond.sigma_data > 0:
-        raise UserError(f"precond.sigma_data is {config.precond.sigma_data}; it must be above 0.")
+    for field in ("sigma_data", "p_std"):
+        if not config.precond[field] > 0:
+            raise UserError(f"precond.{field} is {config.precond[field]}; it must be above 0.")
     labels = augmentation.EDM_TRAINING.label_dim
     if config.augment.p and config.model.augment_dim not in (0, labels):
         raise UserError(

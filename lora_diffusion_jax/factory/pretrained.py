@@ -9,6 +9,7 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 
 from lora_diffusion_jax.array_types import Variables
+from lora_diffusion_jax.default_config import adopt_sampler, sampler
 from lora_diffusion_jax.default_config import base as default_config
 from lora_diffusion_jax.diffusion.precond import Denoiser
 from lora_diffusion_jax.errors import UserError, printable
@@ -128,6 +129,9 @@ def config_from_dict(saved: dict[str, Any]) -> ConfigDict:
         UserError: a field is unknown to this version, or has a value of another type.
     """
     config = default_config()
+    if "sampler" in saved:
+        saved = {**saved, "sampler": adopt_sampler(saved["sampler"])}
+        config.sampler = sampler(saved["sampler"].get("name", "edm"))
     unknown = _update(config, saved, "")
     if unknown:
         raise UserError(
@@ -142,7 +146,7 @@ def _update(config: ConfigDict, saved: dict[str, Any], prefix: str) -> list[str]
     for key, value in saved.items():
         if key not in config:
             unknown.append(prefix + key)
-        elif isinstance(value, dict):
+        elif isinstance(value, dict) and isinstance(config[key], ConfigDict):
             unknown += _update(config[key], value, f"{prefix}{key}.")
         else:
             try:

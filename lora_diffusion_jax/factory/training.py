@@ -67,7 +67,7 @@ def build_generator(
 ) -> generate.Generator:
     """The generator that samples a denoiser with `config.sampler`."""
     return generate.Generator(
-        apply=denoiser.apply,
+        denoiser=denoiser,
         sampler=build_sampler(config, denoiser),
         image_shape=image_shape(config),
         num_classes=num_classes(config),

@@ -216,9 +216,9 @@ def _rates(model: ModuleNode) -> dict[str, Any]:
     }
     if len(rates) > 1:
         raise UserError(f"The snapshot's blocks have different dropout rates: {sorted(rates)}.")
-    found = {"dropout": rate for rate in rates}
-    if "label_dropout" in model.attributes:
-        found["label_dropout"] = model.attributes["label_dropout"]
+    found = {"dropout": rates.pop()} if rates else {}
+    for name in {"label_dropout"} & set(model.attributes):
+        found[name] = model.attributes[name]
     return found
 
 

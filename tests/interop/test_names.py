@@ -6,19 +6,16 @@ import pytest
 
 from lora_diffusion_jax import lora
 from lora_diffusion_jax.errors import UserError
-from lora_diffusion_jax.factory.networks import build_denoiser, variable_shapes
-from lora_diffusion_jax.interop import base_hash, infer_config, to_state_dict, to_variables
+from lora_diffusion_jax.factory.networks import build_denoiser
+from lora_diffusion_jax.interop import base_hash, infer_config, names, to_state_dict, to_variables
 from tests.interop.golden import NAMES, snapshot
 from tests.small import small_config
 
 
-def random_like(shapes):
-    rng = np.random.default_rng(0)
-    return jax.tree.map(lambda s: rng.normal(size=s.shape).astype(np.float32), shapes)
-
-
 def network_variables(config):
-    return random_like(variable_shapes(config, build_denoiser(config)))
+    rng = np.random.default_rng(0)
+    shapes = names.variable_shapes(config, build_denoiser(config))
+    return jax.tree.map(lambda s: rng.normal(size=s.shape).astype(np.float32), shapes)
 
 
 def assert_same(found, expected):

@@ -5,7 +5,8 @@ from ml_collections import ConfigDict
 
 from lora_diffusion_jax.data import image_source, pipeline, sources
 from lora_diffusion_jax.errors import UserError
-from lora_diffusion_jax.factory.networks import num_labels
+from lora_diffusion_jax.factory.networks import num_classes
+from lora_diffusion_jax.models.unet import check_image_size
 from lora_diffusion_jax.training import sharding
 
 
@@ -56,8 +57,8 @@ def complete(config: ConfigDict, source: image_source.ImageSource) -> ConfigDict
                 )
             config.data[field] = value
         config.data.fingerprint = source.fingerprint()
-    num_labels(config)
-    pipeline.check_image_size(source.image_shape, 2 ** (len(config.model.channel_mult) - 1))
+    num_classes(config)
+    check_image_size(height, width, len(config.model.channel_mult))
     return config
 
 

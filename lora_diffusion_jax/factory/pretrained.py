@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,15 +11,14 @@ from ml_collections import ConfigDict
 
 from lora_diffusion_jax import default_config, lora
 from lora_diffusion_jax.array_types import Variables
-from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.diffusion.precond import Denoiser
+from lora_diffusion_jax.errors import UserError, printable
 from lora_diffusion_jax.factory.checks import choose
-from lora_diffusion_jax.factory.networks import (
-    architecture_from_config,
-    build_denoiser,
-    config_from_architecture,
-    image_shape,
-)
+from lora_diffusion_jax.factory.networks import build_denoiser, image_shape, num_classes
 from lora_diffusion_jax.training import checkpoint, state, workdir
+
+# Fields of `network_fields` that may change under the same weights: they act in training alone.
+_FREE = ("model.dropout", "model.label_dropout", "augment.p", "precond.p_mean", "precond.p_std")
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -27,20 +26,16 @@ class Pretrained:
     """A network with its weights.
 
     Attributes:
-        denoiser: nn.Module; `denoiser.apply(variables, x, sigma, class_labels, augment_labels)` is
-            D(x; sigma, c).
+        denoiser: `denoiser.apply(variables, x, sigma, class_labels, augment_labels)` is D(x; sigma, c).
         variables: {'params', optional 'buffers'}, float32.
-        config: the ConfigDict that describes it; None for a network that no config expresses (an
-            unusual filter, say).
-        step: of the checkpoint, when it comes from a workdir.
-        architecture: its plain description, when it comes from a file.
+        config: the ConfigDict that describes the network.
+        step: of the checkpoint, if it comes from a workdir.
     """
 
-    denoiser: Any
-    variables: dict[str, Any]
-    config: Any
+    denoiser: Denoiser
+    variables: Variables
+    config: ConfigDict
     step: int | None = None
-    architecture: dict[str, Any] | None = None
 
 
 def load_workdir(
@@ -60,14 +55,19 @@ def load_workdir(
     step_read, saved = checkpoint.open_for_reading(path, at_step)
     assemble = choose("weights", weights, {"ema": state.ema_variables, "raw": state.raw_variables})
     variables = assemble(saved)
-    return Pretrained(build_denoiser(config, variables), variables, config, step_read)
+    # iDDPM's noise levels, which older versions kept beside the weights, follow from the config.
+    variables.get("buffers", {}).pop("u", None)
+    return Pretrained(build_denoiser(config), variables, config, step_read)
 
 
-def config_of(loaded: Pretrained) -> ConfigDict:
-    """The config of a loaded network; UserError says what no config expresses."""
-    if loaded.config is None:
-        return config_from_architecture(loaded.architecture)
-    return loaded.config
+def network_fields(config: ConfigDict) -> dict[str, Any]:
+    """The fields of a config that describe its network, for JSON; `config_from_dict` reads them."""
+    data = ("image_size", "image_width", "channels", "num_classes")
+    return {
+        "class_conditional": config.class_conditional,
+        "data": {field: config.data[field] for field in data},
+        **{group: config[group].to_dict() for group in ("model", "precond", "lora", "augment")},
+    }
 
 
 def with_config(loaded: Pretrained, config: ConfigDict) -> Pretrained:
@@ -76,23 +76,50 @@ def with_config(loaded: Pretrained, config: ConfigDict) -> Pretrained:
     Raises:
         UserError: a changed field describes other weights.
     """
-    old, new = (architecture_from_config(c) for c in (loaded.config, config))
-    if config.lora.mode == "baseline" and old["use_affine"]:
-        new["lora"] = old["lora"]  # the base alone: its weights are among these
-    old["sites"], new["sites"] = loaded.config.lora.sites, config.lora.sites
-    free = ("dropout", "label_dropout")
-    changed = [k for k in old if old[k] != new[k] and k not in free]
-    if image_shape(loaded.config)[:2] != image_shape(config)[:2]:
-        changed.append("image size")
+    old, new = (_identity(c) for c in (loaded.config, config))
+    # The base alone: its weights are among these, unless it was trained without its scale-and-shift.
+    lora_off = config.lora.mode == "baseline" and loaded.config.lora.mode != "only_lora"
+    changed = [k for k in old if old[k] != new[k] and not (lora_off and k.startswith("lora."))]
     if changed:
-        listed = ", ".join(f"{k} {old.get(k)!r}, now {new.get(k)!r}" for k in changed)
+        listed = ", ".join(f"{k} {old[k]!r}, now {new[k]!r}" for k in changed)
         raise UserError(
             f"The config describes another network than the one these weights belong to: {listed}. Remove "
             "these overrides; only sampler, mesh and dtype can change, and lora.mode to baseline."
         )
-    return dataclasses.replace(
-        loaded, denoiser=build_denoiser(config, loaded.variables), config=config
-    )
+    return dataclasses.replace(loaded, denoiser=build_denoiser(config), config=config)
+
+
+def _identity(config: ConfigDict) -> dict[str, Any]:
+    """The fields that decide which weights a network has and what they compute, by dotted name."""
+    fields = flatten_dict(network_fields(config), sep=".")
+    fields["data.image_width"] = image_shape(config)[1]  # 0 stands for square
+    fields["data.num_classes"] = num_classes(config)
+    return {k: v for k, v in fields.items() if k not in _FREE}
+
+
+def mismatch(found: Mapping[str, tuple], wanted: Mapping[str, tuple], limit: int = 8) -> str:
+    """How two sets of shapes by name differ, for a message; "" if they agree.
+
+    Args:
+        found: shapes that there are.
+        wanted: shapes that a network has.
+        limit: how many names of a kind are listed.
+    """
+    both = sorted(set(found) & set(wanted))
+    problems = {
+        "it lacks": sorted(set(wanted) - set(found)),
+        "left over": sorted(set(found) - set(wanted)),
+        "other shapes": [
+            f"{k} is {found[k]} there, {wanted[k]} here" for k in both if found[k] != wanted[k]
+        ],
+    }
+    listed = []
+    for problem, names in problems.items():
+        more = f" and {len(names) - limit} more" if len(names) > limit else ""
+        listed += [
+            f"{problem}: {', '.join(printable(n, 160) for n in names[:limit])}{more}"
+        ] * bool(names)
+    return "; ".join(listed)
 
 
 def overlay(fresh: Variables, loaded: Variables, origin: str) -> Variables:
@@ -110,51 +137,45 @@ def overlay(fresh: Variables, loaded: Variables, origin: str) -> Variables:
         UserError: other variables are missing, left over, or of other shapes.
     """
     new, old = (flatten_dict(v, sep="/") for v in (fresh, loaded))
-    if "buffers/u" not in new:
-        old.pop("buffers/u", None)  # iDDPM's noise levels: no other preconditioning has them
-    missing = [k for k in new if k not in old and not lora.params.is_adapter(tuple(k.split("/")))]
-    over = [k for k in old if k not in new and "/affine/" not in k]
-    if any("/affine/" in k for k in new):
-        over += [k for k in old if k not in new and "/affine/" in k]
-    shapes = [
-        f"{k} is {old[k].shape} there, {new[k].shape} here"
-        for k in new
-        if k in old and old[k].shape != new[k].shape
-    ]
-    problems = {"it lacks": missing, "left over": over, "other shapes": shapes}
-    listed = [f"{what}: {_shorten(names)}" for what, names in problems.items() if names]
-    if listed:
+    if not any("/affine/" in name for name in new):
+        old = {name: v for name, v in old.items() if "/affine/" not in name}
+    may_lack = {k for k in new if lora.params.is_adapter(tuple(k.split("/")))} - old.keys()
+    problem = mismatch(
+        {name: v.shape for name, v in old.items()},
+        {name: v.shape for name, v in new.items() if name not in may_lack},
+    )
+    if problem:
         raise UserError(
-            f"init_from={origin} does not match this network; {'; '.join(listed)}. Use the config that "
-            "it was trained with (classes, widths, augmentation, LoRA sizes)."
+            f"init_from={origin} does not match this network; {problem}. Use the config that it was "
+            "trained with (classes, widths, augmentation, LoRA sizes)."
         )
     merged = {k: np.asarray(old[k], v.dtype) if k in old else v for k, v in new.items()}
     return unflatten_dict(merged, sep="/")
-
-
-def _shorten(names: Sequence[str], limit: int = 4) -> str:
-    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(sorted(names)[:limit]) + rest
 
 
 def config_from_dict(saved: dict[str, Any]) -> ConfigDict:
     """A config from its JSON form. Lists become tuples; fields newer than the file keep their defaults.
 
     Raises:
-        UserError: the file has a field that this version does not know.
+        UserError: a field is unknown to this version, or has a value of another type.
     """
     config = default_config.base()
     if "sampler" in saved:
         saved = {**saved, "sampler": default_config.adopt_sampler(saved["sampler"])}
         config.sampler = default_config.sampler(saved["sampler"].get("name", "edm"))
     fields = flatten_dict(saved, sep=".")
-    unknown = fields.keys() - flatten_dict(config.to_dict(), sep=".").keys()
+    unknown = sorted(fields.keys() - flatten_dict(config.to_dict(), sep=".").keys())
     if unknown:
         raise UserError(
-            f"The saved config has fields that this version does not know: {', '.join(sorted(unknown))}. "
+            f"The saved config has fields that this version does not know: {', '.join(unknown)}. "
             "Use the version that wrote it."
         )
-    config.update_from_flattened_dict(
-        {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-    )
+    for name, value in fields.items():
+        value = tuple(value) if isinstance(value, list) else value
+        try:
+            config.update_from_flattened_dict({name: value})
+        except TypeError as error:
+            raise UserError(
+                f"The saved config has {name} = {printable(value)}, which has the wrong type."
+            ) from error
     return config

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from lora_diffusion_jax import generate, lora
 from lora_diffusion_jax.diffusion import precond
-from lora_diffusion_jax.factory.networks import image_shape, num_labels
+from lora_diffusion_jax.factory.networks import image_shape, num_classes
 from lora_diffusion_jax.factory.objectives import build_objective, build_sampler
 from lora_diffusion_jax.training import ema, loop, optimizer, sharding, step
 
@@ -34,7 +34,7 @@ def build_step(
         build_optimizer(config),
         ema=ema.Ema(train.ema_halflife_images, train.ema_rampup_ratio),
         batch_size=train.batch_size,
-        num_classes=num_labels(config),
+        num_classes=num_classes(config),
         microbatch=train.microbatch or None,
         draw=objective.draw,
         max_bad_steps=train.max_nonfinite,
@@ -70,7 +70,7 @@ def build_generator(
         denoiser=denoiser,
         sampler=build_sampler(config, denoiser),
         image_shape=image_shape(config),
-        num_classes=num_labels(config),
+        num_classes=num_classes(config),
         mesh=mesh,
         batch_size=config.sampler.batch_size,
     )

@@ -5,8 +5,7 @@ from pathlib import Path
 
 from lora_diffusion_jax import files, interop, lora, processes
 from lora_diffusion_jax.errors import UserError
-from lora_diffusion_jax.factory.networks import SITES, architecture_from_config, image_shape
-from lora_diffusion_jax.factory.pretrained import Pretrained, config_of
+from lora_diffusion_jax.factory.pretrained import Pretrained
 from lora_diffusion_jax.training import checkpoint, workdir, writers
 
 
@@ -34,7 +33,7 @@ def import_checkpoint(
         params=params, frozen={}, buffers=loaded.variables.get("buffers", {}), ema=params
     )
     with workdir.open_workdir(directory) as path:
-        workdir.reconcile_config(path, config_of(loaded).to_dict(), (), writers.say)
+        workdir.reconcile_config(path, loaded.config.to_dict(), (), writers.say)
         with files.disk_errors(path):
             checkpoint.save_weights(path, weights)
     return lora.count(params)
@@ -48,19 +47,9 @@ def export_checkpoint(
     Raises:
         UserError: the official format cannot express the network, or the file cannot be written.
     """
-    height, width, _ = image_shape(run.config)
-    if height != width:
-        raise UserError(
-            f"This network makes images of {height}x{width}, but the official format knows square "
-            "images only. Keep the workdir."
-        )
-    if run.config.lora.mode != "baseline" and run.config.lora.sites != SITES:
-        raise UserError(
-            f"lora.sites={run.config.lora.sites!r}, but the official names know adapters at qkv and "
-            f"proj only ({SITES!r}). Keep the workdir."
-        )
-    write = interop.export_adapters if adapters_only else interop.export_network
-    write(out, run.variables, architecture_from_config(run.config), weights=weights)
+    interop.export_network(
+        out, run.variables, run.config, weights=weights, adapters_only=adapters_only
+    )
 
 
 def has_checkpoint(directory: str | os.PathLike) -> bool:

@@ -30,7 +30,8 @@ from lora_diffusion_jax.evaluation.features import Detector, cache_folder
 from lora_diffusion_jax.evaluation.npz import check_target
 from lora_diffusion_jax.evaluation.references import make_reference, save_reference
 from lora_diffusion_jax.evaluation.results import Record
-from lora_diffusion_jax.interop.export import is_safetensors, read_export
+from lora_diffusion_jax.interop.export import read_export
+from lora_diffusion_jax.readers.safetensors import is_safetensors
 from lora_diffusion_jax.training import checkpoint, workdir
 
 MAX_REPEATS = 100
@@ -297,7 +298,7 @@ class SavedRun:
             loaded = interop.load_pretrained(self.where)
         else:
             loaded = factory.load_workdir(self.where, weights=self.weights, at_step=step)
-        config = cli.override(factory.config_of(loaded), self.overrides)
+        config = cli.override(loaded.config, self.overrides)
         config.sampler.batch_size = self.batch_size or config.sampler.batch_size
         loaded = factory.with_config(loaded, config)
         generator = factory.build_generator(config, loaded.denoiser, factory.build_mesh(config))

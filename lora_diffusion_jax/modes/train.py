@@ -19,7 +19,7 @@ from lora_diffusion_jax.evaluation.evaluator import for_training
 from lora_diffusion_jax.factory.checks import check
 from lora_diffusion_jax.factory.data import build_batches, complete, open_heldout, open_source
 from lora_diffusion_jax.factory.networks import build_denoiser, forward_flops, init_variables
-from lora_diffusion_jax.factory.pretrained import Pretrained, load_workdir, overlay
+from lora_diffusion_jax.factory.pretrained import Pretrained, overlay
 from lora_diffusion_jax.factory.training import (
     build_generator,
     build_mesh,
@@ -63,13 +63,13 @@ def train(config: ConfigDict, directory: str | os.PathLike) -> loop.Result:
             "dtype=bfloat16 (float16 works for sampling)."
         )
     start = starting_point(config, directory)
-    denoiser = build_denoiser(config, start and start.variables)
+    denoiser = build_denoiser(config)
     mesh = build_mesh(config)
     sharding.check_batch_size(config.train.batch_size, mesh, config.train.microbatch or None)
     return loop.train(
         directory,
         config=config.to_dict(),
-        init=initial_state(config, denoiser, None if has_checkpoint(directory) else start),
+        init=initial_state(config, denoiser, start),
         step_fn=build_step(config, denoiser, mesh),
         batches=build_batches(config, source, mesh),
         mesh=mesh,
@@ -91,13 +91,10 @@ def may_change(directory: str | os.PathLike) -> tuple[str, ...]:
 
 
 def starting_point(config: ConfigDict, directory: str | os.PathLike) -> Pretrained | None:
-    """The network that a run starts from: None for a fresh one, or for what the checkpoint holds.
-
-    For iDDPM, whose noise levels come with the weights, it is the run's own checkpoint.
-    """
-    if has_checkpoint(directory):
-        return load_workdir(directory) if config.precond.name == "iddpm" else None
-    return interop.load_pretrained(config.init_from) if config.init_from else None
+    """The network of `init_from`; None for a run that starts fresh, or resumes."""
+    if has_checkpoint(directory) or not config.init_from:
+        return None
+    return interop.load_pretrained(config.init_from)
 
 
 def initial_state(config: ConfigDict, denoiser: Denoiser, start: Pretrained | None) -> loop.Init:

@@ -149,9 +149,9 @@ def do() -> int:
         except Interrupted:
             stopped_by = interrupts.agreed or interrupts.received
             name = signal.Signals(stopped_by).name
-            writers.say(f"stopped by {name}; the same command goes on from here")
+            writers.log(f"stopped by {name}; the same command goes on from here")
             return 128 + stopped_by
-    writers.say(json.dumps({"images": count, "out": FLAGS.out, **about}))
+    writers.log(json.dumps({"images": count, "out": FLAGS.out, **about}))
     return 0
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from lora_diffusion_jax import factory, generate, interop, lora, outputs, processes
+from lora_diffusion_jax import factory, files, generate, interop, lora, outputs, processes
 from lora_diffusion_jax.array_types import Variables
 from lora_diffusion_jax.data.sources import describe, format_description
 from lora_diffusion_jax.errors import UserError
@@ -22,9 +22,10 @@ from lora_diffusion_jax.evaluation.features import Detector, tree_hash
 from lora_diffusion_jax.evaluation.metrics import frechet_distance
 from lora_diffusion_jax.evaluation.report import check_reference, metric_name
 from lora_diffusion_jax.evaluation.statistics import load_reference
+from lora_diffusion_jax.keys import INIT, purpose_key
+from lora_diffusion_jax.paths import is_adapter
 from lora_diffusion_jax.processes.interrupts import pause_point
-from lora_diffusion_jax.training import checkpoint, loop, sharding, state, workdir, writers
-from lora_diffusion_jax.training.state import INIT
+from lora_diffusion_jax.training import checkpoint, loop, state, workdir, writers
 
 # Fields whose change does not hinder resuming a run.
 HARMLESS = (
@@ -71,22 +72,25 @@ def train(config: ConfigDict, directory: str | os.PathLike) -> loop.Result:
     start = _start(config, directory)
     denoiser = factory.build_denoiser(config, start and start.variables)
     mesh = factory.build_mesh(config)
-    sharding.check_batch_size(config.train.batch_size, mesh, config.train.microbatch or None)
+    step_fn = factory.build_step(config, denoiser, mesh)
     generator = factory.build_generator(config, denoiser, mesh)
     harmless = HARMLESS if _knows_its_data(directory) else (*HARMLESS, *OPEN_AFTER_IMPORT)
-    return loop.train(
-        directory,
-        config=config.to_dict(),
-        init=_initial_state(config, denoiser, None if _has_checkpoint(directory) else start),
-        step_fn=factory.build_step(config, denoiser, mesh),
-        batches=factory.build_batches(config, source, mesh),
-        mesh=mesh,
-        schedule=factory.build_schedule(config),
-        seed=config.train.seed,
-        harmless=harmless,
-        callbacks=_callbacks(config, directory, denoiser, generator, source),
-        flops_per_image=3 * factory.forward_flops(config, denoiser),
-    )
+    cadence = factory.build_cadence(config)
+    callbacks = _callbacks(config, directory, denoiser, generator, source)
+    init = _initial_state(config, denoiser, None if _has_checkpoint(directory) else start)
+    batches = factory.build_batches(config, source, mesh)
+    with workdir.open_workdir(directory, config.to_dict(), harmless) as path:
+        return loop.train(
+            path,
+            init=init,
+            step_fn=step_fn,
+            batches=batches,
+            mesh=mesh,
+            cadence=cadence,
+            seed=config.train.seed,
+            callbacks=callbacks,
+            flops_per_image=3 * factory.forward_flops(config, denoiser),
+        )
 
 
 def _knows_its_data(directory: str | os.PathLike) -> bool:
@@ -107,9 +111,9 @@ def _start(config: ConfigDict, directory: str | os.PathLike) -> interop.Pretrain
 
 def _initial_state(
     config: ConfigDict, denoiser: Any, start: interop.Pretrained | None
-) -> loop.Init:
+) -> loop.InitialState:
     """The state to begin with: fresh weights, or those of `start` with fresh adapters."""
-    key = state.purpose_key(config.train.seed, INIT)
+    key = purpose_key(config.train.seed, INIT)
     optimizer, trainable = factory.build_optimizer(config), factory.trainable(config)
 
     def fresh() -> state.TrainState:
@@ -150,7 +154,7 @@ def overlay(fresh: Variables, loaded: Variables, origin: str) -> Variables:
     new, old = (flax.traverse_util.flatten_dict(v, sep="/") for v in (fresh, loaded))
     if "buffers/u" not in new:
         old.pop("buffers/u", None)  # iDDPM's noise levels, which another preconditioning has not
-    missing = [k for k in new if k not in old and not lora.params.is_adapter(tuple(k.split("/")))]
+    missing = [k for k in new if k not in old and not is_adapter(k)]
     over = [k for k in old if k not in new and "/affine/" not in k]
     if any("/affine/" in k for k in new):
         over += [k for k in old if k not in new and "/affine/" in k]
@@ -188,7 +192,7 @@ def _callbacks(
         picture = sample_grid(generator, state.ema_variables(now))
         images = step * config.train.batch_size
         if processes.is_leader():
-            with workdir.plain_disk_errors(directory):
+            with files.disk_errors(directory):
                 outputs.write_png(Path(directory) / "samples" / f"{images:010d}.png", picture)
         return {"samples/grid": picture}
 
@@ -240,7 +244,7 @@ def _judge(config: ConfigDict, source: Any) -> Judge | None:
         return against_reference
     heldout = factory.open_heldout(config)
     if heldout is None:
-        writers.say(
+        writers.log(
             "no evaluation: there are no held-out images; name some (data.eval_path) or statistics "
             "(eval.reference)"
         )
@@ -312,23 +316,23 @@ def sample(
     opened: list[outputs.Output] = []  # in process 0
 
     def begin() -> str:
-        with workdir.plain_disk_errors(out.parent):
+        with files.disk_errors(out.parent):
             out.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after it
             shape = generator.image_shape
             opened.append(outputs.open_output(out, seeds, labels, shape, identity, columns))
         return np.packbits(opened[0].done).tobytes().hex()
 
     def finish() -> None:
-        with workdir.plain_disk_errors(out.parent):
+        with files.disk_errors(out.parent):
             opened[0].finish(about)
 
     bits = bytes.fromhex(processes.from_leader("opening --out", begin))
     left = np.unpackbits(np.frombuffer(bits, np.uint8), count=len(seeds)) == 0
     if not left.all():
-        writers.say(f"{len(seeds) - left.sum():,} of {len(seeds):,} images are there already")
+        writers.log(f"{len(seeds) - left.sum():,} of {len(seeds):,} images are there already")
     for batch in _draw(generator, run.variables, seeds[left], labels[left]):
         for output in opened:
-            with workdir.plain_disk_errors(out.parent):
+            with files.disk_errors(out.parent):
                 output.write(batch)
     processes.from_leader("finishing --out", finish, FINISH_LIMIT)
     return len(seeds)
@@ -437,7 +441,7 @@ def import_checkpoint(
     config = factory.config_of(loaded).to_dict()
     with workdir.open_workdir(directory) as path:
         workdir.reconcile_config(path, config, (), writers.say)
-        with workdir.plain_disk_errors(path):
+        with files.disk_errors(path):
             checkpoint.save_weights(path, weights)
     return lora.count(params)
 

@@ -9,7 +9,7 @@ from time import sleep
 
 import numpy as np
 
-from lora_diffusion_jax import experiment, factory, generate, interop, processes
+from lora_diffusion_jax import experiment, factory, files, generate, interop, processes
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.evaluation import history, report
 from lora_diffusion_jax.evaluation.collect import FeatureSet, collect_resumable, forget
@@ -369,9 +369,9 @@ def summarise(root: Path, runs: list[Path], plan: Plan, tools: Tools) -> str:
         found[name] = [known[key] for key in keys if key in known]
     folder = root / history.FOLDER
     text = history.table(found)
-    with workdir.plain_disk_errors(folder):
+    with files.disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        workdir.write_atomically(folder / "table.txt", text + "\n")
+        files.write_text(folder / "table.txt", text + "\n")
         for name in names:
             history.plot(found, name, folder / f"{name}.png")
     return f"{text}\ntable and plots: {folder}"

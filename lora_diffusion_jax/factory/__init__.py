@@ -19,10 +19,10 @@ from lora_diffusion_jax.factory.networks import (
 from lora_diffusion_jax.factory.objectives import Objective, build_objective, build_sampler
 from lora_diffusion_jax.factory.runs import (
     build_batches,
+    build_cadence,
     build_generator,
     build_mesh,
     build_optimizer,
-    build_schedule,
     build_step,
     complete,
     config_from_dict,
@@ -50,7 +50,7 @@ __all__ = [
     "build_objective",
     "build_optimizer",
     "build_sampler",
-    "build_schedule",
+    "build_cadence",
     "build_step",
     "bypass_lora",
     "check",

@@ -18,7 +18,7 @@ class Objective(NamedTuple):
     """A training loss in two parts: what it draws at random, and its value given the draws."""
 
     draw: Callable[[Key, tuple[int, ...]], PyTree]
-    loss: Callable[..., tuple[Images, jax.Array]]
+    loss: Callable[..., Images]
 
 
 def build_objective(config: ConfigDict, denoiser: precond.Denoiser) -> Objective:
@@ -26,7 +26,7 @@ def build_objective(config: ConfigDict, denoiser: precond.Denoiser) -> Objective
 
     `draw(key, shape)` gives sigma [B], the augmentation's draws, unit noise and the key of the dropout,
     each from a key of its own; `loss(variables, images, labels, draws, train)` gives the loss per
-    pixel [B, H, W, C] and sigma [B].
+    pixel [B, H, W, C].
     """
     draw_sigma, weighted = _loss_parts(config, denoiser.precond)
     augment_p = config.augment.p
@@ -44,7 +44,7 @@ def build_objective(config: ConfigDict, denoiser: precond.Denoiser) -> Objective
 
     def loss(
         variables: Variables, images: Images, labels: Labels | None, draws: PyTree, train: bool
-    ) -> tuple[Images, jax.Array]:
+    ) -> Images:
         augment_labels = None
         if augment_p > 0:
             images, augment_labels = augmentation.augment(images, draws["augment"])
@@ -60,7 +60,7 @@ def build_objective(config: ConfigDict, denoiser: precond.Denoiser) -> Objective
                 rngs={"dropout": draws["dropout"]},
             )
 
-        return weighted(denoise, images, draws["sigma"], draws["noise"]), draws["sigma"]
+        return weighted(denoise, images, draws["sigma"], draws["noise"])
 
     return Objective(draw, loss)
 

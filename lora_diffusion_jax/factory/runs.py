@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from lora_diffusion_jax import generate, interop, lora
+from lora_diffusion_jax import generate, interop
 from lora_diffusion_jax.data import image_source, pipeline, sources
 from lora_diffusion_jax.default_config import base as default_config
 from lora_diffusion_jax.diffusion import precond
@@ -23,6 +23,7 @@ from lora_diffusion_jax.factory.networks import (
     num_labels,
 )
 from lora_diffusion_jax.factory.objectives import build_objective, build_sampler
+from lora_diffusion_jax.paths import is_adapter
 from lora_diffusion_jax.training import (
     checkpoint,
     ema,
@@ -112,28 +113,25 @@ def build_optimizer(config: ConfigDict) -> optimizer.Optimizer:
     return optimizer.adam(train.learning_rate, rampup_images=train.rampup_images)
 
 
-def build_step(
-    config: ConfigDict, denoiser: precond.Denoiser, mesh: Mesh | None = None
-) -> step.StepFn:
-    """The training step of a config for a mesh; None: one that splits no parameter."""
-    train, objective = config.train, build_objective(config, denoiser)
+def build_step(config: ConfigDict, denoiser: precond.Denoiser, mesh: Mesh) -> step.StepFn:
+    """The training step of a config for a mesh."""
+    train = config.train
     return step.make_train_step(
-        objective.loss,
+        build_objective(config, denoiser),
         build_optimizer(config),
         ema=ema.Ema(train.ema_halflife_images, train.ema_rampup_ratio),
         batch_size=train.batch_size,
+        mesh=mesh,
         num_classes=num_labels(config),
         microbatch=train.microbatch or None,
-        draw=objective.draw,
         max_bad_steps=train.max_nonfinite,
-        mesh=mesh,
     )
 
 
-def build_schedule(config: ConfigDict) -> loop.Schedule:
+def build_cadence(config: ConfigDict) -> loop.Cadence:
     """When the loop logs, saves, samples and evaluates."""
     train = config.train
-    return loop.Schedule(
+    return loop.Cadence(
         total_images=train.total_images,
         log_every=train.log_every,
         checkpoint_every=train.checkpoint_every,
@@ -146,7 +144,7 @@ def build_schedule(config: ConfigDict) -> loop.Schedule:
 def trainable(config: ConfigDict) -> Callable[[str], bool]:
     """Path of a parameter -> is it trained: all, or the adapters alone."""
     if config.train.freeze_base:
-        return lambda path: lora.params.is_adapter(tuple(path.split("/")))
+        return is_adapter
     return lambda path: True
 
 

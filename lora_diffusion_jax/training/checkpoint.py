@@ -75,13 +75,14 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
-        # An error from the background must not replace the one that is being raised.
+    def __exit__(self, kind: type | None, *error: Any) -> None:
         try:
-            self.close()
+            self.wait()
         except Exception:
-            if error is None:
+            if kind is None:  # else it would replace the error that is being raised
                 raise
+        finally:
+            self.manager.close()
 
     def latest_step(self) -> int | None:
         """The newest step saved, or None."""
@@ -116,13 +117,6 @@ class Checkpoints:
             self.manager.wait_until_finished()
             self.manager.check_for_errors()
 
-    def close(self) -> None:
-        """Waits and ends the threads."""
-        try:
-            self.wait()
-        finally:
-            self.manager.close()
-
     def restore(self, like: Parts) -> tuple[int, dict[str, PyTree]] | None:
         """The newest checkpoint that can be read, on the shardings of `like`.
 
@@ -139,7 +133,8 @@ class Checkpoints:
             UserError: the checkpoint is of another network; or there are some, and all unreadable.
         """
         # Process 0's listing for all: on a network file system the others may see an older one.
-        steps = processes.from_leader("listing checkpoints", lambda: _steps(self.directory))
+        workdir = self.directory.parent
+        steps = processes.from_leader("listing checkpoints", lambda: saved_steps(workdir))
         if not steps:
             return None
         step, parts, unreadable = _read_newest(self.directory, steps, like)
@@ -174,18 +169,16 @@ def _read_newest(
 ) -> tuple[int, dict[str, PyTree], list[int]]:
     """(step, its parts, the newer steps that cannot be read); see `_read` for `like`."""
     unreadable = []
-    for step in sorted(steps, reverse=True):
-        parts, reason, cause = None, "", None
+    for step in reversed(steps):
+        parts = error = None
         try:
             parts = _read(directory / str(step), like)
         except UserError:
             raise
         # Whatever damaged files make the readers raise: a missing piece, JSON, decompression.
-        except Exception as error:
-            reason, cause = (
-                (str(error).strip() or type(error).__name__).splitlines()[0][:200],
-                error,
-            )
+        except Exception as caught:
+            error = caught
+        reason = "" if error is None else f"{type(error).__name__}: {error}".splitlines()[0][:200]
         reasons = processes.exchange(f"reading checkpoint {step}", reason, RESTORE_LIMIT)
         if not any(reasons):
             return step, parts, unreadable
@@ -194,7 +187,7 @@ def _read_newest(
     raise UserError(
         f"No checkpoint in {directory} can be read (tried {unreadable}): {max(reasons)}. Copy them "
         "again, or move the folder away to start from scratch."
-    ) from cause
+    ) from error
 
 
 def _read(folder: Path, like: Parts | None) -> dict[str, PyTree]:
@@ -203,19 +196,16 @@ def _read(folder: Path, like: Parts | None) -> dict[str, PyTree]:
         raise FileNotFoundError("it has no weights")
     handler, found = ocp.PyTreeCheckpointHandler(), {}
     with ocp.Checkpointer(handler, multiprocessing_options=_all_processes()) as reader:
-        for name in PARTS if like is not None else ("weights",):
-            path = folder / name
+        for path in (folder / name for name in (like or ["weights"])):
             if not path.is_dir():
                 continue
             saved = handler.metadata(path).tree
             if like is None:
-                wanted = saved
                 how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
             else:
-                wanted = like[name]
-                _check_fit(wanted, saved, path)
-                how = ocp.checkpoint_utils.construct_restore_args(wanted)
-            found[name] = reader.restore(path, ocp.args.PyTreeRestore(wanted, restore_args=how))
+                _check_fit(like[path.name], saved, path)
+                how = ocp.checkpoint_utils.construct_restore_args(like[path.name])
+            found[path.name] = reader.restore(path, ocp.args.PyTreeRestore(restore_args=how))
     return found
 
 
@@ -263,11 +253,7 @@ def saved_steps(workdir: str | os.PathLike) -> list[int]:
             f"{workdir} has no checkpoints (looked for {directory}). Give the workdir of a "
             "training run that has saved one."
         )
-    return _steps(directory)
-
-
-def _steps(directory: Path) -> list[int]:
-    """The steps in a folder of checkpoints: one that is not complete has a name beside its number."""
+    # One that is not complete has a name beside its number.
     return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal())
 
 

@@ -104,7 +104,7 @@ class Feed:
             rows = {"index": self.batches.indices(self.step)}
         else:
             rows = next(self._iterator)
-        item = put_batch(rows, self.batches.batch_size, self.mesh)
+        item = put_batch(rows, self.mesh)
         item["signal"] = put_signal(signal, self.mesh) if signal else self._no_signal
         self.step += 1
         self.waited += time.perf_counter() - start
@@ -114,7 +114,7 @@ class Feed:
 def put_signal(signal: int, mesh: Mesh) -> jax.Array:
     """An array int32 [devices] that holds the signal in the places of this process's devices."""
     rows = np.full(local_rows(mesh.size, mesh).shape, signal, np.int32)
-    return put_batch({"signal": rows}, mesh.size, mesh)["signal"]
+    return put_batch({"signal": rows}, mesh)["signal"]
 
 
 def take(data: Held | Mapping, item: Mapping[str, jax.Array]) -> dict[str, jax.Array]:

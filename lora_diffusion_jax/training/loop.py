@@ -61,11 +61,9 @@ class Cadence:
 
     def __post_init__(self):
         for name, value in dataclasses.asdict(self).items():
-            if name in ("sample_every", "eval_every"):
-                if value < 0:
-                    raise UserError(f"train.{name} is {value}; give 0 for never.")
-            elif value < 1:
-                raise UserError(f"train.{name} is {value}; it must be at least 1.")
+            least = 0 if name in ("sample_every", "eval_every") else 1
+            if value < least:
+                raise UserError(f"train.{name} is {value}; it must be at least {least}.")
 
     def steps(self, batch_size: int) -> int:
         """The number of steps of the whole run."""
@@ -73,17 +71,13 @@ class Cadence:
 
     def due(self, step: int, batch_size: int) -> set[str]:
         """The events after a number of steps: log, checkpoint, samples, eval; all after the last."""
-        every = {
-            "log": self.log_every,
-            "checkpoint": self.checkpoint_every,
-            "samples": self.sample_every,
-            "eval": self.eval_every,
-        }
-        now, before, last = step * batch_size, (step - 1) * batch_size, self.steps(batch_size)
+        every = dict(log=self.log_every, checkpoint=self.checkpoint_every)
+        every |= dict(samples=self.sample_every, eval=self.eval_every)
+        images, last = step * batch_size, step == self.steps(batch_size)
         return {
             event
             for event, n in every.items()
-            if n > 0 and step > 0 and (step == last or now // n > before // n)
+            if n and step and (last or images // n > (images - batch_size) // n)
         }
 
 
@@ -162,12 +156,7 @@ def train(
         key = jax.jit(lambda: purpose_key(seed, TRAIN), out_shardings=replicated(mesh))()
         item, began = feed.next(), time.perf_counter()
         lowered = jit_step(step_fn, state, mesh).lower(state, interval, feed.data, item, key)
-        traced = time.perf_counter()
-        compiled = lowered.compile()
-        log(
-            f"compiled the step in {time.perf_counter() - traced:.1f} s (traced in {traced - began:.1f} s)"
-        )
-        processes.barrier("compiling the step", COMPILE_LIMIT)
+        compiled = _compile(lowered, traced=time.perf_counter() - began)
 
         clock.lap(step)
         with Interrupts() as interrupts:
@@ -184,9 +173,7 @@ def train(
                     interval = empty_metrics(mesh)
                 if "checkpoint" in due:
                     checkpoints.save(step, to_parts(state, interval))
-                stopped_by = calls.run(due, state, step, interrupts)
-                if stopped_by is None:  # several processes stop at the step that told them all
-                    stopped_by = interrupts.received if processes.alone() else flight.signal
+                stopped_by = calls.run(due, state, step, interrupts) or flight.signal(interrupts)
                 if stopped_by is not None or step == total:
                     break
                 item = feed.next(interrupts.received)
@@ -195,10 +182,8 @@ def train(
             checkpoints.wait()
             processes.barrier("the last checkpoint")
         if stopped_by is not None:
-            log(
-                f"stopped by {signal.Signals(stopped_by).name} after step {step:,}, saved in "
-                f"{directory}; rerun the same command to resume"
-            )
+            name = signal.Signals(stopped_by).name
+            log(f"stopped by {name} after step {step:,}; rerun the same command to resume")
         return Result(state, step, stopped_by)
 
 
@@ -234,6 +219,15 @@ def jit_step(step_fn: StepFn, state: TrainState, mesh: Mesh) -> Any:
     )
 
 
+def _compile(lowered: jax.stages.Lowered, traced: float) -> jax.stages.Compiled:
+    """Compiles, and waits until all processes have done so."""
+    began = time.perf_counter()
+    compiled = lowered.compile()
+    log(f"compiled the step in {time.perf_counter() - began:.1f} s (traced in {traced:.1f} s)")
+    processes.barrier("compiling the step", COMPILE_LIMIT)
+    return compiled
+
+
 @dataclasses.dataclass
 class Flight:
     """The steps that were started and not looked at yet."""
@@ -242,7 +236,7 @@ class Flight:
     progress: writers.Progress
     batch_size: int
     statuses: deque[tuple[int, jax.Array]] = dataclasses.field(default_factory=deque)
-    signal: int | None = None  # to stop for; all processes see it in the same step
+    seen: int | None = None  # the signal that a status told of
 
     def add(self, step: int, status: jax.Array) -> None:
         """Notes that a step was started, and waits for the one IN_FLIGHT before it."""
@@ -258,7 +252,7 @@ class Flight:
         while len(self.statuses) > left:
             step, status = self.statuses.popleft()
             loss, bad_in_row, halted, number = jax.device_get(status)
-            self.signal = self.signal or int(number) or None
+            self.seen = self.seen or int(number) or None
             if halted:
                 saved, workdir = self.checkpoints.latest_step(), self.checkpoints.directory.parent
                 raise DivergedError(
@@ -268,6 +262,10 @@ class Flight:
                     f"train.learning_rate, in a new workdir with init_from={workdir}."
                 )
             self.progress.update(step * self.batch_size, loss)
+
+    def signal(self, interrupts: Interrupts) -> int | None:
+        """The signal to stop for; several processes stop at the step whose status told them all."""
+        return interrupts.received if processes.alone() else self.seen
 
 
 @dataclasses.dataclass

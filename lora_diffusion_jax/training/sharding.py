@@ -107,13 +107,11 @@ def check_batch_size(batch_size: int, mesh: Mesh, microbatch: int | None = None)
             f"batch_size {batch_size} does not divide over {devices} devices (mesh data="
             f"{mesh.shape['data']} x fsdp={mesh.shape['fsdp']}); take {near} or {near + devices}."
         )
-    if microbatch is not None and (
-        microbatch < 1 or batch_size % microbatch or microbatch % devices
-    ):
+    possible = [m for m in range(devices, batch_size + 1, devices) if batch_size % m == 0]
+    if microbatch is not None and microbatch not in possible:
         raise UserError(
             f"microbatch {microbatch} must divide batch_size {batch_size} and be a multiple of "
-            f"the {devices} devices; possible: "
-            f"{[m for m in range(devices, batch_size + 1, devices) if batch_size % m == 0]}."
+            f"the {devices} devices; possible: {possible}."
         )
 
 
@@ -124,26 +122,9 @@ def local_rows(batch_size: int, mesh: Mesh) -> Int[np.ndarray, " local"]:
     return np.unique(np.concatenate(rows))
 
 
-def put_batch(local: Mapping[str, np.ndarray], size: int, mesh: Mesh) -> dict[str, jax.Array]:
-    """Host arrays that hold this process's rows -> one global array each, split over all devices.
-
-    Args:
-        local: by name, [local, ...], the rows that `local_rows` names.
-        size: rows of the whole.
-        mesh: the devices, whose order need not be that of the processes.
-    """
-    rows = local_rows(size, mesh)
-
-    def put(part: np.ndarray) -> jax.Array:
-        def of_device(index: tuple[slice, ...]) -> np.ndarray:
-            start, stop, _ = index[0].indices(size)
-            first = int(np.searchsorted(rows, start))
-            return part[first : first + stop - start]
-
-        shape = (size, *part.shape[1:])
-        return jax.make_array_from_callback(shape, batch_sharding(mesh), of_device)
-
-    return {name: put(np.asarray(part)) for name, part in local.items()}
+def put_batch(local: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Arrays of this process's rows (`local_rows`) -> global arrays, split over all devices."""
+    return jax.make_array_from_process_local_data(batch_sharding(mesh), dict(local))
 
 
 def put_replicated(tree: PyTree, mesh: Mesh) -> PyTree:

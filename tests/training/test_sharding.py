@@ -70,7 +70,7 @@ def test_batches_that_do_not_divide_are_errors_with_numbers():
 def test_arrays_reach_the_devices_unchanged():
     mesh = make_mesh()
     rows = {"image": np.arange(48, dtype=np.uint8).reshape(16, 3), "label": np.arange(16)}
-    batch = put_batch(rows, 16, mesh)
+    batch = put_batch(rows, mesh)
     for name, array in batch.items():
         assert array.sharding == batch_sharding(mesh)
         np.testing.assert_array_equal(array, rows[name])

@@ -62,7 +62,7 @@ def run(work: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> 
         print(f"error: the package {error.name} is not installed; {advice}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:  # before there was anything to save
-        print("interrupted; rerun the same command to continue", file=sys.stderr)
+        print("interrupted; rerun the same command to resume", file=sys.stderr)
         status = 130
     if argv is None and status > 128 and processes.alone():
         # An ordinary exit would wait for what the devices are doing, perhaps for minutes. Several
@@ -112,7 +112,7 @@ def cut_short(work: Callable[[], Any], doing: str = "stopping; finished work is 
             number = interrupts.agreed or interrupts.received
             if processes.is_leader():
                 name = signal.Signals(number).name
-                print(f"stopped by {name}; rerun the same command to continue", file=sys.stderr)
+                print(f"stopped by {name}; rerun the same command to resume", file=sys.stderr)
             return 128 + number
     return 0
 

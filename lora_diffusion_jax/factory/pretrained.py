@@ -9,12 +9,13 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
-from lora_diffusion_jax import default_config, lora
+from lora_diffusion_jax import default_config
 from lora_diffusion_jax.array_types import Variables
 from lora_diffusion_jax.diffusion.precond import Denoiser
 from lora_diffusion_jax.errors import UserError, printable
 from lora_diffusion_jax.factory.checks import choose
 from lora_diffusion_jax.factory.networks import build_denoiser, image_shape, num_classes
+from lora_diffusion_jax.paths import is_adapter
 from lora_diffusion_jax.training import checkpoint, state, workdir
 
 # Fields of `network_fields` that may change under the same weights: they act in training alone.
@@ -139,7 +140,7 @@ def overlay(fresh: Variables, loaded: Variables, origin: str) -> Variables:
     new, old = (flatten_dict(v, sep="/") for v in (fresh, loaded))
     if not any("/affine/" in name for name in new):
         old = {name: v for name, v in old.items() if "/affine/" not in name}
-    may_lack = {k for k in new if lora.params.is_adapter(tuple(k.split("/")))} - old.keys()
+    may_lack = {name for name in new if is_adapter(name)} - old.keys()
     problem = mismatch(
         {name: v.shape for name, v in old.items()},
         {name: v.shape for name, v in new.items() if name not in may_lack},

@@ -6,7 +6,7 @@ from pathlib import Path
 from lora_diffusion_jax import files, interop, lora, processes
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.factory.pretrained import Pretrained
-from lora_diffusion_jax.training import checkpoint, workdir, writers
+from lora_diffusion_jax.training import checkpoint, workdir
 
 
 def import_checkpoint(
@@ -32,10 +32,8 @@ def import_checkpoint(
     weights = checkpoint.SavedWeights(
         params=params, frozen={}, buffers=loaded.variables.get("buffers", {}), ema=params
     )
-    with workdir.open_workdir(directory) as path:
-        workdir.reconcile_config(path, loaded.config.to_dict(), (), writers.say)
-        with files.disk_errors(path):
-            checkpoint.save_weights(path, weights)
+    with workdir.open_workdir(directory, loaded.config.to_dict()) as path, files.disk_errors(path):
+        checkpoint.save_weights(path, weights)
     return lora.count(params)
 
 

@@ -99,7 +99,7 @@ def sample(args: argparse.Namespace, config: ConfigDict) -> int:
     from lora_diffusion_jax import generate
     from lora_diffusion_jax.factory.pretrained import load_workdir, with_config
     from lora_diffusion_jax.modes.sample import describe, sample
-    from lora_diffusion_jax.training import writers
+    from lora_diffusion_jax.training.writers import log
 
     seeds = generate.parse_seeds(args.seeds)
     run = load_workdir(args.workdir, weights=args.weights, at_step=args.step)
@@ -107,7 +107,7 @@ def sample(args: argparse.Namespace, config: ConfigDict) -> int:
     about = describe(config, args.weights, run.step)
     status = cli.cut_short(lambda: sample(run, seeds, args.class_id, args.out, about))
     if status == 0:
-        writers.say(json.dumps({"images": len(seeds), "out": args.out, **about}))
+        log(json.dumps({"images": len(seeds), "out": args.out, **about}))
     return status
 
 

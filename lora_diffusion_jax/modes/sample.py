@@ -15,7 +15,7 @@ from lora_diffusion_jax.evaluation.features import tree_hash
 from lora_diffusion_jax.factory.pretrained import Pretrained
 from lora_diffusion_jax.factory.training import build_generator, build_mesh
 from lora_diffusion_jax.processes.interrupts import pause_point
-from lora_diffusion_jax.training import writers
+from lora_diffusion_jax.training.writers import log
 
 FINISH_LIMIT = 3600.0  # seconds that other processes wait while process 0 compresses an .npz
 # Endings that would pass for a folder's name, and are not one.
@@ -65,7 +65,7 @@ def sample(
     done = bytes.fromhex(processes.from_leader("opening --out", open_output))
     left = np.unpackbits(np.frombuffer(done, np.uint8), count=len(seeds)) == 0
     if not left.all():
-        writers.say(f"{len(seeds) - left.sum():,} of {len(seeds):,} images are there already")
+        log(f"{len(seeds) - left.sum():,} of {len(seeds):,} images are there already")
     if left.any():
         for batch in generator.batches(
             run.variables,

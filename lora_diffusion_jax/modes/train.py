@@ -19,19 +19,19 @@ from lora_diffusion_jax.evaluation.evaluator import for_training
 from lora_diffusion_jax.factory.checks import check
 from lora_diffusion_jax.factory.data import build_batches, complete, open_heldout, open_source
 from lora_diffusion_jax.factory.networks import build_denoiser, forward_flops, init_variables
-from lora_diffusion_jax.factory.pretrained import Pretrained, overlay
+from lora_diffusion_jax.factory.pretrained import overlay
 from lora_diffusion_jax.factory.training import (
+    build_cadence,
     build_generator,
     build_mesh,
     build_optimizer,
-    build_schedule,
     build_step,
     trainable,
 )
+from lora_diffusion_jax.keys import INIT, purpose_key
 from lora_diffusion_jax.modes.checkpoints import has_checkpoint
 from lora_diffusion_jax.processes.interrupts import pause_point
-from lora_diffusion_jax.training import loop, sharding, state, workdir
-from lora_diffusion_jax.training.state import INIT
+from lora_diffusion_jax.training import loop, state, workdir
 
 # Fields that may change when a run is resumed: they decide how long it goes on, how it is computed,
 # and what is shown and kept, but not what it learns.
@@ -62,23 +62,21 @@ def train(config: ConfigDict, directory: str | os.PathLike) -> loop.Result:
             "Training in float16 would need loss scaling, which does not exist here; use "
             "dtype=bfloat16 (float16 works for sampling)."
         )
-    start = starting_point(config, directory)
-    denoiser = build_denoiser(config)
-    mesh = build_mesh(config)
-    sharding.check_batch_size(config.train.batch_size, mesh, config.train.microbatch or None)
-    return loop.train(
-        directory,
-        config=config.to_dict(),
-        init=initial_state(config, denoiser, start),
+    denoiser, mesh = build_denoiser(config), build_mesh(config)
+    # All that may fail is built before the workdir is touched.
+    run = functools.partial(
+        loop.train,
+        init=initial_state(config, denoiser, directory),
         step_fn=build_step(config, denoiser, mesh),
         batches=build_batches(config, source, mesh),
         mesh=mesh,
-        schedule=build_schedule(config),
+        cadence=build_cadence(config),
         seed=config.train.seed,
-        harmless=may_change(directory),
         callbacks=callbacks(config, directory, denoiser, mesh, source),
-        flops_per_image=3 * forward_flops(config, denoiser),  # the backward pass costs two forwards
+        flops_per_image=3 * forward_flops(config, denoiser),  # backward costs two forwards
     )
+    with workdir.open_workdir(directory, config.to_dict(), may_change(directory)) as path:
+        return run(path)
 
 
 def may_change(directory: str | os.PathLike) -> tuple[str, ...]:
@@ -90,26 +88,20 @@ def may_change(directory: str | os.PathLike) -> tuple[str, ...]:
     return RESUMABLE_CHANGES
 
 
-def starting_point(config: ConfigDict, directory: str | os.PathLike) -> Pretrained | None:
-    """The network of `init_from`; None for a run that starts fresh, or resumes."""
-    if has_checkpoint(directory) or not config.init_from:
-        return None
-    return interop.load_pretrained(config.init_from)
-
-
-def initial_state(config: ConfigDict, denoiser: Denoiser, start: Pretrained | None) -> loop.Init:
-    """The state to begin with: fresh weights, or those of `start` with fresh adapters."""
-    key = state.purpose_key(config.train.seed, INIT)
+def initial_state(
+    config: ConfigDict, denoiser: Denoiser, directory: str | os.PathLike
+) -> loop.InitialState:
+    """The state of step 0: fresh weights, or those of `init_from` with fresh adapters."""
+    key = purpose_key(config.train.seed, INIT)
     optimizer = build_optimizer(config)
 
-    def fresh() -> (
-        state.TrainState
-    ):  # compiled by the loop, so that every device makes its own part
+    def fresh() -> state.TrainState:  # the loop compiles it, so that each device makes its part
         variables = init_variables(config, denoiser, key)
         return state.create_state(variables, optimizer, trainable(config))
 
-    if start is None:
+    if not config.init_from or has_checkpoint(directory):
         return fresh
+    start = interop.load_pretrained(config.init_from)
     variables = jax.jit(functools.partial(init_variables, config, denoiser))(key)
     variables = overlay(variables, start.variables, config.init_from)
     return state.create_state(variables, optimizer, trainable(config))

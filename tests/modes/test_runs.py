@@ -110,7 +110,7 @@ def test_sampling_goes_on_after_a_signal(workdir, tmp_path):
     process.send_signal(signal.SIGTERM)
     text = process.communicate(timeout=60)[0]
     assert process.returncode == 128 + signal.SIGTERM, text
-    assert "stopped by SIGTERM; rerun the same command to continue" in text
+    assert "stopped by SIGTERM; rerun the same command to resume" in text
     made = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.png")}
     assert 8 < len(made) < 300
     text = run(*sample, f"--out={folder}")

@@ -222,11 +222,16 @@ def load_config(name: str) -> tuple[ConfigDict, ModuleType]:
         path = packaged[name]
     if not path.is_file():
         raise UserError(f"--config={name}: there is no such file.")
-    package = path.parent.name
-    if (path.parent / "__init__.py").exists() and package not in sys.modules:
-        _execute(package, path.parent / "__init__.py")  # its configs may import one another
+    folder = path.parent
+    if (folder / "__init__.py").exists() and folder.name not in sys.modules:
+        # A package of configs, which may import one another: `from configs import digits`.
+        sys.modules[folder.name] = package = ModuleType(folder.name)
+        package.__path__ = [str(folder)]
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec  # None for a suffix that is not .py
+    module = importlib.util.module_from_spec(spec)
     try:
-        module = _execute(path.stem, path)
+        spec.loader.exec_module(module)  # type: ignore[union-attr]
         config = module.get_config() if hasattr(module, "get_config") else None
     except Exception as error:  # whatever the code of a config raises
         frames = traceback.extract_tb(error.__traceback__)
@@ -237,18 +242,6 @@ def load_config(name: str) -> tuple[ConfigDict, ModuleType]:
     if not isinstance(config, ConfigDict):
         raise UserError(f"{path} has no function get_config() that returns a ConfigDict.")
     return config, module
-
-
-def _execute(name: str, path: Path) -> ModuleType:
-    """Imports a file, an __init__.py as the package `name`."""
-    is_package = path.name == "__init__.py"
-    places = [str(path.parent)] if is_package else None
-    spec = importlib.util.spec_from_file_location(name, path, submodule_search_locations=places)
-    module = importlib.util.module_from_spec(spec)
-    if is_package:
-        sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:

@@ -81,5 +81,5 @@ class Objective(NamedTuple):
             train=train and self.dropout,
             rngs={"dropout": draws["dropout"]},
         )
-        weight = self.denoiser.precond.weight(sigma)
-        return weighted_loss(denoise, images, sigma, draws["noise"], weight), sigma
+        precond = self.denoiser.precond
+        return weighted_loss(precond, denoise, images, sigma, draws["noise"]), sigma

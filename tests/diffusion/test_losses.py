@@ -98,7 +98,7 @@ def test_preconditioning_is_table_1(pre):
         noise = 999 - np.abs(s[:, None] - pre.levels()[None]).argmin(1)
     column = lambda v: np.asarray(v)[:, None, None, None]  # noqa: E731
     expected = column(skip) * x + column(out) * (2 * column(scale) * x + column(noise))
-    got, raw = Denoiser(Raw(), pre).apply({}, x, s, method="raw")
+    got, raw = Denoiser(Raw(), pre).apply({}, x, s, with_raw=True)
     # c_noise reaches 999 in float32
     np.testing.assert_allclose(got, expected, rtol=2e-4, atol=1e-4)
     np.testing.assert_array_equal(got, Denoiser(Raw(), pre).apply({}, x, s))

@@ -1,7 +1,13 @@
 """Samplers: from unit normal noise to images through denoise(x, sigma) -> D."""
 
-from lora_diffusion_jax.diffusion.samplers.bound import BoundDenoiser, bind
-from lora_diffusion_jax.diffusion.samplers.plan import Plan, run_plan, stack, step_noise
+from lora_diffusion_jax.diffusion.samplers.plan import (
+    BoundDenoiser,
+    Plan,
+    bind,
+    run_plan,
+    stack,
+    step_noise,
+)
 from lora_diffusion_jax.diffusion.samplers.solvers import Churn, dpmpp_2m_plan, make_plan
 from lora_diffusion_jax.diffusion.samplers.table import (
     CHOICES,

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 from lora_diffusion_jax.array_types import Denoise, Images, ImagesU8, Key
 from lora_diffusion_jax.diffusion import schedules
 from lora_diffusion_jax.diffusion.precond import VE, VP
-from lora_diffusion_jax.diffusion.samplers.bound import rounding, supported_range
-from lora_diffusion_jax.diffusion.samplers.plan import Plan, run_plan
+from lora_diffusion_jax.diffusion.samplers.plan import Plan, precond_of, run_plan
 from lora_diffusion_jax.diffusion.samplers.solvers import Churn, dpmpp_2m_plan, make_plan
 from lora_diffusion_jax.errors import UserError
 
@@ -60,9 +59,9 @@ def edm_sampler(
     Raises:
         UserError: settings that define no grid, or noise that is missing or misshapen.
     """
-    sigmas = schedules.edm_grid(num_steps, *supported_range(denoise, sigma_min, sigma_max), rho)
-    churn = Churn(s_churn, s_min, s_max, s_noise)
-    plan = make_plan(sigmas, churn=churn, round_sigma=rounding(denoise))
+    precond = precond_of(denoise)
+    sigmas = schedules.edm_grid(num_steps, *precond.clip(sigma_min, sigma_max), rho)
+    plan = make_plan(sigmas, churn=Churn(s_churn, s_min, s_max, s_noise), precond=precond)
     return run_plan(denoise, latents, plan, key=key, noise=noise)
 
 
@@ -124,8 +123,9 @@ def ablation_sampler(
         "ve": (ve.sigma_min, ve.sigma_max, schedules.ve_grid),
         "iddpm": (0.002, 81.0, functools.partial(schedules.iddpm_grid, c_1=c_1, c_2=c_2, m=m)),
     }[discretization]
-    low, high = supported_range(
-        denoise, low if sigma_min is None else sigma_min, high if sigma_max is None else sigma_max
+    precond = precond_of(denoise)
+    low, high = precond.clip(
+        low if sigma_min is None else sigma_min, high if sigma_max is None else sigma_max
     )
     sigmas = grid(num_steps, low, high)
     chosen = {
@@ -140,7 +140,7 @@ def ablation_sampler(
         scaling=schedules.vp_scaling(chosen) if scaling == "vp" else schedules.NO_SCALING,
         alpha=alpha,
         churn=Churn(s_churn, s_min, s_max, s_noise),
-        round_sigma=rounding(denoise),
+        precond=precond,
     )
     return run_plan(denoise, latents, plan, key=key, noise=noise)
 
@@ -156,12 +156,13 @@ def _ode_sampler(
     rho: float = 7.0,
     key: Key | None = None,
 ) -> Images:
-    """A deterministic solver on EDM's grid; `make(sigmas, round_sigma=...)` gives its plan.
+    """A deterministic solver on EDM's grid; `make(sigmas, precond=...)` gives its plan.
 
     Arguments as in `edm_sampler`; the key is not used.
     """
-    sigmas = schedules.edm_grid(num_steps, *supported_range(denoise, sigma_min, sigma_max), rho)
-    return run_plan(denoise, latents, make(sigmas, round_sigma=rounding(denoise)))
+    precond = precond_of(denoise)
+    sigmas = schedules.edm_grid(num_steps, *precond.clip(sigma_min, sigma_max), rho)
+    return run_plan(denoise, latents, make(sigmas, precond=precond))
 
 
 SAMPLERS: dict[str, Callable[..., Images]] = {

@@ -228,11 +228,6 @@ def test_numbers_out_of_range_are_named(field, value):
         factory.check(tiny(**{field: value}))
 
 
-def test_choices_of_the_ablation_sampler_are_checked_before_training():
-    with pytest.raises(UserError, match="sampler.solver is 'rk4'"):
-        factory.check(tiny(sampler__name="ablation", sampler__solver="rk4"))
-
-
 def test_norm_that_cannot_split_a_hidden_width_of_lora_is_refused():
     with pytest.raises(UserError, match="cannot split 18 into 4"):
         factory.build_denoiser(tiny(lora__widths=(18, 64)))
@@ -295,9 +290,11 @@ def test_samplers_are_tried_before_anything_is_compiled():
         build(sampler__num_steps=1)
     with pytest.raises(UserError, match="0.02 and sigma_max 0.01"):  # VE starts at 0.02
         build(sampler__sigma_max=0.01)
+    ablation = {"sampler__name": "ablation", "sampler__discretization": "iddpm"}
     with pytest.raises(UserError, match="fewer than num_steps=50"):
-        ablation = {"sampler__name": "ablation", "sampler__discretization": "iddpm"}
         build(**ablation, sampler__m=20, sampler__num_steps=50)
+    with pytest.raises(UserError, match="solver is 'rk4'"):
+        build(**ablation, sampler__solver="rk4")
 
 
 class Pictures:

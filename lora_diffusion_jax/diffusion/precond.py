@@ -211,6 +211,7 @@ class IDDPM(Precond):
 
 
 PRECONDS = {"edm": EDM, "vp": VP, "ve": VE, "iddpm": IDDPM}
+ALL_LEVELS = EDM()  # supports every noise level
 
 
 def _predicts_noise(sigma: Sigma, noise: Array) -> Coefficients:

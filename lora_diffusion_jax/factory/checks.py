@@ -51,9 +51,6 @@ def check(config: ConfigDict) -> None:
     choose("precond.name", config.precond.name, PRECONDS)
     choose("lora.mode", config.lora.mode, ("baseline", "with_lora", "only_lora"))
     choose("sampler.name", config.sampler.name, samplers.SAMPLERS)
-    if config.sampler.name == "ablation":
-        for field, known in samplers.CHOICES.items():
-            choose(f"sampler.{field}", config.sampler[field], known)
     choose("dtype", config.dtype, DTYPES)
     choose("train.remat", config.train.remat, REMAT)
     _check_numbers(config)

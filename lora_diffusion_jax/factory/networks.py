@@ -238,8 +238,7 @@ def init_variables(config: ConfigDict, denoiser: precond.Denoiser, key: Key) -> 
     labels = jnp.zeros((1, num_labels(config))) if num_labels(config) else None
     x = jnp.zeros((1, *image_shape(config)))
     variables = denoiser.init({"params": key}, x, jnp.ones(1), labels)
-    variables = {k: v for k, v in variables.items() if k in ("params", "buffers")}
-    return variables
+    return {k: v for k, v in variables.items() if k in ("params", "buffers")}
 
 
 def forward_flops(config: ConfigDict, denoiser: precond.Denoiser) -> float:

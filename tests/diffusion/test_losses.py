@@ -59,7 +59,12 @@ def test_draws_follow_their_laws():
 
 
 def test_time_runs_from_0_to_1_with_the_noise_level():
-    middle = {EDM(): 0.4, VP(): VP().schedule.sigma(0.5), VE(): 2**0.5, IDDPM(): IDDPM().levels()[500]}
+    middle = {
+        EDM(): 0.4,
+        VP(): VP().schedule.sigma(0.5),
+        VE(): 2**0.5,
+        IDDPM(): IDDPM().levels()[500],
+    }
     for pre, level in middle.items():
         low, high = max(pre.sigma_min, 0.002), min(pre.sigma_max, 80.0 if pre == EDM() else 1e9)
         sigma = jnp.array([low, level, high, 1e5], jnp.float32)

@@ -22,11 +22,10 @@ from lora_diffusion_jax.diffusion.samplers import (
     edm_sampler,
     make_plan,
     run_plan,
-    stack,
-    step_noise,
     table,
     to_uint8,
 )
+from lora_diffusion_jax.diffusion.samplers.plan import stack, step_noise
 from lora_diffusion_jax.errors import UserError
 
 MEAN, STD = 0.3, 0.5
@@ -89,7 +88,9 @@ def order_of(sample, latents):
     return np.log2(error[0] / error[1])
 
 
-@pytest.mark.parametrize(("name", "order"), [("euler", 1), ("heun", 2), ("edm", 2), ("dpmpp_2m", 2)])
+@pytest.mark.parametrize(
+    ("name", "order"), [("euler", 1), ("heun", 2), ("edm", 2), ("dpmpp_2m", 2)]
+)
 def test_samplers_converge_with_their_order(latents, name, order):
     got = order_of(lambda n: SAMPLERS[name](gaussian, latents, num_steps=n), latents)
     assert order - 0.3 < got < order + 0.5

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_diffusion_jax.array_types import Denoise, Images, Key, Labels, Sigma, Variables
-from lora_diffusion_jax.diffusion.precond import EDM, Denoiser, Precond
+from lora_diffusion_jax.diffusion.precond import ALL_LEVELS, Denoiser, Precond
 from lora_diffusion_jax.errors import UserError
 
 
@@ -40,8 +40,8 @@ def bind(
 
 
 def precond_of(denoise: Denoise) -> Precond:
-    """The preconditioning whose noise levels a sampler keeps to; EDM's supports all levels."""
-    return getattr(denoise, "precond", EDM())
+    """The preconditioning whose noise levels a sampler keeps to."""
+    return getattr(denoise, "precond", ALL_LEVELS)
 
 
 class Plan(NamedTuple):

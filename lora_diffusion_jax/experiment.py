@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from lora_diffusion_jax import factory, generate, interop, lora, outputs, processes
 from lora_diffusion_jax.array_types import Variables
-from lora_diffusion_jax.data.sources import describe, format_description
+from lora_diffusion_jax.data.image_source import summarize
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.evaluation import classifier, quick, references
 from lora_diffusion_jax.evaluation.features import Detector, tree_hash
@@ -392,7 +392,7 @@ def info(config: ConfigDict) -> str:
     factory.check(config)
     try:
         source = factory.open_source(config)
-        config, about_data = factory.complete(config, source), format_description(describe(source))
+        config, about_data = factory.complete(config, source), summarize(source)
     except UserError as error:
         source, about_data = None, f"data set: not opened. {error}"
         if not (config.data.image_size and config.data.channels):

@@ -86,19 +86,15 @@ class AugmentConfig:
     saturation_std: float = 1.0  # of log2
 
     def __post_init__(self):
-        if not 0 <= self.p <= 1:
-            raise UserError(f"augmentation probability p is {self.p}; expected 0 to 1.")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if not 0 <= value < math.inf:
-                raise UserError(
-                    f"augmentation setting {field.name} is {value}; expected a finite number, at "
-                    "least 0."
-                )
+            if not 0 <= value < math.inf or (field.name == "p" and value > 1):
+                expected = "0 to 1" if field.name == "p" else "a finite number of at least 0"
+                raise UserError(f"augment.{field.name} is {value}; expected {expected}.")
         if self.translate_int and not self.translate_int_max:
             raise UserError(
-                "translate_int is on but translate_int_max is 0, so its labels have no scale; "
-                "set translate_int_max above 0 or translate_int to 0."
+                "augment.translate_int_max is 0; translate_int needs a positive range, by which its "
+                "labels are divided."
             )
 
     @property
@@ -168,33 +164,21 @@ def draws_from_raw(
     """Builds draws from random numbers recorded in the reference implementation.
 
     Args:
-        raw: the results of torch's randint, rand and randn in the order of EDM's AugmentPipe,
-            with N images: [N, ...], or [2, N, ...] for a pair, with trailing ones. EDM's training
-            settings make 14 arrays, in the order of the table above.
+        raw: the results of torch's randint, rand and randn in the order of EDM's AugmentPipe, which
+            is that of the table above: [N, ...] with trailing ones, or [2, N, ...] for a pair.
         config: the settings of that pipe; AugmentConfig has its argument names.
         p: replaces config.p.
 
     Raises:
-        UserError: the number of arrays, or of their elements, does not fit the settings.
+        ValueError: the number of arrays does not fit the settings.
     """
     config = config if p is None else dataclasses.replace(config, p=p)
     counts = [count for name in config.active for _, count in _TRANSFORMATIONS[name][0]]
-    arrays = [np.asarray(array, np.float32) for array in raw]
-    batch = arrays[0].size // counts[0] if arrays and counts else 0
-    if [array.size for array in arrays] != [count * batch for count in counts]:
-        raise UserError(
-            f"recorded arrays have the shapes {[array.shape for array in arrays]}; these settings "
-            f"draw {len(counts)} arrays with {counts} numbers for each of {batch} images."
-        )
-    if config.p == 0:
-        return Draws({}, config)
-    # [2, N] becomes [N, 2]: in our draws the batch comes first
-    rows = iter(
-        jnp.asarray(array.reshape(batch) if count == 1 else array.reshape(count, batch).T)
-        for array, count in zip(arrays, counts, strict=True)
-    )
-    grouped = {name: [next(rows) for _ in _TRANSFORMATIONS[name][0]] for name in config.active}
-    return Draws({name: _parameters(name, grouped[name], config) for name in grouped}, config)
+    rows = (np.reshape(array, [count, -1]).T for array, count in zip(raw, counts, strict=True))
+    arrays = iter([jnp.float32(r if r.shape[1] > 1 else r[:, 0]) for r in rows])  # [N] or [N, 2]
+    grouped = {name: [next(arrays) for _ in _TRANSFORMATIONS[name][0]] for name in config.active}
+    values = {name: _parameters(name, grouped[name], config) for name in grouped}
+    return Draws(values if config.p else {}, config)
 
 
 def _raw_sample(key: Key) -> dict[str, list[Array]]:
@@ -274,14 +258,11 @@ def augment(images: Images, draws: Draws) -> tuple[Images, AugmentLabels]:
 
 def _check(images: Images, draws: Draws) -> None:
     batch = next(iter(draws.values.values())).shape[0]
-    if images.ndim != 4 or images.shape[0] != batch or min(images.shape[1:3]) < 2:
+    fits = images.ndim == 4 and images.shape[0] == batch and min(images.shape[1:3]) >= 2
+    if not (fits and jnp.issubdtype(images.dtype, jnp.floating)):
         raise UserError(
-            f"images to augment have shape {images.shape}; these draws need "
-            f"[{batch}, height, width, channels], height and width 2 or more."
-        )
-    if not jnp.issubdtype(images.dtype, jnp.floating):
-        raise UserError(
-            f"images to augment are {images.dtype}; convert them to float32 in [-1, 1] first."
+            f"images to augment are {images.dtype} {images.shape}; these draws need float32 "
+            f"[{batch}, height, width, channels] in [-1, 1], height and width 2 or more."
         )
     _, height, width, channels = images.shape
     if "rotate_int" in draws.values and height != width:

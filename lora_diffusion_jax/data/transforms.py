@@ -12,7 +12,6 @@ changed 3 in 100 batches of 64 white-noise images by more than 1e-4, at most by 
 """
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -131,7 +130,7 @@ def downsampling_matrix(size: int) -> Float[np.ndarray, "size 2*size+10"]:
     return rows
 
 
-def _sample_positions(affine: Affine, height: int, width: int) -> tuple[Array, Array]:
+def sample_positions(affine: Affine, height: int, width: int) -> tuple[Array, Array]:
     """Fractional rows of the upsampling matrices that the warp reads: y and x, each [B, V, U]."""
 
     def centred(size: int) -> Float[Array, " n"]:  # pixels from the middle of the output
@@ -192,26 +191,22 @@ def sample_by_products(images: Images, y: Array, x: Array) -> Planes:
     return jnp.einsum("bvuwc,bvuw->bcvu", lines, columns, precision=_EXACT)
 
 
-def warp(images: Images, affine: Affine, sample: Callable[..., Planes] | None = None) -> Images:
+def warp(images: Images, affine: Affine) -> Images:
     """Moves the content of each image: output pixel q shows the input at affine(q).
 
     Args:
         images: [B, H, W, C], H and W at least 2.
         affine: [B, 2, 3], the inverse transformation, in pixels from the image's middle, x to
             the right and y down.
-        sample: how to interpolate; by default by matrix products on TPU, by indexing elsewhere.
 
     Returns:
         [B, H, W, C]. Around the image lies its reflection, H - 1 (W - 1) pixels wide, and 0 beyond.
     """
     _, height, width, _ = images.shape
-    y, x = _sample_positions(affine, height, width)
-    if sample is None:
-        half_pixels = jax.lax.platform_dependent(
-            images, y, x, tpu=sample_by_products, default=sample_by_gather
-        )
-    else:
-        half_pixels = sample(images, y, x)
+    y, x = sample_positions(affine, height, width)
+    half_pixels = jax.lax.platform_dependent(
+        images, y, x, tpu=sample_by_products, default=sample_by_gather
+    )
     down_y, down_x = downsampling_matrix(height), downsampling_matrix(width)
     rows = jnp.einsum("wu,bcvu->bcvw", down_x, half_pixels, precision=_EXACT)
     return jnp.moveaxis(jnp.einsum("hv,bcvw->bchw", down_y, rows, precision=_EXACT), 1, -1)

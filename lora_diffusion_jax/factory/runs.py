@@ -23,6 +23,7 @@ from lora_diffusion_jax.factory.networks import (
     num_labels,
 )
 from lora_diffusion_jax.factory.objectives import build_objective, build_sampler
+from lora_diffusion_jax.models import unet
 from lora_diffusion_jax.training import (
     checkpoint,
     ema,
@@ -83,7 +84,8 @@ def complete(config: ConfigDict, source: image_source.ImageSource) -> ConfigDict
             config.data[field] = value
         config.data.fingerprint = source.fingerprint()
     num_labels(config)
-    pipeline.check_image_size(source.image_shape, 2 ** (len(config.model.channel_mult) - 1))
+    images = jax.ShapeDtypeStruct((1, *source.image_shape), "float32")
+    unet.check_input(images, config.model.channel_mult, channels, config.model.name)
     return config
 
 

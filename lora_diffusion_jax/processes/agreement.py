@@ -75,13 +75,13 @@ def exchange(name: str, text: str, limit: float | None = None) -> list[str]:
     try:
         _wait_at_barrier(folder, limit)
     except jax.errors.JaxRuntimeError as error:
-        if "DEADLINE_EXCEEDED" not in str(error):
-            raise
         late = sorted(set(range(jax.process_count())) - _texts(folder).keys())
+        if not late:
+            raise
         raise UserError(
-            f"Waited {limit:.0f} s at {name!r} for process {', '.join(map(str, late)) or '(now here)'} of "
-            f"{jax.process_count()}; it is gone, stuck or slow: see its output. Rerun the same command "
-            "to resume from the last checkpoint, with a larger --process_timeout if it is slow."
+            f"Waited {limit:.0f} s for process {', '.join(map(str, late))} of {jax.process_count()} at: "
+            f"{name}. It is gone, stuck or slow; see its output. Rerun the same command to resume from "
+            "the last checkpoint, with a larger --process_timeout if it is slow."
         ) from error
     texts = _texts(folder)
     if number and is_leader():  # every process has read the previous exchange

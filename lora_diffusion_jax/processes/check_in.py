@@ -17,9 +17,11 @@ from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.processes.ending import WHO
 
 TOKEN = "LORA_DIFFUSION_TOKEN"  # environment variable: a secret shared by the processes of a job
-_MAX_LINE = 2000  # bytes
+_MAX_LINE = 10_000  # bytes
 _LINE_SECONDS = 10.0  # for a caller to send its line
-_CALL = re.compile(r"lora_diffusion_jax (\d{1,6}) (\d{1,6}) ([0-9a-f]{64}) ([ -~]{1,300})\n")
+_CALL = re.compile(
+    r"lora_diffusion_jax (\d{1,6}) (\d{1,6}) ([0-9a-f]{64}) ([ -~]{1,300})\n", re.ASCII
+)
 
 
 def _token() -> str:
@@ -62,7 +64,7 @@ async def lead(host: str, port: int, count: int, limit: float) -> None:
                 writer.write(answer.result())
             else:  # it may be started again
                 del callers[index]
-        except (OSError, ValueError):  # gone, too slow, too long, or no text
+        except (OSError, ValueError, asyncio.CancelledError):  # gone, slow, or not a line of text
             pass
         finally:
             writer.close()
@@ -104,19 +106,20 @@ async def call(host: str, port: int, count: int, index: int, limit: float) -> No
     try:
         async with asyncio.timeout(limit + 2):  # process 0 gives up first, and names the missing
             while True:
+                answer = ""
                 try:
                     reader, writer = await asyncio.open_connection(host, port, limit=_MAX_LINE)
                     reason = "it is still waiting for others"
                     writer.write(line.encode())
                     answer = (await reader.readline()).decode("ascii", "replace")
                     writer.close()
-                    if answer == "ok\n":
-                        return
-                    if answer.startswith("error "):
-                        raise UserError("".join(filter(str.isprintable, answer[6:])))
                     reason = f"it hung up; is {TOKEN} the same?"
                 except (OSError, ValueError) as error:  # process 0 is not there yet
                     reason = error
+                if answer == "ok\n":
+                    return
+                if answer.startswith("error "):
+                    raise UserError("".join(filter(str.isprintable, answer[6:])))
                 await asyncio.sleep(0.5)
     except TimeoutError:
         raise UserError(

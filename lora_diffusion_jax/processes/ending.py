@@ -80,7 +80,8 @@ def _listen() -> None:
 def _fail(error: BaseException) -> NoReturn:
     """Tells the user and the other processes, and exits."""
     summary, status = (str(error).splitlines() or [""])[0][:300], 2
-    if isinstance(error, Exception) and _LOST.search(summary) and not _reported.locked():
+    own = isinstance(error, (UserError, KeyboardInterrupt)) or not _LOST.search(summary)
+    if not own and not _reported.locked():
         # A collective is the first to notice that a process is gone. Soon that process reports its
         # error, or JAX misses its heartbeats, names it and aborts.
         print(f"error: lost connection to another process: {summary}", file=sys.stderr, flush=True)

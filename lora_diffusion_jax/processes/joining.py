@@ -51,28 +51,28 @@ def join(
     session.limit, session.heartbeat = limit, math.ceil(heartbeat_timeout_seconds)
     given = {
         "coordinator_address": address or os.environ.get("JAX_COORDINATOR_ADDRESS"),
-        "num_processes": _number("JAX_NUM_PROCESSES") if count is None else count,
-        "process_id": _number("JAX_PROCESS_ID") if index is None else index,
+        "num_processes": _integer("JAX_NUM_PROCESSES") if count is None else count,
+        "process_id": _integer("JAX_PROCESS_ID") if index is None else index,
     }
     missing = [f"--{name}" for name, value in given.items() if value is None]
     if detect is None and len(missing) == 3:
-        detect = any(_number(name) not in (None, 1) for name in _LAUNCHERS)
+        detect = any(_integer(name) not in (None, 1) for name in _LAUNCHERS)
     if detect:
         _initialize(limit)
-    elif 0 < len(missing) < 3:
-        raise UserError(
-            f"Missing {' and '.join(missing)}: several processes need --coordinator_address=HOST:PORT "
-            "of process 0, --num_processes and --process_id, or JAX_COORDINATOR_ADDRESS, "
-            "JAX_NUM_PROCESSES and JAX_PROCESS_ID."
-        )
     elif not missing and given["num_processes"] != 1:
         _join_explicitly(given, limit)
+    elif len(missing) in (1, 2):
+        raise UserError(
+            f"Missing {' and '.join(missing)}: several processes need --coordinator_address=HOST:PORT "
+            "of process 0, --num_processes and --process_id (or JAX_COORDINATOR_ADDRESS, "
+            "JAX_NUM_PROCESSES and JAX_PROCESS_ID)."
+        )
     if not alone():
         versions = f"jax {jax.__version__}, Python {'.'.join(map(str, sys.version_info[:2]))}"
         check_same("The installation", versions)
 
 
-def _number(variable: str) -> int | None:
+def _integer(variable: str) -> int | None:
     text = os.environ.get(variable) or None
     if text and not text.isdecimal():
         raise UserError(f"{variable}={text} is not a whole number.")
@@ -80,17 +80,16 @@ def _number(variable: str) -> int | None:
 
 
 def _join_explicitly(given: dict[str, Any], limit: float) -> None:
-    deadline = time.monotonic() + limit
     address, count, index = given.values()
     if not 0 <= index < count:
         raise UserError(
-            f"Invalid --process_id={index} and --num_processes={count}; expected a number from 0 to "
-            "num_processes - 1."
+            f"Invalid --process_id={index}; expected 0 to {count - 1} (--num_processes - 1)."
         )
+    deadline = time.monotonic() + limit
     if index > 0:
         asyncio.run(check_in.call(*_split(address), count, index, limit))
     else:
-        # The interface with this address alone; JAX would listen on all of them.
+        # One interface is enough; by default JAX listens on all of them.
         host, port = _split(os.environ.get("JAX_COORDINATOR_BIND_ADDRESS") or address)
         try:
             host = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4][0]
@@ -98,7 +97,8 @@ def _join_explicitly(given: dict[str, Any], limit: float) -> None:
             raise UserError(f"Process 0 cannot resolve {host!r}: {error.strerror}.") from error
         asyncio.run(check_in.lead(host, port, count, limit))
         given["coordinator_bind_address"] = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    left = max(deadline - time.monotonic(), 10.0)  # everyone is there: it takes a second
+    # All are there, so that the rest takes a second.
+    left = max(deadline - time.monotonic(), 10.0)
     _initialize(left, cluster_detection_method="deactivate", **given)
 
 

@@ -310,7 +310,6 @@ class _Loop:
             self.progress.say(f"compiled the step in {compiled:.1f} s (traced in {traced:.1f} s)")
             self._start_clock()
             stopped_by = self._steps(item, key, interrupts)
-            processes.begin_step(None)
             self.checkpoints.wait()
             processes.barrier("the last checkpoint")
         if stopped_by is not None:
@@ -347,7 +346,6 @@ class _Loop:
     def _advance(self, item: PyTree, key: Key) -> None:
         """Starts one step and waits for the one IN_FLIGHT before it."""
         self.checkpoints.check()
-        processes.begin_step(self.step)
         with jax.transfer_guard("disallow"):
             self.state, self.interval, status = self.compiled(
                 self.state, self.interval, self.feed.data, item, key
@@ -411,7 +409,6 @@ class _Loop:
             if not self._callback_due(name) or name in skip:
                 continue
             self._land(0)
-            processes.begin_step(None)
             began = time.perf_counter()
             try:
                 values = interrupts.cut_short(lambda f=function: f(self.state, self.step))

@@ -81,5 +81,4 @@ class Objective(NamedTuple):
             train=train and self.dropout,
             rngs={"dropout": draws["dropout"]},
         )
-        weight = self.denoiser.precond.weight(sigma)
-        return weighted_loss(denoise, images, sigma, draws["noise"], weight)
+        return weighted_loss(self.denoiser.precond, denoise, images, sigma, draws["noise"])

@@ -47,8 +47,9 @@ def open_npz(path: str | os.PathLike[str]) -> np.ndarray:
     ):
         raise UserError(
             f"{path} holds {images.dtype} images of shape {images.shape}; expected uint8 "
-            "[N, height, width, 1 or 3]. Convert samples in [-1, 1] with clip(x * 127.5 + 128, 0, "
-            "255).astype(uint8), and channels-first arrays with transpose(0, 2, 3, 1)."
+            "[N, height, width, 1 or 3]. Convert integers 0-255 with astype(uint8), samples in "
+            "[-1, 1] with clip(x * 127.5 + 128, 0, 255).astype(uint8), and channels-first arrays "
+            "with transpose(0, 2, 3, 1)."
         )
     return images
 

@@ -7,7 +7,7 @@ from clu import parameter_overview
 from ml_collections import ConfigDict
 
 from lora_diffusion_jax import lora
-from lora_diffusion_jax.data import sources
+from lora_diffusion_jax.data.image_source import summarize
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.factory.checks import check
 from lora_diffusion_jax.factory.data import complete, open_source
@@ -23,10 +23,7 @@ def describe(config: ConfigDict) -> str:
     check(config)
     try:
         source = open_source(config)
-        config, data = (
-            complete(config, source),
-            sources.format_description(sources.describe(source)),
-        )
+        config, data = complete(config, source), summarize(source)
     except UserError as error:
         data = f"data set: not opened. {error}"
         if not (config.data.image_size and config.data.channels):

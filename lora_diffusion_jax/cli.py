@@ -34,6 +34,7 @@ PROCESS_FLAGS = {
     "process_id": "this one's number, from 0",
     "distributed": "find the others by TPU pod, Slurm, Open MPI or Kubernetes; default: within Slurm",
     "process_timeout": "seconds that processes wait for one another; default: 300",
+    "heartbeat_timeout": "seconds of silence after which a process counts as dead; default: 15",
 }
 _CONFIG_ARGUMENT = re.compile(r"--?(no)?config(?:\.([^=]*))?(?:=(.*))?", re.DOTALL)
 
@@ -58,7 +59,7 @@ def run(work: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> 
     except ModuleNotFoundError as error:
         if (error.name or "").startswith(__package__):
             raise
-        advice = "pip install 'lora_diffusion_jax[train,eval]'"
+        advice = "pip install 'lora-diffusion-jax[train,eval]'"
         print(f"error: the package {error.name} is not installed; {advice}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:  # before there was anything to save
@@ -86,8 +87,14 @@ def joined(args: argparse.Namespace, config: ConfigDict | None = None) -> Iterat
     Raises:
         UserError: a process is missing, or was given another command line.
     """
-    place = args.coordinator_address, args.num_processes, args.process_id
-    processes.join(*place, detect=args.distributed, limit=args.process_timeout)
+    processes.join(
+        args.coordinator_address,
+        args.num_processes,
+        args.process_id,
+        detect=args.distributed,
+        limit=args.process_timeout,
+        heartbeat_timeout_seconds=args.heartbeat_timeout,
+    )
     compile_cache.use_compilation_cache()
     with processes.ending_together():
         processes.check_joined()
@@ -139,13 +146,14 @@ class Parser(argparse.ArgumentParser):
 
     def add_process_flags(self) -> None:
         """Adds what `joined` needs."""
-        types = {"num_processes": int, "process_id": int, "process_timeout": float}
+        numbers = {"num_processes": int, "process_id": int}
+        numbers |= {"process_timeout": float, "heartbeat_timeout": float}
         for name, text in PROCESS_FLAGS.items():
             if name == "distributed":
                 self.add_switch(name, None, text)
             else:
-                self.add_argument(f"--{name}", type=types.get(name, str), help=text)
-        self.set_defaults(process_timeout=300.0)
+                self.add_argument(f"--{name}", type=numbers.get(name, str), help=text)
+        self.set_defaults(process_timeout=300.0, heartbeat_timeout=15.0)
 
     def add_config_help(self) -> None:
         """Adds --helpfull, and lines on the arguments that `take_config` takes."""

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import flags
 from flax.traverse_util import flatten_dict
@@ -116,7 +116,7 @@ def cut_short(work: Callable[[], Any], doing: str = "stopping; finished work is 
         try:
             interrupts.cut_short(work)
         except Interrupted:
-            number = interrupts.agreed or interrupts.received
+            number = interrupts.agreed or interrupts.received or signal.SIGINT
             if processes.is_leader():
                 name = signal.Signals(number).name
                 print(f"stopped by {name}; rerun the same command to resume", file=sys.stderr)
@@ -134,19 +134,20 @@ class Parser(argparse.ArgumentParser):
         settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(allow_abbrev=False, **settings)
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         """Raises UserError instead of exiting."""
         raise UserError(f"{message}. See {self.prog} --help.")
 
     def add_switch(self, name: str, default: bool | None, text: str) -> None:
         """Adds --name and --noname."""
         self.add_argument(f"--{name}", action="store_true", default=default, help=text)
-        no = {"action": "store_false", "dest": name, "help": argparse.SUPPRESS}
-        self.add_argument(f"--no{name}", f"--no-{name}", **no)
+        self.add_argument(
+            f"--no{name}", f"--no-{name}", action="store_false", dest=name, help=argparse.SUPPRESS
+        )
 
     def add_process_flags(self) -> None:
         """Adds what `joined` needs."""
-        numbers = {"num_processes": int, "process_id": int}
+        numbers: dict[str, type] = {"num_processes": int, "process_id": int}
         numbers |= {"process_timeout": float, "heartbeat_timeout": float}
         for name, text in PROCESS_FLAGS.items():
             if name == "distributed":
@@ -157,9 +158,11 @@ class Parser(argparse.ArgumentParser):
 
     def add_config_help(self) -> None:
         """Adds --helpfull, and lines on the arguments that `take_config` takes."""
-        line = {"action": "store_true", "default": argparse.SUPPRESS}
-        self.add_argument("--config=FILE", **line, help="a config file, or the name of one of ours")
-        self.add_argument("--config.GROUP.FIELD=VALUE", **line, help="override a field")
+        for flag, text in (
+            ("--config=FILE", "a config file, or the name of a packaged config such as digits"),
+            ("--config.GROUP.FIELD=VALUE", "override a field; the last value of a field counts"),
+        ):
+            self.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
         self.add_argument("--helpfull", action=_HelpFull, nargs=0, help="list all config fields")
 
 
@@ -243,8 +246,8 @@ def load_config(name: str) -> tuple[ConfigDict, ModuleType]:
         config = module.get_config() if hasattr(module, "get_config") else None
     except Exception as error:  # whatever the code of a config raises
         frames = traceback.extract_tb(error.__traceback__)
-        line = [frame.lineno for frame in frames if frame.filename == str(path)]
-        line = line[-1] if line else getattr(error, "lineno", "unknown")
+        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+        line = lines[-1] if lines else getattr(error, "lineno", "unknown")
         text = " ".join(str(error).split())
         raise UserError(f"{path}, line {line}: {type(error).__name__}: {text}") from error
     if not isinstance(config, ConfigDict):

@@ -81,8 +81,8 @@ class Generator:
     def batches(
         self,
         variables: Variables,
-        seeds: Sequence[int],
-        labels: Sequence[int] | None = None,
+        seeds: Sequence[int] | np.ndarray,
+        labels: Sequence[int] | np.ndarray | None = None,
         *,
         progress: bool = False,
         between: Callable[[], None] = lambda: None,
@@ -165,7 +165,7 @@ class Generator:
         return chosen.astype(np.int32)
 
 
-def check_seeds(seeds: Sequence[int]) -> np.ndarray:
+def check_seeds(seeds: Sequence[int] | np.ndarray) -> np.ndarray:
     """Returns the seeds as int64 [N]; raises UserError if there are none or one is out of range."""
     if not len(seeds):
         raise UserError("No seeds were given; use --seeds=0-63, for example.")

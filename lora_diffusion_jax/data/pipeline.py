@@ -67,7 +67,7 @@ class Batches:
         batch_size: int,
         seed: int,
         *,
-        rows: Sequence[int] | None = None,
+        rows: Sequence[int] | np.ndarray | None = None,
         memory_limit: int = 2**30,
         num_workers: int = 0,
     ) -> None:

@@ -105,9 +105,9 @@ def cache() -> Iterator[str]:
     """The compilation cache."""
     folder = compile_cache.cache_dir()
     yield f"compilation cache: {folder or 'off (JAX_ENABLE_COMPILATION_CACHE)'}"
-    problem = compile_cache.write_error(Path(folder)) if folder and "://" not in folder else ""
-    if problem:
-        raise UserError(f"{folder}: {problem}. Set JAX_COMPILATION_CACHE_DIR to a writable folder.")
+    if folder and "://" not in folder:
+        with files.disk_errors(folder, "Set JAX_COMPILATION_CACHE_DIR to a writable folder."):
+            compile_cache.tidy(Path(folder), compile_cache.max_bytes())
 
 
 def run(directory: Path, may_be_new: bool) -> Iterator[str]:

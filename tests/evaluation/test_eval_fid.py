@@ -225,7 +225,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     status, rows, said = call(capsys, *command)
     assert (status, rows, sum(added)) == (128 + number, [], 32)
     name = signal.Signals(number).name
-    assert said.splitlines()[-1] == f"stopped by {name}; the same command goes on from here"
+    assert said.splitlines()[-1] == f"stopped by {name}; rerun the same command to resume"
     status, rows, _ = call(capsys, *command)
     assert (status, sum(added)) == (0, 70)  # the first 32 images were not made again
     monkeypatch.setattr(collect.Moments, "add", original)

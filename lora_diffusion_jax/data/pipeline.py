@@ -216,35 +216,6 @@ def default_threads(image_shape: tuple[int, int, int]) -> int:
     return 1 if np.prod(image_shape) < _THREADED_SIZE else min(16, os.cpu_count() or 1)
 
 
-def check_image_size(shape: tuple[int, int, int], factor: int) -> None:
-    """Checks that a U-Net can halve images of this shape as often as it does.
-
-    Args:
-        shape: (height, width, channels).
-        factor: 2**(levels - 1), what the lowest level shrinks height and width by.
-
-    Raises:
-        UserError: height or width is no multiple of factor; it says which sizes are possible.
-    """
-    height, width = shape[:2]
-    if height % factor == 0 and width % factor == 0 and min(height, width) > 0:
-        return
-    nearest = sorted(
-        {
-            max(factor, size // factor * factor + more)
-            for size in (height, width)
-            for more in (0, factor)
-        }
-    )
-    levels = factor.bit_length()
-    raise UserError(
-        f"images are {height}x{width} (height x width), but this network's {levels} "
-        f"levels halve them {levels - 1} times: both must be multiples of {factor}, "
-        f"such as {' or '.join(map(str, nearest))}. Resize the images or use fewer "
-        "levels."
-    )
-
-
 def _read(source: Source, indices: np.ndarray) -> Batch:
     if isinstance(source, ImageSource):
         return source.read(indices)

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 from scipy import stats
 
-from lora_diffusion_jax.data.pipeline import Batches, check_image_size, decode_all, epoch_order
+from lora_diffusion_jax.data.pipeline import Batches, decode_all, epoch_order
 from lora_diffusion_jax.data.sources import open_source
 from lora_diffusion_jax.errors import UserError
 
@@ -185,25 +185,3 @@ def test_worker_processes_give_the_same_batches(folder):
 def test_sizes_that_do_not_fit(arguments, message):
     with pytest.raises(UserError, match=message):
         Batches(**{"source": Numbered(), "batch_size": 4, "seed": 0, **arguments})
-
-
-@pytest.mark.parametrize(
-    ("shape", "factor", "message"),
-    [
-        (
-            (30, 30, 3),
-            4,
-            r"30x30.*3 levels halve them 2 times: .* multiples of 4, such as 28 or 32\.",
-        ),
-        ((8, 6, 1), 8, r"8x6.*multiples of 8, such as 8 or 16"),
-        ((3, 3, 1), 4, "such as 4"),
-    ],
-)
-def test_image_sizes_that_a_network_cannot_take(shape, factor, message):
-    with pytest.raises(UserError, match=message):
-        check_image_size(shape, factor)
-
-
-def test_image_sizes_that_a_network_can_take():
-    for shape, factor in (((32, 32, 3), 8), ((8, 8, 1), 1), ((28, 28, 1), 4), ((16, 64, 3), 16)):
-        check_image_size(shape, factor)

@@ -10,7 +10,9 @@ import jax
 
 from lora_diffusion_jax.errors import UserError
 
-MIN_COMPILE_SECONDS = 0.1  # reading an entry takes some 10 ms, so faster compilations are not stored
+MIN_COMPILE_SECONDS = (
+    0.1  # reading an entry takes some 10 ms, so faster compilations are not stored
+)
 MAX_GIB = 5.0
 
 

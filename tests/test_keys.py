@@ -23,7 +23,9 @@ def test_purposes_keep_their_numbers():
 
 def test_no_two_purposes_or_seeds_share_a_key():
     """Among them training with seed 2 and the images of seeds 0 and 1."""
-    purposes, seeds, numbers = (jnp.asarray(v, jnp.uint32) for v in (PURPOSES, range(300), range(8)))
+    purposes, seeds, numbers = (
+        jnp.asarray(v, jnp.uint32) for v in (PURPOSES, range(300), range(8))
+    )
 
     @jax.jit
     def all_keys():

@@ -58,6 +58,10 @@ class Precond(abc.ABC):
         """Weight lambda(sigma) of the squared error: 1 / sigma^2."""
         return 1 / jnp.square(sigma)
 
+    def clip(self, sigma_min: float, sigma_max: float) -> tuple[float, float]:
+        """The part of [sigma_min, sigma_max] that the network supports."""
+        return max(sigma_min, self.sigma_min), min(sigma_max, self.sigma_max)
+
     def round_sigma(self, sigma: np.ndarray) -> np.ndarray:
         """The nearest noise level that the network knows, in float64: here every one."""
         return np.asarray(sigma, np.float64)
@@ -207,6 +211,7 @@ class IDDPM(Precond):
 
 
 PRECONDS = {"edm": EDM, "vp": VP, "ve": VE, "iddpm": IDDPM}
+ALL_LEVELS = EDM()  # supports every noise level
 
 
 def _predicts_noise(sigma: Sigma, noise: Array) -> Coefficients:
@@ -233,20 +238,6 @@ class Denoiser(nn.Module):
     precond: Precond = EDM()
     label_dim: int = 0
 
-    @property
-    def sigma_min(self) -> float:
-        """The least noise level the network supports."""
-        return self.precond.sigma_min
-
-    @property
-    def sigma_max(self) -> float:
-        """The largest noise level the network supports."""
-        return self.precond.sigma_max
-
-    def round_sigma(self, sigma: np.ndarray) -> np.ndarray:
-        """The nearest noise level the network knows, in float64."""
-        return self.precond.round_sigma(sigma)
-
     def __call__(
         self,
         x: Images,
@@ -254,8 +245,9 @@ class Denoiser(nn.Module):
         class_labels: Labels | None = None,
         augment_labels: AugmentLabels | None = None,
         train: bool = False,
-    ) -> Images:
-        """Returns the expected clean image [B, H, W, C] float32.
+        with_raw: bool = False,
+    ) -> Images | tuple[Images, Float[Array, "B H W out"]]:
+        """Returns the expected clean image D [B, H, W, C] float32.
 
         Args:
             x: noisy images, clean image plus sigma times unit noise.
@@ -264,20 +256,7 @@ class Denoiser(nn.Module):
             class_labels: [B, label_dim] one-hot or mixtures; None stands for all zeros.
             augment_labels: [B, augment_dim] or None.
             train: dropout on, from the rng stream `dropout`.
-        """
-        return self.raw(x, sigma, class_labels, augment_labels, train)[0]
-
-    def raw(
-        self,
-        x: Images,
-        sigma: Sigma,
-        class_labels: Labels | None = None,
-        augment_labels: AugmentLabels | None = None,
-        train: bool = False,
-    ) -> tuple[Images, Float[Array, "B H W out"]]:
-        """(D, F): the denoised images and the raw network's whole output, out_factor C channels.
-
-        Arguments as in `__call__`; `denoiser.apply(variables, x, sigma, method="raw")`.
+            with_raw: returns (D, F), where F is the network's whole output: out_factor C channels.
         """
         x = jnp.asarray(x, jnp.float32)
         sigma = jnp.asarray(sigma, jnp.float32).reshape(-1)
@@ -288,8 +267,9 @@ class Denoiser(nn.Module):
         class_labels = check_labels(class_labels, self.label_dim, x.shape[0])
         c = self.precond.coefficients(sigma)
         skip, out, scale = (v[:, None, None, None] for v in (c.skip, c.out, c.input))
-        f = self.model(scale * x, c.noise, class_labels, augment_labels, train)
-        return skip * x + out * f[..., : x.shape[-1]].astype(jnp.float32), f
+        raw = self.model(scale * x, c.noise, class_labels, augment_labels, train)
+        denoised = skip * x + out * raw[..., : x.shape[-1]].astype(jnp.float32)
+        return (denoised, raw) if with_raw else denoised
 
 
 def check_labels(

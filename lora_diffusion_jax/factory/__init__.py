@@ -19,10 +19,10 @@ from lora_diffusion_jax.factory.pretrained import (
     with_config,
 )
 from lora_diffusion_jax.factory.training import (
+    build_cadence,
     build_generator,
     build_mesh,
     build_optimizer,
-    build_schedule,
     build_step,
     trainable,
 )
@@ -37,7 +37,7 @@ __all__ = [
     "build_objective",
     "build_optimizer",
     "build_sampler",
-    "build_schedule",
+    "build_cadence",
     "build_step",
     "bypass_lora",
     "check",

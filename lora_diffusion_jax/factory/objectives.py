@@ -49,8 +49,7 @@ def build_sampler(config: ConfigDict, denoiser: Denoiser) -> Callable[..., Image
         )
     settings = {k: v for k, v in config.sampler.items() if k not in ("name", "batch_size")}
     sampler = functools.partial(SAMPLERS[name], **settings)
-    levels = denoiser.sigma_min, denoiser.sigma_max, denoiser.round_sigma
-    trial = functools.partial(sampler, BoundDenoiser(lambda x, sigma: x, *levels))
+    trial = functools.partial(sampler, BoundDenoiser(lambda x, sigma: x, denoiser.precond))
     latents = jax.ShapeDtypeStruct((1, 1, 1, 1), "float32")
     jax.eval_shape(lambda x, key: trial(x, key=key), latents, jax.random.key(0))
     return sampler

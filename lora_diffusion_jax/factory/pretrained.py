@@ -5,16 +5,17 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from flax import traverse_util
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
+from lora_diffusion_jax import default_config
 from lora_diffusion_jax.array_types import Variables
-from lora_diffusion_jax.default_config import adopt_sampler, sampler
-from lora_diffusion_jax.default_config import base as default_config
 from lora_diffusion_jax.diffusion.precond import Denoiser
 from lora_diffusion_jax.errors import UserError, printable
 from lora_diffusion_jax.factory.checks import choose
 from lora_diffusion_jax.factory.networks import build_denoiser, image_shape, num_classes
+from lora_diffusion_jax.paths import is_adapter
 from lora_diffusion_jax.training import checkpoint, state, workdir
 
 # Fields of `network_fields` that may change under the same weights: they act in training alone.
@@ -91,7 +92,7 @@ def with_config(loaded: Pretrained, config: ConfigDict) -> Pretrained:
 
 def _identity(config: ConfigDict) -> dict[str, Any]:
     """The fields that decide which weights a network has and what they compute, by dotted name."""
-    fields = traverse_util.flatten_dict(network_fields(config), sep=".")
+    fields = flatten_dict(network_fields(config), sep=".")
     fields["data.image_width"] = image_shape(config)[1]  # 0 stands for square
     fields["data.num_classes"] = num_classes(config)
     return {k: v for k, v in fields.items() if k not in _FREE}
@@ -122,37 +123,60 @@ def mismatch(found: Mapping[str, tuple], wanted: Mapping[str, tuple], limit: int
     return "; ".join(listed)
 
 
+def overlay(fresh: Variables, loaded: Variables, origin: str) -> Variables:
+    """Fresh variables with the loaded ones in their places: a base under new adapters, or both.
+
+    Loaded variables may lack adapters, and the scale-and-shift layers (`affine`) of a base may be left
+    over (`only_lora` has none). Everything else must match.
+
+    Args:
+        fresh: the network's own variables.
+        loaded: those of a checkpoint.
+        origin: the checkpoint's name, for messages.
+
+    Raises:
+        UserError: other variables are missing, left over, or of other shapes.
+    """
+    new, old = (flatten_dict(v, sep="/") for v in (fresh, loaded))
+    if not any("/affine/" in name for name in new):
+        old = {name: v for name, v in old.items() if "/affine/" not in name}
+    may_lack = {name for name in new if is_adapter(name)} - old.keys()
+    problem = mismatch(
+        {name: v.shape for name, v in old.items()},
+        {name: v.shape for name, v in new.items() if name not in may_lack},
+    )
+    if problem:
+        raise UserError(
+            f"init_from={origin} does not match this network; {problem}. Use the config that it was "
+            "trained with (classes, widths, augmentation, LoRA sizes)."
+        )
+    merged = {k: np.asarray(old[k], v.dtype) if k in old else v for k, v in new.items()}
+    return unflatten_dict(merged, sep="/")
+
+
 def config_from_dict(saved: dict[str, Any]) -> ConfigDict:
     """A config from its JSON form. Lists become tuples; fields newer than the file keep their defaults.
 
     Raises:
         UserError: a field is unknown to this version, or has a value of another type.
     """
-    config = default_config()
+    config = default_config.base()
     if "sampler" in saved:
-        saved = {**saved, "sampler": adopt_sampler(saved["sampler"])}
-        config.sampler = sampler(saved["sampler"].get("name", "edm"))
-    unknown = _update(config, saved, "")
+        saved = {**saved, "sampler": default_config.adopt_sampler(saved["sampler"])}
+        config.sampler = default_config.sampler(saved["sampler"].get("name", "edm"))
+    fields = flatten_dict(saved, sep=".")
+    unknown = sorted(fields.keys() - flatten_dict(config.to_dict(), sep=".").keys())
     if unknown:
         raise UserError(
             f"The saved config has fields that this version does not know: {', '.join(unknown)}. "
             "Use the version that wrote it."
         )
+    for name, value in fields.items():
+        value = tuple(value) if isinstance(value, list) else value
+        try:
+            config.update_from_flattened_dict({name: value})
+        except TypeError as error:
+            raise UserError(
+                f"The saved config has {name} = {printable(value)}, which has the wrong type."
+            ) from error
     return config
-
-
-def _update(config: ConfigDict, saved: dict[str, Any], prefix: str) -> list[str]:
-    unknown = []
-    for key, value in saved.items():
-        if key not in config:
-            unknown.append(prefix + key)
-        elif isinstance(value, dict) and isinstance(config[key], ConfigDict):
-            unknown += _update(config[key], value, f"{prefix}{key}.")
-        else:
-            try:
-                config[key] = tuple(value) if isinstance(value, list) else value
-            except TypeError as error:
-                raise UserError(
-                    f"The saved config has {prefix}{key} = {printable(value)}, which has the wrong type."
-                ) from error
-    return unknown

@@ -6,10 +6,11 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from lora_diffusion_jax import generate, lora
+from lora_diffusion_jax import generate
 from lora_diffusion_jax.diffusion import precond
 from lora_diffusion_jax.factory.networks import image_shape, num_classes
 from lora_diffusion_jax.factory.objectives import build_objective, build_sampler
+from lora_diffusion_jax.paths import is_adapter
 from lora_diffusion_jax.training import ema, loop, optimizer, sharding, step
 
 
@@ -24,28 +25,25 @@ def build_optimizer(config: ConfigDict) -> optimizer.Optimizer:
     return optimizer.adam(train.learning_rate, rampup_images=train.rampup_images)
 
 
-def build_step(
-    config: ConfigDict, denoiser: precond.Denoiser, mesh: Mesh | None = None
-) -> step.StepFn:
-    """The training step of a config; without a mesh, no parameter is sharded."""
-    train, objective = config.train, build_objective(config, denoiser)
+def build_step(config: ConfigDict, denoiser: precond.Denoiser, mesh: Mesh) -> step.StepFn:
+    """The training step of a config for a mesh."""
+    train = config.train
     return step.make_train_step(
-        objective.loss,
+        build_objective(config, denoiser),
         build_optimizer(config),
         ema=ema.Ema(train.ema_halflife_images, train.ema_rampup_ratio),
         batch_size=train.batch_size,
+        mesh=mesh,
         num_classes=num_classes(config),
         microbatch=train.microbatch or None,
-        draw=objective.draw,
         max_bad_steps=train.max_nonfinite,
-        mesh=mesh,
     )
 
 
-def build_schedule(config: ConfigDict) -> loop.Schedule:
+def build_cadence(config: ConfigDict) -> loop.Cadence:
     """When the loop logs, saves, samples and evaluates, in images."""
     train = config.train
-    return loop.Schedule(
+    return loop.Cadence(
         total_images=train.total_images,
         log_every=train.log_every,
         checkpoint_every=train.checkpoint_every,
@@ -58,7 +56,7 @@ def build_schedule(config: ConfigDict) -> loop.Schedule:
 def trainable(config: ConfigDict) -> Callable[[str], bool]:
     """A function of a parameter's path: whether it is trained. freeze_base trains adapters alone."""
     if config.train.freeze_base:
-        return lambda path: lora.params.is_adapter(tuple(path.split("/")))
+        return is_adapter
     return lambda path: True
 
 

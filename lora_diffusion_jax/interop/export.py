@@ -16,13 +16,13 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
-from lora_diffusion_jax import lora
 from lora_diffusion_jax.array_types import Variables
 from lora_diffusion_jax.errors import UserError, printable
 from lora_diffusion_jax.factory.pretrained import config_from_dict, network_fields
 from lora_diffusion_jax.files import atomic, disk_errors, write_text
 from lora_diffusion_jax.interop.infer import config_from_format_1
 from lora_diffusion_jax.interop.names import base_hash, official_names, to_state_dict
+from lora_diffusion_jax.paths import is_adapter
 from lora_diffusion_jax.readers.safetensors import read_safetensors
 
 FORMAT = "lora_diffusion_jax/2"
@@ -76,7 +76,7 @@ def export_network(
     state_dict = to_state_dict(variables, config)
     if adapters_only:
         names = official_names(traverse_util.flatten_dict(variables))
-        adapters = [name for variable, name in names.items() if lora.params.is_adapter(variable)]
+        adapters = [name for variable, name in names.items() if is_adapter("/".join(variable))]
         if not adapters:
             raise UserError("This network has no adapters to export; export the whole network.")
         state_dict = {name: state_dict[name] for name in adapters}

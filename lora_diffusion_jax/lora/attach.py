@@ -11,8 +11,9 @@ from flax import traverse_util
 
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.lora.adapter import LAYER_TYPES, check_layer
+from lora_diffusion_jax.paths import ADAPTER
 
-NAME = "lora"  # of the parameter subtree below each site
+NAME = ADAPTER  # of the parameter subtree below each site
 
 
 class _Call:

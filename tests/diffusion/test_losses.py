@@ -59,7 +59,12 @@ def test_draws_follow_their_laws():
 
 
 def test_time_runs_from_0_to_1_with_the_noise_level():
-    middle = {EDM(): 0.4, VP(): VP().schedule.sigma(0.5), VE(): 2**0.5, IDDPM(): IDDPM().levels()[500]}
+    middle = {
+        EDM(): 0.4,
+        VP(): VP().schedule.sigma(0.5),
+        VE(): 2**0.5,
+        IDDPM(): IDDPM().levels()[500],
+    }
     for pre, level in middle.items():
         low, high = max(pre.sigma_min, 0.002), min(pre.sigma_max, 80.0 if pre == EDM() else 1e9)
         sigma = jnp.array([low, level, high, 1e5], jnp.float32)
@@ -98,7 +103,7 @@ def test_preconditioning_is_table_1(pre):
         noise = 999 - np.abs(s[:, None] - pre.levels()[None]).argmin(1)
     column = lambda v: np.asarray(v)[:, None, None, None]  # noqa: E731
     expected = column(skip) * x + column(out) * (2 * column(scale) * x + column(noise))
-    got, raw = Denoiser(Raw(), pre).apply({}, x, s, method="raw")
+    got, raw = Denoiser(Raw(), pre).apply({}, x, s, with_raw=True)
     # c_noise reaches 999 in float32
     np.testing.assert_allclose(got, expected, rtol=2e-4, atol=1e-4)
     np.testing.assert_array_equal(got, Denoiser(Raw(), pre).apply({}, x, s))

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from lora_diffusion_jax.diffusion import schedules
-from lora_diffusion_jax.diffusion.precond import IDDPM, PRECONDS, VE, Denoiser
+from lora_diffusion_jax.diffusion.precond import EDM, IDDPM, PRECONDS, VE, Denoiser
 from lora_diffusion_jax.diffusion.samplers import (
     SAMPLERS,
+    BoundDenoiser,
     Churn,
     Plan,
     ablation_sampler,
@@ -21,11 +22,10 @@ from lora_diffusion_jax.diffusion.samplers import (
     edm_sampler,
     make_plan,
     run_plan,
-    stack,
-    step_noise,
     table,
     to_uint8,
 )
+from lora_diffusion_jax.diffusion.samplers.plan import stack, step_noise
 from lora_diffusion_jax.errors import UserError
 
 MEAN, STD = 0.3, 0.5
@@ -88,7 +88,9 @@ def order_of(sample, latents):
     return np.log2(error[0] / error[1])
 
 
-@pytest.mark.parametrize(("name", "order"), [("euler", 1), ("heun", 2), ("edm", 2), ("dpmpp_2m", 2)])
+@pytest.mark.parametrize(
+    ("name", "order"), [("euler", 1), ("heun", 2), ("edm", 2), ("dpmpp_2m", 2)]
+)
 def test_samplers_converge_with_their_order(latents, name, order):
     got = order_of(lambda n: SAMPLERS[name](gaussian, latents, num_steps=n), latents)
     assert order - 0.3 < got < order + 0.5
@@ -233,8 +235,15 @@ def test_schedules_know_derivative_and_inverse(schedule):
     np.testing.assert_allclose(schedule.derivative(t), slope, rtol=1e-6)
 
 
+class Whole(EDM):
+    """A network that knows whole noise levels and 0.1."""
+
+    def round_sigma(self, sigma):
+        return np.maximum(np.round(sigma), 0.1)
+
+
 def test_plan_rounds_noise_levels_to_what_the_network_knows():
-    plan = make_plan(np.array([3.2, 1.1]), round_sigma=np.round)
+    plan = make_plan(np.array([3.2, 1.1]), precond=Whole())
     np.testing.assert_array_equal(plan.sigma, [3, 1, 1])
     np.testing.assert_array_equal(plan.carry, [3, 1, 1])  # the latents' standard deviation at first
 
@@ -287,15 +296,8 @@ def test_samplers_keep_to_the_levels_of_the_network(monkeypatch, name):
 
 
 def test_rounding_to_few_levels_leaves_the_multistep_sampler_finite(latents):
-    class Coarse:
-        def __call__(self, x, sigma):
-            return gaussian(x, sigma)
-
-        def round_sigma(self, sigma):
-            return np.maximum(np.round(sigma), 0.5)
-
-    got = SAMPLERS["dpmpp_2m"](Coarse(), latents, num_steps=40)
-    np.testing.assert_allclose(got, exact(latents, 80.0), atol=0.2)
+    got = SAMPLERS["dpmpp_2m"](BoundDenoiser(gaussian, Whole()), latents, num_steps=40)
+    np.testing.assert_allclose(got, exact(latents, 80.0), atol=0.3)
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,37 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_diffusion_jax.array_types import Denoise, Images, Key
+from lora_diffusion_jax.array_types import Denoise, Images, Key, Labels, Sigma, Variables
+from lora_diffusion_jax.diffusion.precond import ALL_LEVELS, Denoiser, Precond
 from lora_diffusion_jax.errors import UserError
+
+
+class BoundDenoiser(NamedTuple):
+    """denoise(x, sigma) with the preconditioning of its network.
+
+    Samplers take any function of x and sigma. If it has an attribute `precond`, they stay within the range
+    of noise levels that it supports and round each level to one that it knows.
+    """
+
+    function: Denoise
+    precond: Precond
+
+    def __call__(self, x: Images, sigma: Sigma) -> Images:
+        return self.function(x, sigma)
+
+
+def bind(
+    denoiser: Denoiser, variables: Variables, class_labels: Labels | None = None
+) -> BoundDenoiser:
+    """D(x; sigma) of a network with its weights and labels, for a sampler."""
+    return BoundDenoiser(
+        lambda x, sigma: denoiser.apply(variables, x, sigma, class_labels), denoiser.precond
+    )
+
+
+def precond_of(denoise: Denoise) -> Precond:
+    """The preconditioning whose noise levels a sampler keeps to."""
+    return getattr(denoise, "precond", ALL_LEVELS)
 
 
 class Plan(NamedTuple):

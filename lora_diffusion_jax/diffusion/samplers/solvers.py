@@ -1,12 +1,12 @@
 """Solvers of the probability flow ODE, each written down as a plan of network evaluations."""
 
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from lora_diffusion_jax.diffusion import schedules
-from lora_diffusion_jax.diffusion.samplers.bound import Round
+from lora_diffusion_jax.diffusion.precond import ALL_LEVELS, Precond
 from lora_diffusion_jax.diffusion.samplers.plan import Plan, stack
 from lora_diffusion_jax.diffusion.schedules import Scaling, Schedule
 
@@ -26,15 +26,18 @@ class Churn(NamedTuple):
         return min(self.s_churn / num_steps, np.sqrt(2) - 1)
 
 
+NO_CHURN = Churn()
+
+
 def make_plan(
     sigmas: np.ndarray,
     *,
-    solver: Literal["euler", "heun"] = "heun",
+    second_order: bool = True,
     schedule: Schedule = schedules.LINEAR_SCHEDULE,
     scaling: Scaling = schedules.NO_SCALING,
     alpha: float = 1.0,
-    churn: Churn = Churn(),  # noqa: B008  # immutable
-    round_sigma: Round = np.asarray,
+    churn: Churn = NO_CHURN,
+    precond: Precond = ALL_LEVELS,
 ) -> Plan:
     """Euler's and Heun's methods with churn, for any schedule and scaling.
 
@@ -53,36 +56,36 @@ def make_plan(
 
     Args:
         sigmas: noise levels [N], decreasing; a final 0 is added.
-        solver: euler, or heun (a second-order step of parameter alpha).
+        second_order: False leaves out the second evaluation of a step, which gives Euler's method.
         schedule, scaling: sigma(t) and s(t) of the ODE dx = [(s'/s + sigma'/sigma) x
             - (sigma' s / sigma) D(x / s; sigma)] dt (EDM eq. 81).
         alpha: where the second evaluation lies: t + alpha h; 1 is Heun's method, 1/2 the midpoint's.
         churn: stochasticity; s_churn = 0 gives the deterministic sampler.
-        round_sigma: the noise level nearest to one that the network knows.
+        precond: of the network, whose known noise levels are used.
     """
-    times = np.append(schedule.time(round_sigma(sigmas)), 0.0)
+    times = np.append(schedule.time(precond.round_sigma(sigmas)), 0.0)
     # The latents have unit variance; the first state x_0 has standard deviation sigma(t_0) s(t_0).
     start = float(schedule.sigma(times[0]) * scaling.scale(times[0]))
     rows = []
     for i, (t, t_next) in enumerate(pairwise(times)):
         sigma = float(schedule.sigma(t))
         gamma = churn.gamma(sigma, len(sigmas))
-        t_hat = float(schedule.time(round_sigma(np.asarray(sigma + gamma * sigma)))) if gamma else t
+        t_hat = t
+        if gamma:
+            t_hat = float(schedule.time(precond.round_sigma(sigma + gamma * sigma)))
         sigma_hat = float(schedule.sigma(t_hat))
         # Rounding may put sigma_hat below sigma; then there is nothing to add.
         added = np.sqrt(max(sigma_hat**2 - sigma**2, 0.0)) * scaling.scale(t_hat) * churn.s_noise
         carry = scaling.scale(t_hat) / scaling.scale(t) * (1.0 if i else start)
         h = t_next - t_hat
         row = _slope(t_hat, schedule, scaling)._replace(carry=carry, churn=added, dt=h, step=i)
-        if solver == "euler" or t_next == 0:  # the slope does not exist at sigma = 0
-            rows.append(row)
-        else:
+        if second_order and t_next > 0:  # at sigma = 0 there is no slope
             weight = 1 / (2 * alpha)
             second = _slope(t_hat + alpha * h, schedule, scaling)
             rows.append(row._replace(dt=alpha * h))
-            rows.append(
-                second._replace(dt=h, now=weight, before=1 - weight, first=False, step=i)
-            )
+            rows.append(second._replace(dt=h, now=weight, before=1 - weight, first=False, step=i))
+        else:
+            rows.append(row)
     return stack(rows)
 
 
@@ -94,7 +97,7 @@ def _slope(t: float, schedule: Schedule, scaling: Scaling) -> Plan:
     return Plan(sigma, scale, drift, pull=relative * scale, dt=0.0)
 
 
-def dpmpp_2m_plan(sigmas: np.ndarray, *, round_sigma: Round = np.asarray) -> Plan:
+def dpmpp_2m_plan(sigmas: np.ndarray, *, precond: Precond = ALL_LEVELS) -> Plan:
     """DPM-Solver++(2M), a second-order multistep method (Lu et al. 2022, algorithm 2), in terms of sigma.
 
     With lambda_i = -ln sigma_i, h_i = lambda_{i+1} - lambda_i and r_i = h_{i-1} / h_i:
@@ -107,9 +110,9 @@ def dpmpp_2m_plan(sigmas: np.ndarray, *, round_sigma: Round = np.asarray) -> Pla
 
     Args:
         sigmas: noise levels [N], decreasing; a final 0 is added.
-        round_sigma: the noise level nearest to one that the network knows.
+        precond: of the network, whose known noise levels are used.
     """
-    sigmas = round_sigma(sigmas)
+    sigmas = precond.round_sigma(sigmas)
     h = -np.diff(np.log(sigmas))
     rows = []
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):

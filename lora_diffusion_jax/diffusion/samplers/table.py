@@ -1,8 +1,8 @@
 """The samplers by name. Keyword arguments with defaults are the fields of the config group `sampler`."""
 
 import functools
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,17 +10,9 @@ import jax.numpy as jnp
 from lora_diffusion_jax.array_types import Denoise, Images, ImagesU8, Key
 from lora_diffusion_jax.diffusion import schedules
 from lora_diffusion_jax.diffusion.precond import VE, VP
-from lora_diffusion_jax.diffusion.samplers.bound import rounding, supported_range
-from lora_diffusion_jax.diffusion.samplers.plan import Plan, run_plan
+from lora_diffusion_jax.diffusion.samplers.plan import Plan, precond_of, run_plan
 from lora_diffusion_jax.diffusion.samplers.solvers import Churn, dpmpp_2m_plan, make_plan
 from lora_diffusion_jax.errors import UserError
-
-CHOICES = {  # of `ablation_sampler`
-    "solver": ("euler", "heun"),
-    "discretization": ("vp", "ve", "iddpm", "edm"),
-    "schedule": ("vp", "ve", "linear"),
-    "scaling": ("vp", "none"),
-}
 
 
 def edm_sampler(
@@ -60,9 +52,9 @@ def edm_sampler(
     Raises:
         UserError: settings that define no grid, or noise that is missing or misshapen.
     """
-    sigmas = schedules.edm_grid(num_steps, *supported_range(denoise, sigma_min, sigma_max), rho)
-    churn = Churn(s_churn, s_min, s_max, s_noise)
-    plan = make_plan(sigmas, churn=churn, round_sigma=rounding(denoise))
+    precond = precond_of(denoise)
+    sigmas = schedules.edm_grid(num_steps, *precond.clip(sigma_min, sigma_max), rho)
+    plan = make_plan(sigmas, churn=Churn(s_churn, s_min, s_max, s_noise), precond=precond)
     return run_plan(denoise, latents, plan, key=key, noise=noise)
 
 
@@ -111,38 +103,44 @@ def ablation_sampler(
     Raises:
         UserError: an unknown choice, or settings that define no grid.
     """
-    choices = {"solver": solver, "discretization": discretization}
-    for name, value in {**choices, "schedule": schedule, "scaling": scaling}.items():
-        if value not in CHOICES[name]:
-            raise UserError(f"{name} is {value!r}; it must be one of {', '.join(CHOICES[name])}.")
     if not 0 < alpha <= 1:
         raise UserError(f"alpha is {alpha:g}; it must lie in (0, 1].")
     vp, ve = VP(epsilon_t=epsilon_s), VE()
-    low, high, grid = {
+    grids = {
         "edm": (0.002, 80.0, functools.partial(schedules.edm_grid, rho=rho)),
         "vp": (vp.sigma_min, vp.sigma_max, functools.partial(schedules.vp_grid, epsilon=epsilon_s)),
         "ve": (ve.sigma_min, ve.sigma_max, schedules.ve_grid),
         "iddpm": (0.002, 81.0, functools.partial(schedules.iddpm_grid, c_1=c_1, c_2=c_2, m=m)),
-    }[discretization]
-    low, high = supported_range(
-        denoise, low if sigma_min is None else sigma_min, high if sigma_max is None else sigma_max
+    }
+    low, high, grid = _choose("discretization", discretization, grids)
+    precond = precond_of(denoise)
+    low, high = precond.clip(
+        low if sigma_min is None else sigma_min, high if sigma_max is None else sigma_max
     )
     sigmas = grid(num_steps, low, high)
-    chosen = {
+    sigma_of_t = {
         "vp": schedules.vp_schedule(*schedules.vp_betas(low, high, epsilon_s)),
         "ve": schedules.VE_SCHEDULE,
         "linear": schedules.LINEAR_SCHEDULE,
-    }[schedule]
+    }
+    chosen = _choose("schedule", schedule, sigma_of_t)
+    s_of_t = {"vp": schedules.vp_scaling(chosen), "none": schedules.NO_SCALING}
     plan = make_plan(
         sigmas,
-        solver=solver,
+        second_order=_choose("solver", solver, {"euler": False, "heun": True}),
         schedule=chosen,
-        scaling=schedules.vp_scaling(chosen) if scaling == "vp" else schedules.NO_SCALING,
+        scaling=_choose("scaling", scaling, s_of_t),
         alpha=alpha,
         churn=Churn(s_churn, s_min, s_max, s_noise),
-        round_sigma=rounding(denoise),
+        precond=precond,
     )
     return run_plan(denoise, latents, plan, key=key, noise=noise)
+
+
+def _choose(setting: str, value: str, known: Mapping[str, Any]) -> Any:
+    if value not in known:
+        raise UserError(f"{setting} is {value!r}; it must be one of {', '.join(known)}.")
+    return known[value]
 
 
 def _ode_sampler(
@@ -156,18 +154,19 @@ def _ode_sampler(
     rho: float = 7.0,
     key: Key | None = None,
 ) -> Images:
-    """A deterministic solver on EDM's grid; `make(sigmas, round_sigma=...)` gives its plan.
+    """A deterministic solver on EDM's grid; `make(sigmas, precond=...)` gives its plan.
 
     Arguments as in `edm_sampler`; the key is not used.
     """
-    sigmas = schedules.edm_grid(num_steps, *supported_range(denoise, sigma_min, sigma_max), rho)
-    return run_plan(denoise, latents, make(sigmas, round_sigma=rounding(denoise)))
+    precond = precond_of(denoise)
+    sigmas = schedules.edm_grid(num_steps, *precond.clip(sigma_min, sigma_max), rho)
+    return run_plan(denoise, latents, make(sigmas, precond=precond))
 
 
 SAMPLERS: dict[str, Callable[..., Images]] = {
     "edm": edm_sampler,
     "ablation": ablation_sampler,
-    "euler": functools.partial(_ode_sampler, functools.partial(make_plan, solver="euler")),
+    "euler": functools.partial(_ode_sampler, functools.partial(make_plan, second_order=False)),
     "heun": functools.partial(_ode_sampler, make_plan),
     "dpmpp_2m": functools.partial(_ode_sampler, dpmpp_2m_plan),
 }

@@ -1,18 +1,17 @@
-"""Moves the content of image batches: flips, turns, shifts, and supersampled affine warps.
+"""What augmentation does to batches of images: flips, turns, shifts, affine warps, colour maps.
 
-The warp of Karras et al. 2020, "Training Generative Adversarial Networks with Limited Data",
-appendix B: reflect-pad, upsample by 2 with the 12-tap sym6 low-pass filter, sample bilinearly at
-the transformed positions, downsample by 2 with the same filter. Here every stage is a fixed
-matrix but the bilinear one, so that shapes are static and nothing depends on the rest of the batch.
+The warp is that of Karras et al. 2020, "Training Generative Adversarial Networks with Limited
+Data", appendix B: reflect-pad, upsample by 2 with the 12-tap sym6 low-pass filter, sample
+bilinearly at the transformed positions, downsample by 2 with the same filter. Every stage except
+the bilinear one is a fixed matrix here, so shapes are static and no image depends on another.
 
-The reference pads as much as the batch's widest sample seems to need, at most by size - 1 pixels;
-here it is always size - 1. Given equal draws the results agree to 4e-6 (white noise: 4e-5), but for
-samples that its estimate serves too little: strongly shrunk ones read zeros there close to the
-border, which changed 3 in 100 batches of 64 white-noise images by more than 1e-4, at most 9e-4.
+The reference pads by what the batch's widest sample is estimated to need, at most size - 1 pixels;
+here it is always size - 1. Given equal draws the results agree to 4e-6 (white noise: 4e-5), except
+where its estimate is too small: there strongly shrunk samples read zeros close to the border, which
+changed 3 in 100 batches of 64 white-noise images by more than 1e-4, at most by 9e-4.
 """
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +27,7 @@ SYM6 = (
     -0.021060292512300564, 0.04472490177066578, 0.0017677118642428036, -0.007800708325034148,
 )  # fmt: skip
 _TAPS = len(SYM6)
-_EXACT = jax.lax.Precision.HIGHEST  # TPU and TF32 defaults keep 8 to 11 bits: errors of 4e-3
+_EXACT = jax.lax.Precision.HIGHEST  # the defaults of TPU and TF32 keep 8 to 11 bits: errors of 4e-3
 
 Affine = Float[Array, "B 2 3"]  # rows: x, y; columns: factors of x and y, then the offset
 Planes = Float[Array, "B C V U"]
@@ -41,20 +40,20 @@ def flip(images: Images, flip_x: Array, flip_y: Array) -> Images:
 
 
 def quarter_flips(turns: Array) -> tuple[Array, Array]:
-    """The flips (x, y) [B] that make `turns` quarter turns [B], odd ones with a transposition."""
+    """The flips (x, y) [B] of `turns` quarter turns [B]; odd ones also need a transposition."""
     return (turns == 1) | (turns == 2), (turns == 2) | (turns == 3)
 
 
 def rotate_quarters(images: Images, turns: Array) -> Images:
-    """Turns square images by `turns` [B] (0 to 3) quarter turns."""
+    """Rotates square images by `turns` [B] (0 to 3) quarter turns, counterclockwise."""
     images = flip(images, *quarter_flips(turns))
     return _where(turns % 2 == 1, jnp.swapaxes(images, 1, 2), images)
 
 
 def shift(images: Images, right: Array, up: Array) -> Images:
-    """Shifts by whole pixels [B]; what comes in is the reflected image, without its border twice.
+    """Shifts by whole pixels [B] and fills up with the reflected image, as numpy.pad's "reflect".
 
-    Any shift is possible: the reflection goes on with period 2 * size - 2.
+    Any shift is possible: the reflection continues with period 2 * size - 2.
     """
     _, height, width, _ = images.shape
 
@@ -70,13 +69,13 @@ def shift(images: Images, right: Array, up: Array) -> Images:
 def inverse_affine(
     scale: Array, angle: Array, stretch: Array, axis: Array, right: Array, down: Array
 ) -> Affine:
-    """Where each output pixel comes from if content is scaled, turned, stretched and moved.
+    """The inverse of translate(right, down) * stretch * rotate(angle) * scale, for `warp`.
 
-    The inverse of translate(right, down) * stretch * rotate(angle) * scale. Written out, because
-    matrix products of this size gain nothing and accelerators would round their factors.
+    It maps an output pixel to the input position that it shows. Written out, because matrix
+    products of this size gain nothing and accelerators would round their factors.
 
     Args:
-        scale: [B] > 0, size of the content relative to before.
+        scale: [B] > 0, factor on the size of the content.
         angle: [B] radians.
         stretch: [B] > 0, factor along one axis; 1 / stretch across it.
         axis: [B] radians, that axis from x towards -y.
@@ -84,7 +83,7 @@ def inverse_affine(
         down: [B] pixels.
 
     Returns:
-        [B, 2, 3] as `warp` wants it.
+        [B, 2, 3].
     """
     cos, sin = jnp.cos(angle) / scale, jnp.sin(angle) / scale
     # Rot(-axis) diag(1/stretch, stretch) Rot(axis), which is symmetric
@@ -108,9 +107,9 @@ def _where(condition: Array, changed: Images, images: Images) -> Images:
 def upsampling_matrix(size: int) -> Float[np.ndarray, "2*(3*size-2)+2 size"]:
     """Reflect-pads a line of `size` pixels by size - 1 on both sides and doubles its resolution.
 
-    size - 1 is all that reflection has to give, and the cap of the reference's own padding. One row
-    of zeros on either side stands for everything beyond. Row r is half-pixel position
-    (r - 1) / 2 - (size - 1) of the line.
+    A single reflection reaches no further than size - 1, which is also the cap of the reference's
+    padding. One row of zeros on either side stands for everything beyond. Row r is half-pixel
+    position (r - 1) / 2 - (size - 1) of the line.
     """
     padded = 3 * size - 2
     distance = np.abs(np.arange(padded) - (size - 1))  # folded back at the left, then the right end
@@ -131,8 +130,8 @@ def downsampling_matrix(size: int) -> Float[np.ndarray, "size 2*size+10"]:
     return rows
 
 
-def _sample_positions(affine: Affine, height: int, width: int) -> tuple[Array, Array]:
-    """Rows of the upsampling matrices, as real numbers, that the warp reads: y, x [B, V, U]."""
+def sample_positions(affine: Affine, height: int, width: int) -> tuple[Array, Array]:
+    """Fractional rows of the upsampling matrices that the warp reads: y and x, each [B, V, U]."""
 
     def centred(size: int) -> Float[Array, " n"]:  # pixels from the middle of the output
         return (jnp.arange(2 * size + _TAPS - 2, dtype=jnp.float32) - (size + 4)) / 2
@@ -140,20 +139,20 @@ def _sample_positions(affine: Affine, height: int, width: int) -> tuple[Array, A
     def source(row: int, size: int) -> Float[Array, "B V U"]:
         a, b, c = (affine[:, row, k, None, None] for k in range(3))
         offset = a * centred(width)[None, None, :] + b * centred(height)[None, :, None] + c
-        last = 2 * (3 * size - 2) + 1  # rows 0 and last are zero, and so is all beyond them
+        last = 2 * (3 * size - 2) + 1  # rows 0 and last are zero, as is everything beyond
         return jnp.clip(2 * offset + (3 * size - 2), 0, last)
 
     return source(1, height), source(0, width)
 
 
 def _lower(position: Array, rows: int) -> tuple[Array, Array]:
-    """Index of the row before each position (never the last one) and the weight of the next."""
+    """Index of the row before each position (never the last row), and the weight of the next."""
     below = jnp.minimum(jnp.floor(position), rows - 2)
     return below.astype(jnp.int32), position - below
 
 
 def sample_by_gather(images: Images, y: Array, x: Array) -> Planes:
-    """Upsamples, then reads four neighbours per position; the fast way where indexing is cheap."""
+    """Upsamples, then reads four neighbours per position; fast where indexing is cheap."""
     batch, height, width, channels = images.shape
     up_y, up_x = upsampling_matrix(height), upsampling_matrix(width)
     planes = jnp.moveaxis(images, -1, 1)
@@ -173,11 +172,11 @@ def sample_by_gather(images: Images, y: Array, x: Array) -> Planes:
 
 
 def sample_by_products(images: Images, y: Array, x: Array) -> Planes:
-    """The same by matrix products alone; the fast way on TPU, where indexing is slow.
+    """The same by matrix products alone; fast on TPU, where indexing is slow.
 
-    A half-pixel position reads each axis with two triangle weights, that is, one line of input
+    A half-pixel position reads each axis with two triangle weights, that is, a line of input
     pixels with weights triangle @ upsampling_matrix. XLA for TPU forms the triangles inside their
-    product and sums over w while it writes the last one, so nothing large reaches memory.
+    product and sums over w as it writes the last one, so nothing large reaches memory.
     """
 
     def pixel_weights(position: Array, size: int) -> Float[Array, "B V U size"]:
@@ -192,27 +191,32 @@ def sample_by_products(images: Images, y: Array, x: Array) -> Planes:
     return jnp.einsum("bvuwc,bvuw->bcvu", lines, columns, precision=_EXACT)
 
 
-def warp(images: Images, affine: Affine, sample: Callable[..., Planes] | None = None) -> Images:
+def warp(images: Images, affine: Affine) -> Images:
     """Moves the content of each image: output pixel q shows the input at affine(q).
 
     Args:
         images: [B, H, W, C], H and W at least 2.
         affine: [B, 2, 3], the inverse transformation, in pixels from the image's middle, x to
             the right and y down.
-        sample: how to interpolate; by default matrix products on TPU and indexing elsewhere.
 
     Returns:
-        [B, H, W, C]. The surroundings are the reflected image up to H - 1 (W - 1) pixels
-        beyond the border, and 0 from there on.
+        [B, H, W, C]. Around the image lies its reflection, H - 1 (W - 1) pixels wide, and 0 beyond.
     """
     _, height, width, _ = images.shape
-    y, x = _sample_positions(affine, height, width)
-    if sample is None:
-        half_pixels = jax.lax.platform_dependent(
-            images, y, x, tpu=sample_by_products, default=sample_by_gather
-        )
-    else:
-        half_pixels = sample(images, y, x)
+    y, x = sample_positions(affine, height, width)
+    half_pixels = jax.lax.platform_dependent(
+        images, y, x, tpu=sample_by_products, default=sample_by_gather
+    )
     down_y, down_x = downsampling_matrix(height), downsampling_matrix(width)
     rows = jnp.einsum("wu,bcvu->bcvw", down_x, half_pixels, precision=_EXACT)
     return jnp.moveaxis(jnp.einsum("hv,bcvw->bchw", down_y, rows, precision=_EXACT), 1, -1)
+
+
+def recolour(images: Images, matrix: Float[Array, "B 3 4"]) -> Images:
+    """Applies an affine map of RGB; gray images get the mean of the channels it gives."""
+    if images.shape[-1] == 1:
+        mean = matrix.mean(axis=1)  # [B, 4]
+        gain, offset = mean[:, :3].sum(axis=-1), mean[:, 3]
+        return images * gain[:, None, None, None] + offset[:, None, None, None]
+    mixed = jnp.einsum("bhwc,bdc->bhwd", images, matrix[:, :, :3], precision=_EXACT)
+    return mixed + matrix[:, None, None, :, 3]

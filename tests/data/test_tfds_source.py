@@ -8,7 +8,8 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from lora_diffusion_jax.data import digits
-from lora_diffusion_jax.data.sources import describe, fingerprint, format_description, open_source
+from lora_diffusion_jax.data.image_source import summarize
+from lora_diffusion_jax.data.sources import open_source
 from lora_diffusion_jax.errors import UserError
 
 
@@ -57,8 +58,8 @@ def test_a_copy_elsewhere_is_the_same_data_set(data_dir, tmp_path):
     shutil.copytree(data_dir / "digits", tmp_path / "digits")
     here = open_source("digits", str(data_dir))
     there = open_source("digits:1.0.0", str(tmp_path))  # by version: nothing is prepared
-    assert fingerprint(here) == fingerprint(there)
-    assert fingerprint(here) != fingerprint(open_source("digits", str(data_dir), split="test"))
+    test = open_source("digits", str(data_dir), split="test")
+    assert here.fingerprint() == there.fingerprint() != test.fingerprint()
     np.testing.assert_array_equal(here[7]["image"], there[7]["image"])
 
 
@@ -76,12 +77,13 @@ def test_pickled_source_reads_the_same(data_dir):
     np.testing.assert_array_equal(copy.labels(), source.labels())
 
 
-def test_description(data_dir):
-    found = describe(open_source("digits", str(data_dir), split="test"))
-    assert sum(found["class_counts"]) == found["images"] == 297
-    assert found["bytes_decoded"] == 297 * 64
-    assert "297 of 8x8 gray" in format_description(found)
-    assert "split test" in found["title"]
+def test_summary(data_dir):
+    lines = summarize(open_source("digits", str(data_dir), split="test")).splitlines()
+    assert "split test" in lines[0]
+    assert "297 of 8x8 gray" in lines[1]
+    assert "decoded 18.6 KiB" in lines[3]
+    counts = [int(line.split(": ")[1]) for line in lines if line.startswith("  class")]
+    assert (len(counts), sum(counts)) == (10, 297)
 
 
 def test_data_set_without_labels_and_with_other_features(tmp_path):
@@ -143,7 +145,7 @@ def test_undeclared_size_is_taken_from_the_images(tmp_path):
         (
             {"image": tfds.features.Image(shape=(None, None, 3))},
             {"image": png(RED[:3])},
-            r"image 1 of TFDS tiny/0\.1\.0.* is 3x5 colour but image 0 is 4x5 colour: .*data\.path",
+            r"image 1 of TFDS tiny/0\.1\.0.* is 3x5 colour, but image 0 .* is 4x5 colour\. .*data\.path",
         ),
         (
             {"image": tfds.features.Image(shape=(4, 5, 4))},
@@ -184,22 +186,22 @@ def test_split_without_labels_is_refused_when_read(tmp_path):
     [
         (
             {"name": "mnist"},
-            r"'mnist' is not prepared in .* \(there: digits\).*data\.data_dir(.|\n)*"
+            r"'mnist' is not prepared in .* \(found: digits\).*data\.data_dir(.|\n)*"
             r"pip install tensorflow(.|\n)*builder\('mnist', data_dir='.*"
             r"file_format='array_record'\)\.download_and_prepare",
         ),
-        ({"name": "digits:9.9.9"}, r"versions there: 1\.0\.0"),
+        ({"name": "digits:9.9.9"}, r"found: 1\.0\.0"),
         (
             {"name": "digits", "split": "val"},
             r"'val'.*\['test', 'train'\]|'val'.*\['train', 'test'\]",
         ),
         (
             {"name": "digits", "split": "train[:0]"},
-            "holds no images; there are .*train \\(1,500\\)",
+            "holds no images; its splits are .*train \\(1,500\\)",
         ),
         ({"name": "digits", "split": "train[9999:]"}, "9999"),
         ({"name": "digits", "split": "[["}, "split"),
-        ({"name": "../x"}, "is no TFDS name"),
+        ({"name": "../x"}, "is not a TFDS name"),
         ({}, "found neither"),
         ({"name": "digits", "path": "x"}, "data.name='digits' and data.path='x'"),
         ({"path": "x", "split": "test"}, "no split 'test', only 'train'"),
@@ -212,13 +214,13 @@ def test_requests_that_cannot_be_served(data_dir, arguments, message):
 
 
 def test_missing_directory_and_configurations(tmp_path):
-    with pytest.raises(UserError, match="there: no such directory"):
+    with pytest.raises(UserError, match="found: no such folder"):
         open_source("cifar10", str(tmp_path / "none"))
     for config in ("32x32", "64x64"):
         (tmp_path / "resized" / config / "0.1.0").mkdir(parents=True)
     with pytest.raises(UserError, match="resized/32x32, resized/64x64"):
         open_source("resized", str(tmp_path))
-    with pytest.raises(UserError, match="no complete prepared TFDS data set"):
+    with pytest.raises(UserError, match="not a complete prepared TFDS data set"):
         open_source("resized/32x32", str(tmp_path))
 
 
@@ -251,10 +253,10 @@ def damage(directory, what):
         ("overwritten", "cannot read TFDS digits.*damaged or incomplete: prepare"),
         (
             "tfrecord",
-            r"digits/1\.0\.0 as tfrecord, which cannot.*expected array_record(.|\n)*'digits'",
+            r"digits/1\.0\.0 as tfrecord, which has no random access.*expected array_record(.|\n)*'digits'",
         ),
-        ("dataset_info.json", "no complete prepared TFDS data set"),
-        ("features.json", "no complete prepared TFDS data set"),
+        ("dataset_info.json", "not a complete prepared TFDS data set"),
+        ("features.json", "not a complete prepared TFDS data set"),
     ],
 )
 def test_damaged_preparations(data_dir, tmp_path, what, message):

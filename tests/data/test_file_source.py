@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from lora_diffusion_jax.data.decode import decode
-from lora_diffusion_jax.data.sources import describe, fingerprint, format_description, open_source
+from lora_diffusion_jax.data.image_source import summarize
+from lora_diffusion_jax.data.sources import open_source
 from lora_diffusion_jax.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -171,22 +172,25 @@ BAD = {
     "nothing": ({}, "holds no PNG or JPEG images"),
     "missing label": (
         with_labels(FILES, {"labels": TABLE["labels"][1:]}),
-        r"c\.png has no label in dataset\.json \(1 of 4",
+        r"c\.png has no label \(1 of 4 .* from dataset\.json",
     ),
     "label of nothing": (
         with_labels(FILES, {"labels": [*TABLE["labels"], ["z.png", 0]]}),
-        r"dataset\.json labels .*z\.png, which is not there",
+        r"dataset\.json labels .*z\.png, which is missing",
     ),
     "two labels": (
         with_labels(FILES, {"labels": [*TABLE["labels"], ["c.png", 0]]}),
         "gives 'c.png' the classes 2 and 0",
     ),
-    "not json": ({**FILES, "dataset.json": b"{"}, r"dataset\.json is not JSON"),
-    "not utf-8": ({**FILES, "dataset.json": b'{"labels": "\xff"}'}, r"dataset\.json is not JSON"),
-    "deep json": ({**FILES, "dataset.json": b"[" * 100_000}, r"dataset\.json is not JSON"),
-    "list": (with_labels(FILES, [1]), r"dataset\.json has no 'labels'"),
-    "no key": (with_labels(FILES, {"label": []}), r"dataset\.json has no 'labels'"),
-    "labels a dict": (with_labels(FILES, {"labels": {}}), "'labels' is a dict"),
+    "not json": ({**FILES, "dataset.json": b"{"}, r"dataset\.json is not valid JSON"),
+    "not utf-8": (
+        {**FILES, "dataset.json": b'{"labels": "\xff"}'},
+        r"dataset\.json is not valid JSON",
+    ),
+    "deep json": ({**FILES, "dataset.json": b"[" * 100_000}, r"dataset\.json is not valid JSON"),
+    "list": (with_labels(FILES, [1]), r"dataset\.json has no list 'labels'"),
+    "no key": (with_labels(FILES, {"label": []}), r"dataset\.json has no list 'labels'"),
+    "labels a dict": (with_labels(FILES, {"labels": {}}), "has no list 'labels'"),
     "empty labels": (with_labels(FILES, {"labels": []}), "has no label"),
     "float label": (with_labels(FILES, {"labels": [["c.png", 1.5]]}), r'entry 0 .*"c.png", 1.5'),
     "vector label": (with_labels(FILES, {"labels": [["c.png", [0, 1]]]}), "entry 0"),
@@ -202,7 +206,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_data_ends_in_a_sentence_that_names_the_file(opened, case):
+def test_bad_data_is_named(opened, case):
     files, message = BAD[case]
     with pytest.raises(UserError, match=message):
         opened(files)
@@ -220,21 +224,21 @@ def test_zip_inside_zip_is_named(tmp_path):
     inner = write(tmp_path, FILES, "zip")
     (tmp_path / "folder").mkdir()
     files = {**FILES, "more/inner.zip": pathlib.Path(inner).read_bytes()}
-    with pytest.raises(UserError, match=r"contains another ZIP file, 'more/inner\.zip'"):
+    with pytest.raises(UserError, match=r"contains a ZIP file, 'more/inner\.zip'"):
         open_source(path=write(tmp_path / "folder", files, "zip"))
-    with pytest.raises(UserError, match=r"holds no PNG.*'data\.zip': give that"):
+    with pytest.raises(UserError, match=r"contains a ZIP file, 'data\.zip'.*Give that file"):
         open_source(path=str(tmp_path))
 
 
 def test_damaged_zip_files(tmp_path):
     path = tmp_path / "bad.zip"
-    path.write_bytes(b"no zip at all")
-    with pytest.raises(UserError, match=r"bad\.zip is not a ZIP file"):
+    path.write_bytes(b"not a zip")
+    with pytest.raises(UserError, match=r"bad\.zip cannot be unzipped .* Give a folder or a ZIP"):
         open_source(path=str(path))
     whole = write(tmp_path, FILES, "zip")
     data = bytearray(pathlib.Path(whole).read_bytes())
     path.write_bytes(data[:-30])
-    with pytest.raises(UserError, match=r"bad\.zip is not a ZIP file"):
+    with pytest.raises(UserError, match=r"bad\.zip cannot be unzipped .* Give a folder or a ZIP"):
         open_source(path=str(path))
     start = data.index(b"b/1.png") + 60  # inside the compressed image
     data[start : start + 4] = bytes(255 - byte for byte in data[start : start + 4])
@@ -278,27 +282,22 @@ def test_class_folders_are_taken_only_when_asked_for(opened):
     source = opened(files, class_folders=True)
     assert source.class_names == ("cat", "dog")
     assert list(source.labels()) == [0, 0, 1, 1]
-    with pytest.raises(UserError, match=r"c\.png lies in no class's folder"):
+    with pytest.raises(UserError, match=r"c\.png has no label .* from names of the folders"):
         opened({**files, "c.png": FILES["c.png"]}, class_folders=True)
 
 
 def test_class_folders_and_dataset_json_contradict(opened):
-    with pytest.raises(UserError, match=r"dataset\.json, and data\.class_folders"):
+    with pytest.raises(UserError, match=r"dataset\.json, but data\.class_folders"):
         opened(with_labels(FILES), class_folders=True)
 
 
-def test_description(opened):
+def test_summary(opened):
     source = opened(with_labels(FILES))
-    found = describe(source)
-    assert found["class_counts"] == [2, 0, 1, 0, 1]
-    assert found["class_names"] == ["0", "1", "2", "3", "4"]
-    assert (found["images"], found["height"], found["width"], found["channels"]) == (4, 6, 6, 3)
-    assert found["bytes_decoded"] == 4 * 6 * 6 * 3
-    assert found["bytes_on_disk"] == sum(map(len, FILES.values()))
-    text = format_description(found, max_classes=3)
+    text = summarize(source, max_classes=3)
     assert "4 of 6x6 colour" in text
-    assert "class 2: 1" in text
-    assert "2 more classes; 0 to 2 images each" in text
+    assert f"{sum(map(len, FILES.values()))} B; decoded 432 B" in text
+    assert source.fingerprint() in text
+    assert text.endswith("class 2: 1\n  ... and 2 more classes; 0 to 2 images each")
 
 
 def test_fingerprint_follows_content_not_place(tmp_path):
@@ -306,17 +305,17 @@ def test_fingerprint_follows_content_not_place(tmp_path):
     for name in ("one", "two", "three"):
         (tmp_path / name).mkdir()
         places[name] = tmp_path / name
-    folder = fingerprint(open_source(path=write(places["one"], with_labels(FILES), "folder")))
-    packed = fingerprint(open_source(path=write(places["two"], with_labels(FILES), "zip")))
+    folder = open_source(path=write(places["one"], with_labels(FILES), "folder")).fingerprint()
+    packed = open_source(path=write(places["two"], with_labels(FILES), "zip")).fingerprint()
     assert folder == packed
     assert len(folder) == 32
     table = {"labels": [[name, 0] for name in FILES]}
-    other = fingerprint(open_source(path=write(places["three"], with_labels(FILES, table), "zip")))
+    other = open_source(path=write(places["three"], with_labels(FILES, table), "zip")).fingerprint()
     assert other != folder
     changed = ARRAYS["c.png"].copy()
     changed[0, 0, 0] ^= 1  # the PNG keeps its size or not; the pixels are hashed either way
     (places["one"] / "c.png").write_bytes(encode(changed))
-    assert fingerprint(open_source(path=str(places["one"]))) != folder
+    assert open_source(path=str(places["one"])).fingerprint() != folder
 
 
 def test_reading_from_threads_forks_and_pickles(opened):

@@ -1,4 +1,4 @@
-"""Small configs and networks shared by all tests, and the way to compile them fast."""
+"""Small configs and networks shared by all tests, and ways to run them fast."""
 
 import os
 from collections.abc import Callable
@@ -15,9 +15,6 @@ from lora_diffusion_jax.default_config import base
 
 ROOT = Path(__file__).parents[1]  # of the repository; commands run here
 
-# The networks run for milliseconds, so most of a test's time is XLA optimising their programs.
-FAST_COMPILE = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-
 # Fields of a DDPM++ with two levels, attention on the lower one, and UC-LoRA; `__` stands for the dot.
 SMALL_NETWORK = {
     "model__channels": 8,
@@ -31,12 +28,8 @@ SMALL_NETWORK = {
 
 
 def fast_jit(function: Callable, **options: Any) -> Callable:
-    """jax.jit without XLA's backend optimisations; for functions that are called a few times.
-
-    Compare values, not speed or bits: sums may be taken in another order.
-    """
-    flags = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-    return jax.jit(function, compiler_options=flags, **options)
+    """jax.jit; conftest.py has all programs compiled fast."""
+    return jax.jit(function, **options)
 
 
 def fast_apply(module: nn.Module, variables: Any, *args: Any) -> Any:
@@ -48,14 +41,13 @@ def fast_apply(module: nn.Module, variables: Any, *args: Any) -> Any:
 
 
 def fast_compile_env(flags: str = "", **variables: str) -> dict[str, str]:
-    """The environment for a subprocess that compiles fast.
+    """The environment for a subprocess with XLA flags beside those of conftest.py.
 
     Args:
         flags: more XLA_FLAGS, such as --xla_force_host_platform_device_count=8.
         variables: more environment variables.
     """
-    flags = f"{os.environ.get('XLA_FLAGS', '')} {FAST_COMPILE} {flags}"
-    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, **variables}
+    return {**os.environ, "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}", **variables}
 
 
 def small_config(**changes: Any) -> ConfigDict:

@@ -217,8 +217,7 @@ def _check_fit(like: PyTree, saved: PyTree, path: Path) -> None:
     )
     wrong = [
         f"  {name}: {there.get(name, 'absent')} saved, {here.get(name, 'absent')} wanted"
-        for name in sorted(here.keys() | there.keys())
-        if here.get(name) != there.get(name)
+        for name in sorted(dict(here.items() ^ there.items()))
     ]
     if wrong:
         raise UserError(

@@ -347,9 +347,8 @@ def _begin(
     """(step, state, metrics of the interval) from the newest checkpoint, or from `init`."""
     shapes = jax.eval_shape(init if callable(init) else lambda: init)
     layout, interval = tree_sharding(shapes, mesh), empty_metrics(mesh)
-    like = jax.tree.map(_with_sharding, shapes, layout)
-    wanted = jax.tree.map(lambda array: _with_sharding(array, array.sharding), interval)
-    found = checkpoints.restore(to_parts(like, wanted))
+    like = jax.tree.map(lambda shape, where: shape.update(sharding=where), shapes, layout)
+    found = checkpoints.restore(to_parts(like, interval))
     if found is not None and "optimizer" in found[1]:
         log(f"resuming from the checkpoint of step {found[0]:,}")
         return found[0], *from_parts(found[1], like, interval)
@@ -362,10 +361,6 @@ def _begin(
         state, _ = from_parts(found[1], state, interval)
         log(f"starting from the weights of checkpoint {found[0]}")
     return 0, state, interval
-
-
-def _with_sharding(array: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
 
 
 def _write_overview(directory: Path, state: TrainState) -> None:
@@ -414,15 +409,15 @@ def _log(
     values = to_scalars(interval) | clock.lap(step)
     values |= {"train/nonfinite_grads": float(bad), "train/skipped_steps": float(skipped)}
     writer.write(step, values)
-    parts = [f"step {step:,}", f"{step * writer.batch_size:,} img"]
-    if "train/loss" in values:
-        parts.append(f"loss {values['train/loss']:.4f}")
-    parts.append(f"{values['perf/images_per_sec']:.1f} img/s")
-    if "perf/tflops_per_sec" in values:
-        parts.append(f"{values['perf/tflops_per_sec']:.3f} TFLOP/s")
-    if skipped:
-        parts.append(f"{skipped} steps skipped")
-    log(" | ".join([*parts, f"{writers.duration(values['perf/eta_sec'])} left"]))
+    shown = {
+        "loss {:.4f}": values.get("train/loss"),
+        "{:.1f} img/s": values["perf/images_per_sec"],
+        "{:.3f} TFLOP/s": values.get("perf/tflops_per_sec"),
+        "{} steps skipped": int(skipped) or None,
+        "{} left": writers.duration(values["perf/eta_sec"]),
+    }
+    known = [text.format(value) for text, value in shown.items() if value is not None]
+    log(" | ".join([f"step {step:,}", f"{step * writer.batch_size:,} img", *known]))
 
 
 def _memory() -> dict[str, float]:

@@ -1,11 +1,12 @@
 """Where a run logs: metrics.jsonl, TensorBoard events, standard output and a progress bar."""
 
+import datetime
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ class Writers:
         with files.disk_errors(directory):
             _drop_after(self.path, step)
             self.lines = self.path.open("ab", buffering=0)  # closing has nothing left to write
-            self.events = _Events(directory, purge_from=step * batch_size + 1)
+            self.events = _open_events(directory, purge_from=step * batch_size + 1)
 
     def __enter__(self) -> "Writers":
         return self
@@ -79,41 +80,27 @@ class Writers:
             raise files.disappeared(self.path)
         with files.disk_errors(self.path):
             self.lines.write((json.dumps(line) + "\n").encode())
-            parts = [summary.scalar(name, value) for name, value in scalars.items()]
-            parts += [
-                summary.image(name, np.asarray(values[name]), dataformats="HWC")
-                for name in values.keys() - scalars.keys()
-            ]
-            self.events.write(images, parts)
+            for name, value in values.items():
+                if name in scalars:
+                    item = summary.scalar(name, scalars[name])
+                else:
+                    item = summary.image(name, np.asarray(value), dataformats="HWC")
+                self.events.write_event(Event(step=images, wall_time=time.time(), summary=item))
+            self.events.flush()
 
 
-class _Events:
-    """A TensorBoard event file, written synchronously.
+def _open_events(directory: Path, purge_from: int) -> EventsWriter:
+    """A TensorBoard event file; what earlier files have from `purge_from` images on is void.
 
-    tensorboardX's SummaryWriter writes in a thread, and does not notice when that dies on a full
-    disk: its queue fills, and the program waits forever.
-
-    Args:
-        directory: where the file is created.
-        purge_from: events of earlier files from this point of the axis on are void.
+    Not tensorboardX's SummaryWriter: that writes in a thread, and does not notice when the thread
+    dies on a full disk: its queue fills, and the program waits forever.
     """
-
-    def __init__(self, directory: Path, purge_from: int):
-        self.file = EventsWriter(str(directory / "events"))
-        start = SessionLog(status=SessionLog.START)
-        self.file.write_event(Event(step=purge_from, file_version="brain.Event:2"))
-        self.file.write_event(Event(step=purge_from, session_log=start))
-        self.file.flush()
-
-    def write(self, step: int, summaries: Sequence[Any]) -> None:
-        """Writes summaries (of tensorboardX.summary) at a point of the axis."""
-        for values in summaries:
-            self.file.write_event(Event(step=step, wall_time=time.time(), summary=values))
-        self.file.flush()
-
-    def close(self) -> None:
-        """Closes the file."""
-        self.file.close()
+    events = EventsWriter(str(directory / "events"))
+    events.write_event(Event(step=purge_from, file_version="brain.Event:2"))
+    start = SessionLog(status=SessionLog.START)
+    events.write_event(Event(step=purge_from, session_log=start))
+    events.flush()
+    return events
 
 
 def read_metrics(directory: str | os.PathLike) -> list[dict[str, Any]]:
@@ -196,10 +183,5 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """'2d 03:10:00', '1:05:00' or '0:42'."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    days, hour = divmod(hours, 24)
-    if days:
-        return f"{days}d {hour:02}:{minute:02}:{second:02}"
-    return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute}:{second:02}"
+    """'2 days, 3:10:00' or '0:00:42'."""
+    return str(datetime.timedelta(seconds=round(min(seconds, 1e12))))

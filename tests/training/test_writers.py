@@ -45,11 +45,11 @@ def test_lines_and_events_hold_the_same_numbers(tmp_path):
     assert [v[:2] for v in values] == [
         (80, "train/loss"),
         (80, "perf/eta_sec"),
-        (80, "eval/fd"),
         (80, "samples/grid"),
+        (80, "eval/fd"),
     ]
     assert values[0][2].simple_value == 0.5
-    assert (values[3][2].image.height, values[3][2].image.width) == (4, 6)
+    assert (values[2][2].image.height, values[2][2].image.width) == (4, 6)
 
 
 def test_reopening_drops_what_came_after_the_restored_step(tmp_path):

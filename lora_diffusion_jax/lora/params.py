@@ -1,4 +1,4 @@
-"""Surgery on parameter trees that hold a base and its adapters: split, merge, select, count, fold."""
+"""Surgery on parameter trees that hold a base and its adapters."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +15,12 @@ from lora_diffusion_jax.paths import is_adapter
 PyTree = Any
 
 
+def list_sites(params: PyTree) -> list[str]:
+    """Paths of the adapted layers in a parameter tree, sorted."""
+    paths = [path for path in traverse_util.flatten_dict(params) if is_adapter("/".join(path))]
+    return sorted({"/".join(path[: path.index(NAME)]) for path in paths})
+
+
 def split(params: PyTree) -> tuple[PyTree, PyTree]:
     """Splits {a: {kernel, lora: {...}}} into the base {a: {kernel}} and the adapters {a: {lora: ...}}."""
     flat = traverse_util.flatten_dict(params)
@@ -27,7 +33,7 @@ def merge(base: PyTree, adapters: PyTree) -> PyTree:
     """The inverse of `split`.
 
     Raises:
-        UserError: a parameter stands in both trees.
+        UserError: a parameter is in both trees.
     """
     flat, more = traverse_util.flatten_dict(base), traverse_util.flatten_dict(adapters)
     both = sorted("/".join(k) for k in set(flat) & set(more))
@@ -70,10 +76,10 @@ def fold(params: PyTree, omegas: Mapping[str, Any]) -> PyTree:
     """
     base, adapters = split(params)
     flat_base, flat = traverse_util.flatten_dict(base), traverse_util.flatten_dict(adapters)
-    sites = {"/".join(k[: k.index(NAME)]) for k in flat}
-    if sites != set(omegas):
+    sites = list_sites(adapters)
+    if sites != sorted(omegas):
         raise UserError(
-            f"fold got weights for {sorted(omegas)}, but the adapted sites are {sorted(sites)}."
+            f"fold got weights for {sorted(omegas)}, but the adapted sites are {sites}."
         )
     for site, omega in omegas.items():
         path = tuple(site.split("/"))

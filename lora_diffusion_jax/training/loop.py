@@ -71,8 +71,8 @@ class Cadence:
 
     def due(self, step: int, batch_size: int) -> set[str]:
         """The events after a number of steps: log, checkpoint, samples, eval; all after the last."""
-        every = dict(log=self.log_every, checkpoint=self.checkpoint_every)
-        every |= dict(samples=self.sample_every, eval=self.eval_every)
+        every = {"log": self.log_every, "checkpoint": self.checkpoint_every}
+        every |= {"samples": self.sample_every, "eval": self.eval_every}
         images, last = step * batch_size, step == self.steps(batch_size)
         return {
             event
@@ -153,6 +153,7 @@ def train(
         if step >= total or stopped_by is not None:
             return Result(state, step, stopped_by)
 
+        # Outside of Interrupts: a signal while the step compiles ends the program at once.
         key = jax.jit(lambda: purpose_key(seed, TRAIN), out_shardings=replicated(mesh))()
         item, began = feed.next(), time.perf_counter()
         lowered = jit_step(step_fn, state, mesh).lower(state, interval, feed.data, item, key)
@@ -161,8 +162,8 @@ def train(
         clock.lap(step)
         with Interrupts() as interrupts:
             while True:
-                checkpoints.check()
-                with jax.transfer_guard("disallow"):
+                checkpoints.check()  # a full disk ends the run here, not at the next checkpoint
+                with jax.transfer_guard("disallow"):  # a hidden transfer would stall every step
                     state, interval, status = compiled(state, interval, feed.data, item, key)
                 step += 1
                 flight.add(step, status)
@@ -178,9 +179,9 @@ def train(
                     break
                 item = feed.next(interrupts.received)
             flight.land()
-            checkpoints.save(step, to_parts(state, interval))
+            checkpoints.save(step, to_parts(state, interval))  # unless that was due anyway
             checkpoints.wait()
-            processes.barrier("the last checkpoint")
+            processes.barrier("the last checkpoint")  # all write their part before any exits
         if stopped_by is not None:
             name = signal.Signals(stopped_by).name
             log(f"stopped by {name} after step {step:,}; rerun the same command to resume")
@@ -255,11 +256,11 @@ class Flight:
             self.seen = self.seen or int(number) or None
             if halted:
                 saved, workdir = self.checkpoints.latest_step(), self.checkpoints.directory.parent
+                start = "" if saved is None else f" and init_from={workdir}, of step {saved}"
                 raise DivergedError(
                     f"The loss was NaN or infinite in {int(bad_in_row)} steps in a row, from step "
-                    f"{step - int(bad_in_row) + 1} to {step}. These steps changed nothing; the last "
-                    f"checkpoint is {'missing' if saved is None else f'of step {saved}'}. Lower "
-                    f"train.learning_rate, in a new workdir with init_from={workdir}."
+                    f"{step - int(bad_in_row) + 1} to {step}. These steps changed nothing. Train in "
+                    f"another workdir, with a lower train.learning_rate{start}."
                 )
             self.progress.update(step * self.batch_size, loss)
 
@@ -278,12 +279,8 @@ class Callbacks:
 
     def catch_up(self, due: set[str], state: TrainState, step: int) -> int | None:
         """Runs those that a killed run left undone; returns a signal that came meanwhile."""
-        directory = self.writer.path.parent
         with Interrupts() as interrupts:
-            done = processes.from_leader(
-                "reading which callbacks are done",
-                lambda: sorted(writers.callbacks_done(directory, step)),
-            )
+            done = processes.from_leader("listing callbacks", lambda: sorted(self.writer.done))
             stopped_by = self.run(due - set(done), state, step, interrupts)
             with contextlib.suppress(Interrupted):  # since the last callback, or without any
                 pause_point()

@@ -1,6 +1,6 @@
-"""The mesh (data, fsdp), the layout of arrays on it, and the transfer of host batches to it."""
+"""The mesh (data, fsdp), and the layout of arrays on it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -115,11 +115,6 @@ def local_rows(batch_size: int, mesh: Mesh) -> Int[np.ndarray, " local"]:
     places = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
     rows = [np.arange(batch_size)[place] for place in places.values()]
     return np.unique(np.concatenate(rows))
-
-
-def put_batch(local: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Arrays of this process's rows (`local_rows`) -> global arrays, split over all devices."""
-    return jax.make_array_from_process_local_data(batch_sharding(mesh), dict(local))
 
 
 def put_replicated(tree: PyTree, mesh: Mesh) -> PyTree:

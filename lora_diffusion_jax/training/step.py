@@ -99,6 +99,8 @@ def make_train_step(
             per_image = pixels.mean(axis=(1, 2, 3), dtype=jnp.float32)
             return pixels.astype(jnp.float32).sum() / batch_size, per_image
 
+        # The draws are made for the whole batch before it is cut: the size of the parts must not
+        # change what is learned.
         gradient, whole = jax.grad(loss, has_aux=True), (images, labels, draws)
         if chunks == 1:
             grads, image_loss = gradient(state.params, whole)
@@ -106,18 +108,18 @@ def make_train_step(
             grads, image_loss = accumulate(gradient, state.params, whole, chunks, unroll)
         good = jnp.isfinite(image_loss.mean()) & ~state.halted
 
-        def update() -> tuple[tuple, dict[str, Array], Float[Array, ""]]:
+        def update() -> tuple[tuple, dict[str, Array], Array]:
             finite = clean(grads)
             updates, opt_state = optimizer.update(finite, state.opt_state, state.params, seen)
             params = optax.apply_updates(state.params, updates)
             average = ema.update(state.ema, params, seen, batch_size)
             return (params, opt_state, average), norms(finite, updates, params), nonfinite(grads)
 
-        def skip() -> tuple[tuple, dict[str, Array], Float[Array, ""]]:
+        def skip() -> tuple[tuple, dict[str, Array], Array]:
             unknown = dict.fromkeys(NORMS, jnp.float32(0))  # masked below
             return (state.params, state.opt_state, state.ema), unknown, jnp.float32(0)
 
-        # Two branches rather than a choice per array: XLA then makes half as many kernels.
+        # Two branches rather than a choice per array: XLA then generates half as many kernels.
         (params, opt_state, average), measured, replaced = jax.lax.cond(good, update, skip)
         bad_in_row = jnp.where(good, 0, state.bad_in_row + ~state.halted)
         scalars = {**measured, "loss": image_loss.mean(), "learning_rate": optimizer.rate(seen)}
@@ -208,6 +210,6 @@ def norms(grads: PyTree, updates: PyTree, params: PyTree) -> dict[str, Float[Arr
     adapters, _ = split(grads, is_adapter)
     trees = dict(zip(NORMS, (grads, adapters, updates, params), strict=True))
     values = {name: optax.tree.norm(tree) for name, tree in trees.items()}
-    return (
-        values if jax.tree.leaves(adapters) else {**values, "lora_grad_norm": jnp.float32(jnp.nan)}
-    )
+    if not jax.tree.leaves(adapters):
+        values["lora_grad_norm"] = jnp.float32(jnp.nan)
+    return values

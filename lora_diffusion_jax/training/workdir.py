@@ -56,21 +56,16 @@ def open_workdir(
             stack.enter_context(lock)
 
         processes.from_leader("opening the workdir", create_and_lock)
-        if not _appears(directory):
+        deadline = time.monotonic() + 60  # NFS may cache for a while that it was missing
+        while not directory.is_dir() and time.monotonic() < deadline:
+            time.sleep(0.5)
+        if not directory.is_dir():
             raise UserError(
                 f"{directory}, which process 0 created, is not visible to process "
                 f"{jax.process_index()}. Choose a workdir that all processes share."
             )
         reconcile_config(directory, config, may_change)
         yield directory
-
-
-def _appears(directory: Path, limit: float = 60.0) -> bool:
-    """Waits for a directory that another machine created: NFS may cache for a while that it was missing."""
-    deadline = time.monotonic() + limit
-    while not directory.is_dir() and time.monotonic() < deadline:
-        time.sleep(0.5)
-    return directory.is_dir()
 
 
 def reconcile_config(

@@ -34,15 +34,24 @@ class Writers:
         directory: the workdir.
         batch_size: images per step.
         step: the step that the run starts or resumes from.
+
+    Attributes:
+        done: the callbacks that had finished at that step.
     """
 
     def __init__(self, directory: Path, batch_size: int, step: int):
         self.path, self.batch_size = directory / METRICS, batch_size
-        self.lines, self.events = None, None
+        self.lines, self.events, self.done = None, None, set()
         if not processes.is_leader():
             return
         with files.disk_errors(directory):
-            _drop_after(self.path, step)
+            kept = [line for line in read_metrics(directory) if line["step"] <= step]
+            self.done = {
+                line["callback"] for line in kept if "callback" in line and line["step"] == step
+            }
+            text = "".join(json.dumps(line) + "\n" for line in kept)
+            if self.path.exists() and self.path.read_text() != text:
+                files.write_text(self.path, text)
             self.lines = self.path.open("ab", buffering=0)  # closing has nothing left to write
             self.events = _open_events(directory, purge_from=step * batch_size + 1)
 
@@ -115,22 +124,6 @@ def read_metrics(directory: str | os.PathLike) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return lines
-
-
-def callbacks_done(directory: str | os.PathLike, step: int) -> set[str]:
-    """The callbacks that finished at a step."""
-    return {
-        line["callback"]
-        for line in read_metrics(directory)
-        if line["step"] == step and "callback" in line
-    }
-
-
-def _drop_after(path: Path, step: int) -> None:
-    """Cuts metrics.jsonl back to what belongs to the first `step` steps."""
-    kept = [json.dumps(line) + "\n" for line in read_metrics(path.parent) if line["step"] <= step]
-    if path.exists() and path.read_text() != "".join(kept):
-        files.write_text(path, "".join(kept))
 
 
 def log(text: str) -> None:

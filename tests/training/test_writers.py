@@ -13,7 +13,6 @@ from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.training.writers import (
     Progress,
     Writers,
-    callbacks_done,
     duration,
     read_metrics,
 )
@@ -58,12 +57,13 @@ def test_reopening_drops_what_came_after_the_restored_step(tmp_path):
     whole = "".join(json.dumps(line) + "\n" for line in lines)
     path.write_text(whole + '{"step": 40, "trai')
     with Writers(tmp_path, 16, 20) as writers:
+        assert writers.done == {"eval"}
         writers.write(30, {"train/loss": 2.0})
     kept = read_metrics(tmp_path)
     assert kept[:2] == lines[:2]
     assert [line["step"] for line in kept] == [10, 20, 30]
-    assert callbacks_done(tmp_path, 20) == {"eval"}
-    assert callbacks_done(tmp_path, 10) == set()
+    with Writers(tmp_path, 16, 30) as writers:
+        assert writers.done == set()
 
 
 def test_an_unknown_name_is_refused_before_anything_is_written(tmp_path):

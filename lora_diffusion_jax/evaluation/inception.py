@@ -33,8 +33,8 @@ from lora_diffusion_jax.evaluation.inception_network import (
     InceptionV3,
 )
 from lora_diffusion_jax.evaluation.resize import PREPROCESS
-from lora_diffusion_jax.interop.export import is_safetensors
 from lora_diffusion_jax.readers.pickles import read_torch_state_dict
+from lora_diffusion_jax.readers.safetensors import is_safetensors
 
 FILE_NAME = "pt_inception-2015-12-05-6726825d.pth"
 FILE_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"

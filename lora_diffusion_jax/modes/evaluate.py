@@ -18,7 +18,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from lora_diffusion_jax import factory, generate, interop, processes
+from lora_diffusion_jax import cli, factory, generate, interop, processes
 from lora_diffusion_jax.array_types import Source
 from lora_diffusion_jax.data.sources import open_source
 from lora_diffusion_jax.errors import UserError
@@ -30,27 +30,36 @@ from lora_diffusion_jax.evaluation.features import Detector, cache_folder
 from lora_diffusion_jax.evaluation.npz import check_target
 from lora_diffusion_jax.evaluation.references import make_reference, save_reference
 from lora_diffusion_jax.evaluation.results import Record
-from lora_diffusion_jax.factory.overrides import override
-from lora_diffusion_jax.interop.export import is_safetensors, read_export
+from lora_diffusion_jax.interop.export import read_export
+from lora_diffusion_jax.readers.safetensors import is_safetensors
 from lora_diffusion_jax.training import checkpoint, workdir
 
 MAX_REPEATS = 100
 SMALL_BYTES = 64 * 2**20  # features up to this size go into a reference without --keep_features
 
 
-def build_parser(process_flags: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """The command line.
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the program; returns its exit status."""
+    return cli.run(work, argv)
 
-    Args:
-        process_flags: options of every verb about the processes, a parser without help.
-    """
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = functools.partial(
-        parser.add_subparsers(dest="verb", required=True, metavar="ref|calc|gen|all").add_parser,
-        parents=[process_flags],
-    )
+
+def work(argv: list[str]) -> int:
+    """Runs a verb; returns the exit status."""
+    argv, name, overrides = cli.take_config(argv)
+    args = build_parser().parse_args(argv)
+    args.overrides = overrides
+    if name is not None:
+        raise UserError(f"--config={name}: a network keeps its config; override single fields.")
+    if overrides and args.verb in ("ref", "calc"):
+        raise UserError(f"{overrides[0]}: {args.verb} has no config, only gen and all have one.")
+    with cli.joined(args):
+        return cli.cut_short(functools.partial(VERBS[args.verb], args), "saving what is done")
+
+
+def build_parser() -> cli.Parser:
+    """The verbs and their flags."""
+    parser = cli.Parser(description=__doc__)
+    add = parser.add_subparsers(dest="verb", required=True, metavar="ref|calc|gen|all").add_parser
     ref = add("ref", help="statistics of a data set, in EDM's npz format")
     ref.add_argument("--data", required=True, help="TFDS name, folder, ZIP or npz of images")
     ref.add_argument("--dest", required=True, help="the npz to write")
@@ -78,6 +87,7 @@ def build_parser(process_flags: argparse.ArgumentParser) -> argparse.ArgumentPar
         verb.add_argument("--features", choices=FEATURES, default="auto")
         verb.add_argument("--inception", help="Inception weights file")
         verb.add_argument("--dinov2", help="DINOv2 weights file")
+        verb.add_process_flags()
     for verb in (calc, gen, every):
         verb.add_argument("--ref", required=True, help="statistics written by ref, or EDM's")
         verb.add_argument("--metrics", default="fid", help=",".join(METRICS))
@@ -240,10 +250,10 @@ def repeat_seeds(args: argparse.Namespace) -> list[list[int]]:
         )
     stride = max(seeds) - min(seeds) + 1
     last = max(seeds) + stride * (repeats - 1)
-    if last > generate.LAST_SEED:
+    if last > generate.MAX_SEED:
         raise UserError(
             f"--repeats={repeats} of these seeds would reach {last}; the largest seed is "
-            f"{generate.LAST_SEED}. Choose lower seeds or fewer repeats."
+            f"{generate.MAX_SEED}. Choose lower seeds or fewer repeats."
         )
     return [[seed + stride * k for seed in seeds] for k in range(repeats)]
 
@@ -278,7 +288,9 @@ class SavedRun:
         return _settings(self._config(), self.weights, step)
 
     def _config(self) -> ConfigDict:
-        return override(factory.config_from_dict(workdir.read_config(self.where)), self.overrides)
+        return cli.override(
+            factory.config_from_dict(workdir.read_config(self.where)), self.overrides
+        )
 
     def open(self, step: int | None) -> runs.Network:
         """The network of one checkpoint; None for a file."""
@@ -286,7 +298,7 @@ class SavedRun:
             loaded = interop.load_pretrained(self.where)
         else:
             loaded = factory.load_workdir(self.where, weights=self.weights, at_step=step)
-        config = override(factory.config_of(loaded), self.overrides)
+        config = cli.override(loaded.config, self.overrides)
         config.sampler.batch_size = self.batch_size or config.sampler.batch_size
         loaded = factory.with_config(loaded, config)
         generator = factory.build_generator(config, loaded.denoiser, factory.build_mesh(config))

@@ -51,7 +51,7 @@ def write_run(folder, steps=(10,), total_images=640):
     config.train.update(batch_size=64, total_images=total_images)
     config.sampler.update(num_steps=3, batch_size=32)
     folder.mkdir(parents=True)
-    workdir.reconcile_config(folder, config.to_dict(), (), lambda text: None)
+    workdir.reconcile_config(folder, config.to_dict())
     denoiser = factory.build_denoiser(config)
     for step in steps:
         params = jax.device_get(

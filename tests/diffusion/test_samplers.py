@@ -220,7 +220,7 @@ def test_grids_decrease_between_the_ends(grid):
         "edm": lambda: schedules.edm_grid(10, 0.02, 50.0),
         "vp": lambda: schedules.vp_grid(10, 0.02, 50.0, 1e-3),
         "ve": lambda: schedules.ve_grid(10, 0.02, 50.0),
-        "iddpm": lambda: schedules.iddpm_grid(10, 0.02, 50.0),
+        "iddpm": lambda: schedules.iddpm_grid(10, 0.02, 50.0, 0.001, 0.008, 1000),
     }[grid]()
     assert sigmas.shape == (10,)
     assert (np.diff(sigmas) < 0).all()

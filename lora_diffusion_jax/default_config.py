@@ -29,18 +29,29 @@ def base() -> ConfigDict:
     config.model.dropout = 0.13
     config.model.label_dropout = 0.0
     config.model.augment_dim = 9  # width of the augmentation labels; 0 has no layer for them
+    # None: what the network has by its name (ddpmpp and ncsnpp have these fields)
+    config.model.embedding = config_dict.placeholder(str)  # positional | fourier
+    config.model.encoder = config_dict.placeholder(str)  # standard | residual
+    config.model.channel_mult_noise = config_dict.placeholder(int)
+    config.model.resample_filter = config_dict.placeholder(tuple)
 
     config.precond = ConfigDict()
     config.precond.name = "edm"  # edm | vp | ve | iddpm
     config.precond.sigma_data = 0.5  # this and the next two: edm only
     config.precond.p_mean = -1.2  # of ln sigma in training
     config.precond.p_std = 1.2
+    # None: what the preconditioning has by its name; official checkpoints may differ
+    for constant in ("sigma_min", "sigma_max", "beta_d", "beta_min", "epsilon_t", "c_1", "c_2"):
+        config.precond[constant] = config_dict.placeholder(float)
+    config.precond.num_steps = config_dict.placeholder(int)  # M of vp and iddpm
 
     config.lora = ConfigDict()
     config.lora.mode = "with_lora"  # baseline | with_lora | only_lora
+    config.lora.adapter = "uc"  # uc | time | class | time_class
     config.lora.rank = 4
-    config.lora.bases = 18
-    config.lora.widths = (128, 64)  # hidden widths of the composition MLP
+    config.lora.bases = 18  # the paper's TimeLoRA has 11; class has one per class
+    config.lora.widths = (128, 64)  # uc: hidden widths of the composition MLP
+    config.lora.num_timesteps = 4000  # time: T, the table has T + 1 rows
     config.lora.sites = r".*/(qkv|proj)"
 
     config.data = ConfigDict()

@@ -47,7 +47,7 @@ def test_every_config_builds_and_says_how_to_run_it(name):
     count = lora.count(shapes["params"])
     assert f"{count:,}" in module.__doc__ or name == "digits"
     factory.build_sampler(config, denoiser)
-    factory.build_schedule(config)
+    factory.build_cadence(config)
 
 
 @pytest.mark.parametrize("mode", ["baseline", "with_lora", "only_lora"])

@@ -59,8 +59,8 @@ class Objective(NamedTuple):
         labels: Labels | None,
         draws: PyTree,
         train: bool,
-    ) -> tuple[Images, jax.Array]:
-        """The loss per pixel [B, H, W, C] and the noise levels [B].
+    ) -> Images:
+        """The loss per pixel [B, H, W, C].
 
         Args:
             variables: of the denoiser.
@@ -81,5 +81,4 @@ class Objective(NamedTuple):
             train=train and self.dropout,
             rngs={"dropout": draws["dropout"]},
         )
-        precond = self.denoiser.precond
-        return weighted_loss(precond, denoise, images, sigma, draws["noise"]), sigma
+        return weighted_loss(self.denoiser.precond, denoise, images, sigma, draws["noise"])

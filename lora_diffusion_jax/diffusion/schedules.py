@@ -133,12 +133,7 @@ def iddpm_levels(c_1: float, c_2: float, num_levels: int, dtype: type = np.float
 
 
 def iddpm_grid(
-    num_steps: int,
-    sigma_min: float,
-    sigma_max: float,
-    c_1: float = 0.001,
-    c_2: float = 0.008,
-    m: int = 1000,
+    num_steps: int, sigma_min: float, sigma_max: float, c_1: float, c_2: float, m: int
 ) -> np.ndarray:
     """Every k-th of iDDPM's m levels within [sigma_min, sigma_max], [N]."""
     steps = (num_steps - 1) * ramp(num_steps, sigma_min, sigma_max)

@@ -1,18 +1,19 @@
-# make demo | test | test-slow | lint | bench. The first use of each creates .venv.
+# make demo | test | test-slow | lint | bench. The first use creates .venv.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check
 
 .PHONY: demo test test-slow lint bench clean
 
-$(VENV)/installed: requirements.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, found " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")'
+$(VENV)/installed: requirements.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Requires Python 3.11 or newer, found " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(INSTALL) -r requirements.txt
 	touch $@
 
-$(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+$(VENV)/installed-test: $(VENV)/installed
+	$(INSTALL) -e '.[test]'
 	touch $@
 
 demo: $(VENV)/installed
@@ -22,14 +23,16 @@ demo: $(VENV)/installed
 	@echo "Metrics: workdirs/demo/metrics.jsonl    TensorBoard: tensorboard --logdir=workdirs/demo"
 	@echo "Checkpoints: workdirs/demo/checkpoints  Grids during training: workdirs/demo/samples"
 
-test: $(VENV)/installed-dev
+test: $(VENV)/installed-test
 	$(RUN) -m pytest -q -n auto --dist loadfile -m "not slow" tests
 
-test-slow: $(VENV)/installed-dev
+test-slow: $(VENV)/installed-test
 	$(RUN) -m pytest -q -m slow tests
 
-lint: $(VENV)/installed-dev
-	$(VENV)/bin/ruff check .
+lint: $(VENV)/installed-test
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
 
 bench: $(VENV)/installed
 	$(RUN) -m benchmarks.network

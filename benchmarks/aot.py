@@ -43,7 +43,7 @@ from benchmarks import aot_hlo, aot_report  # noqa: E402
 from lora_diffusion_jax import factory  # noqa: E402
 from lora_diffusion_jax.array_types import PyTree  # noqa: E402
 from lora_diffusion_jax.errors import UserError  # noqa: E402
-from lora_diffusion_jax.training import sharding, state, step  # noqa: E402
+from lora_diffusion_jax.training import loop, sharding, state  # noqa: E402
 from lora_diffusion_jax.training.feed import Held  # noqa: E402
 from lora_diffusion_jax.training.metrics import TrainMetrics  # noqa: E402
 
@@ -102,16 +102,15 @@ def lower_step(config: ConfigDict, mesh: Mesh, num_images: int) -> jax.stages.Lo
             "train.microbatch makes a loop, whose FLOP XLA counts once; leave it out, and take a "
             "smaller --batch for the memory of a part."
         )
-    sharding.check_batch_size(batch, mesh)
     data, item = _data_shapes(config, batch, num_images)
-    return step.lower_step(
-        factory.build_step(config, denoiser, mesh),
-        jax.eval_shape(init),
+    shapes = jax.eval_shape(init)
+    program = loop.jit_step(factory.build_step(config, denoiser, mesh), shapes, mesh)
+    return program.lower(
+        shapes,
         jax.eval_shape(TrainMetrics.empty),
         data,
-        {**item, "stop": jax.ShapeDtypeStruct((mesh.size,), jnp.int32)},
+        {**item, "signal": jax.ShapeDtypeStruct((mesh.size,), jnp.int32)},
         jax.eval_shape(lambda: jax.random.key(0)),
-        mesh,
     )
 
 

@@ -1,0 +1,66 @@
+"""The examples and the README's snippet run, and adapters do what they promise on models from elsewhere."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(name: str) -> dict[str, float]:
+    """The numbers that an example prints."""
+    flags = "--xla_backend_optimization_level=0"  # compiling takes longer than running
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, ROOT / "examples" / name]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return {k: float(v) for k, v in re.findall(r"^(.+): ([\d.e+-]+)$", done.stdout, re.M)}
+
+
+def test_unet():
+    results = run("unet.py")
+    assert results["difference at the start"] == 0
+    assert results["change of the base"] == 0
+    assert results["difference after folding"] < 1e-5
+    base, adapted = (results[f"error on vertical stripes, {n}"] for n in ("base", "with LoRA"))
+    assert adapted < base / 2
+
+
+def test_transformer():
+    results = run("transformer.py")
+    assert results["sites"] == 8
+    assert results["change of the base"] == 0
+    assert results["error with TimeLoRA and ClassLoRA"] < results["error without classes"] / 10
+
+
+class Model(nn.Module):
+    """What the README's snippet calls `model`."""
+
+    @nn.compact
+    def __call__(self, x, t):
+        emb = nn.Dense(8, name="time_embedding")(t[:, None])
+        return nn.MultiHeadDotProductAttention(2, name="attention")(x + emb[:, None])
+
+
+@pytest.mark.parametrize("heading", ["Using LoRA with your own model"])
+def test_readme_snippet(heading):
+    """The wrapped model has adapters at the four layers and starts as exactly the model."""
+    section = (ROOT / "README.md").read_text().partition(f"## {heading}\n")[2]
+    model = Model()
+    names = {"model": model}
+    exec(re.search(r"```python\n(.*?)```", section, re.S)[1], names)
+    x, t = jnp.ones((1, 3, 8)), jnp.ones(1)
+    variables = jax.jit(names["wrapped"].init)(jax.random.key(0), x, t)
+    base, adapters = names["lora"].split(variables["params"])
+    assert set(adapters["attention"]) == {"query", "key", "value", "out"}
+    np.testing.assert_array_equal(
+        names["wrapped"].apply(variables, x, t), model.apply({"params": base}, x, t)
+    )

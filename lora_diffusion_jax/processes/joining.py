@@ -129,8 +129,9 @@ def _initialize(limit: float, **given: Any) -> None:
             "--num_processes and --process_id."
         ) from error
     explain_aborts(
-        "another process was killed or cannot be reached; JAX's message above has its number, or "
-        "process 0 itself is gone. Rerun the same command to resume from the last checkpoint."
+        "JAX aborted this process, probably because another one was killed or cannot be reached; its log "
+        "above has the number, or process 0 itself is gone. Rerun the same command to resume from the "
+        "last checkpoint."
     )
 
 

@@ -70,7 +70,7 @@ def sample(
         for batch in generator.batches(
             run.variables,
             seeds[left],
-            labels[left] if generator.num_classes else None,
+            labels[left],
             progress=processes.is_leader(),
             between=pause_point,
         ):

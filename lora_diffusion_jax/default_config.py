@@ -1,6 +1,12 @@
 """The base that every config starts from: all fields that exist, with their defaults."""
 
+import inspect
+from typing import Any
+
 from ml_collections import ConfigDict, config_dict
+
+from lora_diffusion_jax.diffusion.samplers import SAMPLERS
+from lora_diffusion_jax.errors import UserError
 
 
 def base() -> ConfigDict:
@@ -23,16 +29,29 @@ def base() -> ConfigDict:
     config.model.dropout = 0.13
     config.model.label_dropout = 0.0
     config.model.augment_dim = 9  # width of the augmentation labels; 0 has no layer for them
+    # None: what the network has by its name (ddpmpp and ncsnpp have these fields)
+    config.model.embedding = config_dict.placeholder(str)  # positional | fourier
+    config.model.encoder = config_dict.placeholder(str)  # standard | residual
+    config.model.channel_mult_noise = config_dict.placeholder(int)
+    config.model.resample_filter = config_dict.placeholder(tuple)
 
     config.precond = ConfigDict()
     config.precond.name = "edm"  # edm | vp | ve | iddpm
-    config.precond.sigma_data = 0.5  # edm only
+    config.precond.sigma_data = 0.5  # this and the next two: edm only
+    config.precond.p_mean = -1.2  # of ln sigma in training
+    config.precond.p_std = 1.2
+    # None: what the preconditioning has by its name; official checkpoints may differ
+    for constant in ("sigma_min", "sigma_max", "beta_d", "beta_min", "epsilon_t", "c_1", "c_2"):
+        config.precond[constant] = config_dict.placeholder(float)
+    config.precond.num_steps = config_dict.placeholder(int)  # M of vp and iddpm
 
     config.lora = ConfigDict()
     config.lora.mode = "with_lora"  # baseline | with_lora | only_lora
+    config.lora.adapter = "uc"  # uc | time | class | time_class
     config.lora.rank = 4
-    config.lora.bases = 18
-    config.lora.widths = (128, 64)  # hidden widths of the composition MLP
+    config.lora.bases = 18  # the paper's TimeLoRA has 11; class has one per class
+    config.lora.widths = (128, 64)  # uc: hidden widths of the composition MLP
+    config.lora.num_timesteps = 4000  # time: T, the table has T + 1 rows
     config.lora.sites = r".*/(qkv|proj)"
 
     config.data = ConfigDict()
@@ -72,27 +91,7 @@ def base() -> ConfigDict:
     config.train.eval_every = 0  # 0: only at the end
     config.train.max_nonfinite = 20  # steps in a row with a loss that is not finite
 
-    config.sampler = ConfigDict()
-    config.sampler.name = "edm"  # edm | ablation
-    config.sampler.num_steps = 18
-    # None: the sampler's own, 0.002 and 80, or what the ablation's discretization has
-    config.sampler.sigma_min = config_dict.placeholder(float)
-    config.sampler.sigma_max = config_dict.placeholder(float)
-    config.sampler.rho = 7.0
-    config.sampler.s_churn = 0.0
-    config.sampler.s_min = 0.0
-    config.sampler.s_max = float("inf")
-    config.sampler.s_noise = 1.0
-    config.sampler.solver = "heun"  # this and the rest: ablation only
-    config.sampler.discretization = "edm"
-    config.sampler.schedule = "linear"
-    config.sampler.scaling = "none"
-    config.sampler.alpha = 1.0
-    config.sampler.epsilon_s = 1e-3
-    config.sampler.c_1 = 0.001
-    config.sampler.c_2 = 0.008
-    config.sampler.m = 1000
-    config.sampler.batch_size = 64
+    config.sampler = sampler("edm")
 
     config.eval = ConfigDict()
     config.eval.num_samples = 1_000  # of the evaluation during training; 0 leaves it out
@@ -107,3 +106,36 @@ def base() -> ConfigDict:
     config.mesh.data = -1  # devices along the data axis; -1: all that fsdp leaves
     config.mesh.fsdp = 1
     return config
+
+
+def sampler(name: str, old: ConfigDict | None = None) -> ConfigDict:
+    """The group `sampler` for one of `SAMPLERS`: the settings of that sampler and of no other.
+
+    Args:
+        name: key of `SAMPLERS`.
+        old: the group that this one replaces. Fields in which it departs from its defaults keep their
+            values where the new sampler has them too.
+
+    Raises:
+        UserError: there is no such sampler.
+    """
+    if name not in SAMPLERS:
+        raise UserError(f"sampler.name is {name!r}; it must be one of {', '.join(SAMPLERS)}.")
+    group = ConfigDict({"name": name})
+    for field, parameter in inspect.signature(SAMPLERS[name]).parameters.items():
+        default = parameter.default
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY and field not in ("key", "noise"):
+            # None: the sampler's own choice, here of a noise level
+            group[field] = config_dict.placeholder(float) if default is None else default
+    group.batch_size = 64  # images per call, all devices together
+    if old is not None:
+        usual = sampler(old.name)
+        group.update({k: v for k, v in old.items() if k in group and v != usual[k]})
+    return group
+
+
+def adopt_sampler(saved: dict[str, Any]) -> dict[str, Any]:
+    """A saved group `sampler` without what runs once saved: the settings of other samplers, and None."""
+    own = sampler(saved.get("name", "edm"))
+    others = {field for name in SAMPLERS for field in sampler(name)} - set(own)
+    return {k: v for k, v in saved.items() if k not in others and v is not None}

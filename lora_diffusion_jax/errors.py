@@ -1,4 +1,6 @@
-"""The one exception for mistakes a user can make and mend."""
+"""The one exception for mistakes a user can make and correct, and values from files in its message."""
+
+from typing import Any
 
 
 class UserError(ValueError):
@@ -6,3 +8,18 @@ class UserError(ValueError):
 
     Command-line programs print the message alone, without a stack trace, and exit with status 2.
     """
+
+
+def printable(value: Any, limit: int = 80) -> str:
+    """A value from a file as text that is safe in a message: one line, escaped, at most `limit` long.
+
+    A container is named by its type, since printing one that holds itself would never end; a short
+    list of numbers is printed.
+    """
+    listed = isinstance(value, list | tuple) and len(value) <= 16
+    numbers = listed and all(type(v) in (int, float) for v in value)
+    if not (numbers or value is None or type(value) in (str, bool, int, float)):
+        return f"a {type(value).__name__}"
+    text = str(value)[: limit + 1]
+    text = text[:limit] + "..." if len(text) > limit else text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -28,19 +28,24 @@ _ADVICE = (
 
 
 @contextlib.contextmanager
-def atomic(path: str | os.PathLike) -> Iterator[Path]:
+def atomic(path: str | os.PathLike, *, sync: bool = True) -> Iterator[Path]:
     """Yields a temporary path beside `path` to write to, then moves it into place.
 
     A reader, or a kill at any moment, meets the old file or the new one, never a part. Nothing is
     left behind when writing fails. Several processes may do this at the same time; the last wins.
     The folder must exist.
+
+    Args:
+        path: the file.
+        sync: wait until it is on disk. Without, a crash of the machine may leave an empty file.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        with temporary.open("rb+") as file:  # on disk before the name is: else a crash leaves it empty
-            os.fsync(file.fileno())
+        if sync:  # the content must be on disk before the name is
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

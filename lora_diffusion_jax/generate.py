@@ -13,15 +13,14 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from lora_diffusion_jax import processes
-from lora_diffusion_jax.array_types import Images, Key, Labels, Variables
-from lora_diffusion_jax.diffusion.samplers import to_uint8
+from lora_diffusion_jax.array_types import Images, Labels, Variables
+from lora_diffusion_jax.diffusion.precond import Denoiser
+from lora_diffusion_jax.diffusion.samplers import bind, to_uint8
 from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.keys import CHURN, CLASS, LATENT, purpose_key
 
-# Purposes of a seed's random numbers; a purpose never changes its number.
-_SAMPLING = 2  # beside the purposes of training
-_LATENT, _CLASS, _CHURN = 0, 1, 2
-LAST_SEED = 2**32 - 1
-MOST_SEEDS = 10_000_000  # of one range on the command line, before they are listed in memory
+MAX_SEED = 2**32 - 1  # JAX would drop the bits above
+MAX_SEEDS = 10_000_000  # in one range on the command line, which is expanded in memory
 NO_LABEL = -1  # the label of an image from an unconditional network, in files and batches
 
 Sampler = Callable[..., Images]  # (denoise, latents, *, key) -> images in [-1, 1]
@@ -40,15 +39,15 @@ class Generator:
     """Draws images from a denoiser; one compiled, sharded call a batch: seeds in, uint8 out.
 
     Attributes:
-        apply: (variables, x, sigma, class_labels) -> D(x; sigma).
-        sampler: `edm_sampler` or another with its settings bound.
+        denoiser: the network.
+        sampler: one of `SAMPLERS` with its settings bound.
         image_shape: (height, width, channels).
         num_classes: 0 for an unconditional network.
         mesh: devices; a batch is spread over all of them.
         batch_size: images a call; rounded up to a multiple of the devices.
     """
 
-    apply: Callable[..., Images]
+    denoiser: Denoiser
     sampler: Sampler
     image_shape: tuple[int, int, int]
     num_classes: int
@@ -70,25 +69,20 @@ class Generator:
         return jax.jit(self._sample, in_shardings=(None, spread, spread), out_shardings=spread)
 
     def _sample(self, variables: Variables, seeds: jax.Array, labels: Labels) -> jax.Array:
-        keys = jax.vmap(seed_key)(seeds)
-        latents = jax.vmap(
-            lambda key: jax.random.normal(jax.random.fold_in(key, _LATENT), self.image_shape)
-        )(keys)
-        churn = jax.vmap(jax.random.fold_in, (0, None))(keys, _CHURN)
-        labels = labels if self.num_classes else None
+        def latent(seed: jax.Array) -> jax.Array:
+            return jax.random.normal(purpose_key(seed, LATENT), self.image_shape)
+
+        churn = jax.vmap(functools.partial(purpose_key, purpose=CHURN))(seeds)
         # Weights that training splits (`training.sharding.gathered` says why) are used whole.
         variables = jax.lax.with_sharding_constraint(variables, NamedSharding(self.mesh, P()))
-
-        def denoise(x: Images, sigma: jax.Array) -> Images:
-            return self.apply(variables, x, sigma, labels)
-
-        return to_uint8(self.sampler(denoise, latents, key=churn))
+        denoise = bind(self.denoiser, variables, labels if self.num_classes else None)
+        return to_uint8(self.sampler(denoise, jax.vmap(latent)(seeds), key=churn))
 
     def batches(
         self,
         variables: Variables,
         seeds: Sequence[int],
-        class_ids: Sequence[int] | int | None = None,
+        labels: Sequence[int] | None = None,
         *,
         progress: bool = False,
         between: Callable[[], None] = lambda: None,
@@ -99,17 +93,19 @@ class Generator:
 
         Args:
             variables: of the network.
-            seeds: whole numbers in [0, 2^32).
-            class_ids: one class for all, or one per seed; None draws each image's class from its
-                seed, uniformly.
+            seeds: integers in [0, 2^32).
+            labels: of the seeds, as `check_seeds` and `choose_labels` returned both; None checks the
+                seeds and draws each image's class from its seed.
             progress: show a bar, on a terminal.
             between: called ahead of every batch; it may raise to stop.
 
         Raises:
-            UserError: a seed or class out of range, classes for an unconditional network.
+            UserError: without labels, a seed out of range.
         """
-        seeds = check_seeds(seeds)
-        labels = self.choose_labels(seeds, class_ids)
+        if labels is None:
+            seeds = check_seeds(seeds)
+            labels = self.choose_labels(seeds)
+        seeds, labels = np.asarray(seeds, np.int64), np.asarray(labels, np.int32)
         whole = NamedSharding(self.mesh, P())  # host arrays go to the devices once, not every call
         variables = jax.tree.map(
             lambda v: v if isinstance(v, jax.Array) else processes.place(v, whole), variables
@@ -137,17 +133,28 @@ class Generator:
     def choose_labels(
         self, seeds: np.ndarray, class_ids: Sequence[int] | int | None = None
     ) -> np.ndarray:
-        """The class of each image, int32 [N]: as asked for, or drawn from its seed."""
+        """The class of each image, int32 [N]; NO_LABEL for an unconditional network.
+
+        Args:
+            seeds: of the images, from `check_seeds`.
+            class_ids: one class for all, or one per seed; None draws each image's class from its
+                seed, uniformly.
+
+        Raises:
+            UserError: a class out of range, or classes for an unconditional network.
+        """
         if not self.num_classes:
             if class_ids is not None:
                 raise UserError(
-                    "A class was asked for, but this network is unconditional; leave out --class_id."
+                    "A class was requested, but this network is unconditional; leave out --class_id."
                 )
             return np.full(len(seeds), NO_LABEL, np.int32)
         if class_ids is None:
-            keys = jax.vmap(lambda seed: jax.random.fold_in(seed_key(seed), _CLASS))
-            draw = jax.vmap(lambda key: jax.random.randint(key, (), 0, self.num_classes))
-            return np.asarray(draw(keys(jnp.asarray(seeds, jnp.uint32))), np.int32)
+
+            def draw(seed: jax.Array) -> jax.Array:
+                return jax.random.randint(purpose_key(seed, CLASS), (), 0, self.num_classes)
+
+            return np.asarray(jax.vmap(draw)(jnp.asarray(seeds, jnp.uint32)), np.int32)
         chosen = np.broadcast_to(np.asarray(class_ids), len(seeds))
         bad = chosen[(chosen < 0) | (chosen >= self.num_classes)]
         if len(bad):
@@ -158,18 +165,13 @@ class Generator:
         return chosen.astype(np.int32)
 
 
-def seed_key(seed: jax.Array) -> Key:
-    """The key from which everything about the image of this seed is drawn."""
-    return jax.random.fold_in(jax.random.key(_SAMPLING), seed)
-
-
 def check_seeds(seeds: Sequence[int]) -> np.ndarray:
-    """Returns the seeds as int64 [N]; raises UserError when there are none or one is out of range."""
+    """Returns the seeds as int64 [N]; raises UserError if there are none or one is out of range."""
     if not len(seeds):
-        raise UserError("No seeds were given; use for instance --seeds=0-63.")
+        raise UserError("No seeds were given; use --seeds=0-63, for example.")
     low, high = min(seeds), max(seeds)
-    if low < 0 or high > LAST_SEED:
-        raise UserError(f"Seeds run from {low} to {high}; they must lie in [0, {LAST_SEED}].")
+    if low < 0 or high > MAX_SEED:
+        raise UserError(f"Seeds run from {low} to {high}; they must lie in [0, {MAX_SEED}].")
     return np.asarray(seeds, np.int64)
 
 
@@ -177,7 +179,7 @@ def parse_seeds(text: str) -> list[int]:
     """'0-3,7,10-12' -> [0, 1, 2, 3, 7, 10, 11, 12].
 
     Raises:
-        UserError: anything else.
+        UserError: not such a list, or seeds out of range.
     """
     seeds: list[int] = []
     for part in text.split(","):
@@ -186,12 +188,12 @@ def parse_seeds(text: str) -> list[int]:
         if not numbers_only or (dash and int(low) > int(high)):
             raise UserError(
                 f"--seeds={text}: {part.strip()!r} is neither a number nor a range; "
-                "write for instance 0-63 or 0-9,20,30-39."
+                "write 0-63 or 0-9,20,30-39, for example."
             )
         first, last = int(low), int(high if dash else low)
-        if last > LAST_SEED or last - first >= MOST_SEEDS:
+        if last > MAX_SEED or last - first >= MAX_SEEDS:
             raise UserError(
-                f"--seeds={text}: seeds go up to {LAST_SEED}, and at most {MOST_SEEDS:,} in one range."
+                f"--seeds={text}: seeds go up to {MAX_SEED}, and at most {MAX_SEEDS:,} in one range."
             )
         seeds.extend(range(first, last + 1))
     return seeds

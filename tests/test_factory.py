@@ -11,7 +11,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from lora_diffusion_jax import experiment, factory, interop, lora
-from lora_diffusion_jax.default_config import base
+from lora_diffusion_jax.default_config import base, sampler
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.training import workdir
 
@@ -25,6 +25,8 @@ def tiny(**changes) -> ConfigDict:
     config.model.channels, config.model.channel_mult, config.model.num_blocks = 8, (1, 2), 1
     config.model.attn_resolutions = (4,)
     config.lora.rank, config.lora.bases, config.lora.widths = 2, 3, (16, 8)
+    if "sampler__name" in changes:
+        config.sampler = sampler(changes["sampler__name"])
     for name, value in changes.items():
         *parents, leaf = name.split("__")
         node = config
@@ -45,7 +47,7 @@ def test_every_config_builds_and_says_how_to_run_it(name):
     count = lora.count(shapes["params"])
     assert f"{count:,}" in module.__doc__ or name == "digits"
     factory.build_sampler(config, denoiser)
-    factory.build_schedule(config)
+    factory.build_cadence(config)
 
 
 @pytest.mark.parametrize("mode", ["baseline", "with_lora", "only_lora"])
@@ -226,11 +228,6 @@ def test_numbers_out_of_range_are_named(field, value):
         factory.check(tiny(**{field: value}))
 
 
-def test_choices_of_the_ablation_sampler_are_checked_before_training():
-    with pytest.raises(UserError, match="sampler.solver is 'rk4'"):
-        factory.check(tiny(sampler__name="ablation", sampler__solver="rk4"))
-
-
 def test_norm_that_cannot_split_a_hidden_width_of_lora_is_refused():
     with pytest.raises(UserError, match="cannot split 18 into 4"):
         factory.build_denoiser(tiny(lora__widths=(18, 64)))
@@ -285,16 +282,19 @@ def test_an_imported_network_can_be_trained_in_its_workdir():
     assert list(matters) == ["lora.rank"]
 
 
-def test_ablation_takes_the_ranges_of_its_discretization():
-    """Unset, sigma_min and sigma_max are the discretization's own; set, they are what is set."""
-    denoiser = factory.build_denoiser(tiny())
-    settings = {"sampler__name": "ablation", "sampler__discretization": "ve"}
-    assert factory.build_sampler(tiny(**settings), denoiser).keywords["sigma_max"] == 100.0
-    assert factory.build_sampler(tiny(), denoiser).keywords["sigma_max"] == 80.0
-    settings["sampler__sigma_max"] = 50.0
-    assert factory.build_sampler(tiny(**settings), denoiser).keywords["sigma_max"] == 50.0
-    ve = factory.build_denoiser(tiny(precond__name="ve"))
-    assert factory.build_sampler(tiny(), ve).keywords["sigma_min"] == 0.02  # what the network knows
+def test_samplers_are_tried_before_anything_is_compiled():
+    denoiser = factory.build_denoiser(tiny(precond__name="ve"))
+    build = lambda **changes: factory.build_sampler(tiny(**changes), denoiser)  # noqa: E731
+    assert build(sampler__sigma_min=0.5).keywords["sigma_min"] == 0.5
+    with pytest.raises(UserError, match="num_steps is 1"):
+        build(sampler__num_steps=1)
+    with pytest.raises(UserError, match="0.02 and sigma_max 0.01"):  # VE starts at 0.02
+        build(sampler__sigma_max=0.01)
+    ablation = {"sampler__name": "ablation", "sampler__discretization": "iddpm"}
+    with pytest.raises(UserError, match="fewer than num_steps=50"):
+        build(**ablation, sampler__m=20, sampler__num_steps=50)
+    with pytest.raises(UserError, match="solver is 'rk4'"):
+        build(**ablation, sampler__solver="rk4")
 
 
 class Pictures:
@@ -325,12 +325,8 @@ def test_sizes_come_from_the_data_set_or_agree_with_it():
         factory.complete(tiny(), Pictures((8, 8, 3)))
 
 
-def test_sampler_settings_without_effect_are_errors() -> None:
+def test_settings_of_another_sampler_are_errors() -> None:
     config = tiny()
-    denoiser = factory.build_denoiser(config)
-    factory.build_sampler(config, denoiser)
-    config.sampler.solver = "euler"
-    with pytest.raises(UserError, match=r"sampler\.solver=euler would be without effect"):
-        factory.build_sampler(config, denoiser)
-    config.sampler.name = "ablation"
-    factory.build_sampler(config, denoiser)
+    config.sampler.name = "heun"  # with the fields of edm
+    with pytest.raises(UserError, match=r"sampler.name=heun has no setting sampler.s_churn"):
+        factory.build_sampler(config, factory.build_denoiser(config))

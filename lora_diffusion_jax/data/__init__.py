@@ -1,1 +1,1 @@
-"""Data sets, the deterministic batch order, and augmentation."""
+"""Image sources, the deterministic batch order, and augmentation."""

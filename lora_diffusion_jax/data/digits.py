@@ -1,4 +1,4 @@
-"""The embedded data set: scikit-learn's 1,797 real handwritten digits as a TFDS builder."""
+"""The built-in data set: scikit-learn's 1,797 real handwritten digits as a TFDS builder."""
 
 import contextlib
 import io
@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.files import disk_errors
 
 NUM_TEST = 297
 
@@ -68,11 +68,11 @@ class Digits(tfds.core.GeneratorBasedBuilder):
 
 
 def split_indices(labels: np.ndarray, num_test: int = NUM_TEST) -> tuple[np.ndarray, np.ndarray]:
-    """Splits N examples into train and test, the same every time and with equal class shares.
+    """Splits N examples into train and test, always the same way, with equal class shares.
 
     Each class gives its share of num_test (largest remainders, ties to the lower class), spread
     evenly over the class's examples in their given order. No random numbers: the order follows the
-    writers, so both parts hold every writer's hand.
+    writers, so every writer's hand is in both parts.
 
     Args:
         labels: [N] classes.
@@ -95,7 +95,7 @@ def split_indices(labels: np.ndarray, num_test: int = NUM_TEST) -> tuple[np.ndar
 
 
 def prepare(data_dir: str | Path) -> Path:
-    """Prepares `digits` below data_dir unless it is there; returns its directory.
+    """Prepares `digits` below data_dir unless it is there, and returns its directory.
 
     Takes about two seconds, no network and no TensorFlow. Everything is written to a scratch
     directory and renamed into place, so several processes may do it at once and a killed one
@@ -107,7 +107,8 @@ def prepare(data_dir: str | Path) -> Path:
     target = Path(data_dir).expanduser() / "digits" / str(Digits.VERSION)
     if _is_prepared(target):
         return target
-    try:
+    advice = "Choose a directory you can write with data.data_dir or TFDS_DATA_DIR."
+    with disk_errors(target.parent, advice):
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".preparing-", dir=target.parent) as scratch:
             _prepare_into(scratch)
@@ -116,16 +117,11 @@ def prepare(data_dir: str | Path) -> Path:
             except OSError:  # another process was first: its directory is as good as ours
                 if not _is_prepared(target):
                     raise
-    except OSError as error:
-        raise UserError(
-            f"cannot prepare the digits in {target.parent}: {error}. Choose a "
-            "directory you can write with data.data_dir or TFDS_DATA_DIR."
-        ) from error
     return target
 
 
 def _prepare_into(directory: str) -> None:
-    silence = io.StringIO()  # TFDS prints a banner and three progress bars for 200 kB
+    silence = io.StringIO()  # TFDS prints a banner and three progress bars for 200 kB of data
     with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
         Digits(data_dir=directory, file_format="array_record").download_and_prepare()
 

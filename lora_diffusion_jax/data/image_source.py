@@ -1,24 +1,23 @@
-"""What every image source shares: reading by index, labels, description, fingerprint."""
+"""What all image sources share: reading by index, labels, a summary, a fingerprint."""
 
 import abc
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from lora_diffusion_jax.data.decode import decode, describe_shape
+from lora_diffusion_jax.data.decode import Shape, check_shape, decode, describe_shape
 from lora_diffusion_jax.errors import UserError
 
-_SAMPLED = 16  # records whose bytes enter the fingerprint
-_CHUNK = 1024  # records fetched at once where all of them are walked
+_FINGERPRINTED = 16  # images whose content enters the fingerprint
+_CHUNK = 1024  # images fetched at once where all labels are read
 
 
 @dataclass(frozen=True)
-class Record:
-    """One encoded image: PNG or JPEG bytes, its class, and its name for error messages."""
+class EncodedImage:
+    """PNG or JPEG bytes, the class, and the image's name in error messages."""
 
     data: bytes
     label: int
@@ -28,7 +27,7 @@ class Record:
 class ImageSource(abc.ABC):
     """A random-access set of images of one size, stored encoded (array_types.Source).
 
-    Reading is safe from several threads, and after pickling or forking to other processes.
+    Reading is safe from several threads, and in other processes after pickling or forking.
 
     Attributes:
         title: what it is and where it lies, for people.
@@ -40,7 +39,7 @@ class ImageSource(abc.ABC):
     """
 
     title: str
-    image_shape: tuple[int, int, int]
+    image_shape: Shape
     num_classes: int
     class_names: Sequence[str]
     label_origin: str
@@ -51,12 +50,12 @@ class ImageSource(abc.ABC):
     def __len__(self) -> int: ...
 
     @abc.abstractmethod
-    def records(self, indices: Sequence[int]) -> list[Record]:
-        """Fetches encoded images without decoding them; UserError names what cannot be read."""
+    def fetch(self, indices: Sequence[int]) -> list[EncodedImage]:
+        """Reads images without decoding them; a UserError names the one that cannot be read."""
 
     @abc.abstractmethod
     def _identity(self) -> Sequence[str]:
-        """Strings that tell this data set from others, free of the place where it lies."""
+        """Strings that distinguish this data set from others, wherever it lies."""
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         """Returns {'image': uint8 [H, W, C], 'label': int32 []}; label is 0 without classes."""
@@ -69,107 +68,98 @@ class ImageSource(abc.ABC):
         """Returns {'image': uint8 [n, H, W, C], 'label': int32 [n]} for n indices in [0, len).
 
         Raises:
-            UserError: a record cannot be read or decoded, has another size, or lacks a class.
+            UserError: an image cannot be read or decoded, has another size, or lacks a class.
         """
         images = np.empty((len(indices), *self.image_shape), np.uint8)
         labels = np.zeros(len(indices), np.int32)
-        for i, record in enumerate(self.records(indices)):
-            images[i] = decode(record.data, record.where, self.image_shape, convert=self.converts)
-            labels[i] = self._checked_label(record)
+        for i, encoded in enumerate(self.fetch(indices)):
+            images[i] = self._decode(encoded)
+            labels[i] = self._checked_label(encoded)
         return {"image": images, "label": labels}
 
     def labels(self) -> np.ndarray:
         """Returns the classes of all images, int32 [N], without decoding an image."""
-        parts = []
-        with tqdm(total=len(self), desc="reading labels", unit="img", delay=2) as bar:
-            for start in range(0, len(self), _CHUNK):
-                indices = range(start, min(start + _CHUNK, len(self)))
-                parts.append([self._checked_label(r) for r in self.records(indices)])
-                bar.update(len(indices))
-        return np.concatenate(parts).astype(np.int32)
+        starts = range(0, len(self), _CHUNK)
+        labels = [
+            self._checked_label(encoded)
+            for start in tqdm(starts, desc="reading labels", delay=2)
+            for encoded in self.fetch(range(start, min(start + _CHUNK, len(self))))
+        ]
+        return np.array(labels, np.int32)
 
     def fingerprint(self) -> str:
-        """Returns 32 hex digits that identify the content, whatever the place it lies at.
+        """Returns 32 hex digits that identify the content, wherever it lies.
 
-        Cheap: number, shape and what the index of the data set says of every record are hashed,
-        and 16 evenly spaced images (a PNG's pixels, a JPEG's bytes). An edit that keeps names and
-        sizes and misses those 16 goes unnoticed.
+        Cheap: it hashes number, shape and what the data set's index says of every image, and the
+        content of 16 evenly spaced images. An edit that keeps names and sizes and misses those 16
+        goes unnoticed.
         """
         digest = hashlib.sha256(repr((len(self), self.image_shape, self.num_classes)).encode())
         for text in self._identity():
             digest.update(text.encode("utf-8", "surrogateescape") + b"\0")
-        for record in self.records(spaced(len(self), _SAMPLED)):
-            data = record.data
-            if data.startswith(b"\x89PNG"):  # the pixels: encoders of other versions pack otherwise
-                data = decode(data, record.where, self.image_shape, convert=self.converts).tobytes()
+        for encoded in self.fetch(evenly_spaced(len(self), _FINGERPRINTED)):
+            # a PNG's pixels: other versions of the encoder give other bytes for the same image
+            is_png = encoded.data.startswith(b"\x89PNG")
+            data = self._decode(encoded).tobytes() if is_png else encoded.data
             digest.update(hashlib.sha256(data).digest())
         return digest.hexdigest()[:32]
 
-    def _checked_label(self, record: Record) -> int:
+    def _decode(self, encoded: EncodedImage) -> np.ndarray:
+        return decode(encoded.data, encoded.where, self.image_shape, convert=self.converts)
+
+    def _checked_label(self, encoded: EncodedImage) -> int:
         if self.num_classes == 0:
             return 0
-        if not 0 <= record.label < self.num_classes:
+        if not 0 <= encoded.label < self.num_classes:
             raise UserError(
-                f"{record.where} has label {record.label}; this data set's classes are "
-                f"0 to {self.num_classes - 1}. A split without labels (often 'test') "
-                "cannot be used with classes: choose another split."
+                f"{encoded.where} has label {encoded.label}; this data set's classes are 0 to "
+                f"{self.num_classes - 1}. A split without labels (often 'test') cannot be used "
+                "with classes: choose another split."
             )
-        return record.label
+        return encoded.label
 
 
-def spaced(length: int, count: int) -> list[int]:
-    """At most count evenly spaced indices in [0, length), first and last among them."""
+def evenly_spaced(length: int, count: int) -> list[int]:
+    """At most count evenly spaced indices in [0, length), including the first and the last."""
     return sorted(set(np.linspace(0, length - 1, min(count, length)).astype(int).tolist()))
 
 
-def describe(source: ImageSource) -> dict[str, Any]:
-    """Says what a data set holds, as plain values; labels are all read, images are not.
+def common_shape(shapes: Iterable[tuple[Shape, str]]) -> Shape:
+    """The shape of all images, given each one's shape and name; UserError names one that differs."""
+    shapes = iter(shapes)
+    expected, first = next(shapes)
+    for shape, where in shapes:
+        check_shape(shape, where, expected, first)
+    return expected
 
-    Returns:
-        A dict with title, images, height, width, channels, classes, class_names and class_counts
-        (lists in order of the ids, empty without labels), label_origin, bytes_on_disk,
-        bytes_decoded, fingerprint.
+
+def summarize(source: ImageSource, *, max_classes: int = 20) -> str:
+    """What a data set holds, one fact per line, for --mode=info.
+
+    All labels are read, and no image except those of the fingerprint.
+
+    Args:
+        source: the data set.
+        max_classes: how many classes get a line of their own.
     """
-    height, width, channels = source.image_shape
-    counts = []
-    if source.num_classes:
-        counts = np.bincount(source.labels(), minlength=source.num_classes).tolist()
-    return {
-        "title": source.title,
-        "images": len(source),
-        "height": height,
-        "width": width,
-        "channels": channels,
-        "classes": source.num_classes,
-        "class_names": list(source.class_names),
-        "class_counts": counts,
-        "label_origin": source.label_origin,
-        "bytes_on_disk": source.bytes_on_disk,
-        "bytes_decoded": len(source) * height * width * channels,
-        "fingerprint": source.fingerprint(),
-    }
-
-
-def format_description(description: dict[str, Any], *, max_classes: int = 20) -> str:
-    """Lays out what describe() returns as text, one line a fact, for --mode=info."""
-    shape = tuple(description[key] for key in ("height", "width", "channels"))
+    decoded = len(source) * int(np.prod(source.image_shape))
     lines = [
-        f"Data set:    {description['title']}",
-        f"Images:      {description['images']:,} of {describe_shape(shape)}",
-        f"Classes:     {description['classes']:,} ({description['label_origin']})",
-        f"On disk:     {_size(description['bytes_on_disk'])}; "
-        f"decoded {_size(description['bytes_decoded'])}",
-        f"Fingerprint: {description['fingerprint']}",
+        f"Data set:    {source.title}",
+        f"Images:      {len(source):,} of {describe_shape(source.image_shape)}",
+        f"Classes:     {source.num_classes:,} ({source.label_origin})",
+        f"On disk:     {_size(source.bytes_on_disk)}; decoded {_size(decoded)}",
+        f"Fingerprint: {source.fingerprint()}",
     ]
-    counts = description["class_counts"]
-    names = description["class_names"]
-    for i, (name, count) in enumerate(zip(names[:max_classes], counts, strict=False)):
+    if not source.num_classes:
+        return "\n".join(lines)
+    counts = np.bincount(source.labels(), minlength=source.num_classes)
+    for i, name in enumerate(source.class_names[:max_classes]):
         label = f"{i}" if name == str(i) else f"{i} {name}"
-        lines.append(f"  class {label}: {count:,}")
+        lines.append(f"  class {label}: {counts[i]:,}")
     if len(counts) > max_classes:
         lines.append(
             f"  ... and {len(counts) - max_classes:,} more classes; "
-            f"{min(counts):,} to {max(counts):,} images each"
+            f"{counts.min():,} to {counts.max():,} images each"
         )
     return "\n".join(lines)
 

@@ -21,7 +21,9 @@ from lora_diffusion_jax.processes.interrupts import SIGNALS
 Batch = dict[str, np.ndarray]  # {'image': uint8 [B, H, W, C], 'label': int32 [B]}
 
 _CHUNK = 256  # images decoded by one thread at a time
-# Below this many values an image's decoding is mostly Python, which threads only slow down: 32x32
+READ_AHEAD = 8  # batches kept ready
+_MAX_THREADS = 16
+# Decoding an image with fewer values than this is mostly Python, which threads only slow down: 32x32
 # JPEGs took 134 us with one thread and 160 with two; 256x256 ones 730 and 430 (2 cores).
 _THREADED_SIZE = 96 * 96 * 3
 
@@ -31,7 +33,7 @@ class Batches:
 
     Position p = k * batch_size + i of the run is image epoch_order(seed, p // N)[p % N]: every
     epoch visits each image once, in a new order, and batches run across the ends of epochs. So a
-    run resumes at any step without stored state, in another process count, in memory or not.
+    run resumes at any step without stored state, with another number of processes, in memory or not.
 
     A data set whose decoded size is at most memory_limit is decoded once, here, into the attributes
     images and labels; the training loop may put them on the device and gather indices(k) there.
@@ -41,20 +43,16 @@ class Batches:
         source: the images.
         batch_size: images per step over all processes, B.
         seed: of the order, in [0, 2**64).
-        rows: which positions of each batch are this process's, ascending, [b]; None: all. With
+        rows: the positions of each batch that this process holds, ascending, [b]; None: all. With
             several processes each holds the rows of its own devices.
         memory_limit: in bytes.
-        num_threads: batches decoded at the same time when reading ahead; by default one for small
-            images, else one per core, at most 16.
-        num_workers: processes that read ahead instead of this one; 0 for none. The program's main
-            module is imported by each (they are spawned).
-        read_ahead: batches kept ready when reading ahead.
-        progress: show a progress bar when decoding into memory takes longer than two seconds.
+        num_workers: processes that read ahead instead of this one; 0 for none. Each imports the
+            program's main module, since they are spawned.
 
     Attributes:
         images: uint8 [N, H, W, C], or None when the data set is streamed.
         labels: int32 [N], or None.
-        wait_seconds: total time that iterate() made its caller wait.
+        wait_seconds: total time for which iterate() made its caller wait.
 
     Raises:
         UserError: sizes that do not fit, or images that cannot be read.
@@ -71,10 +69,7 @@ class Batches:
         *,
         rows: Sequence[int] | None = None,
         memory_limit: int = 2**30,
-        num_threads: int | None = None,
         num_workers: int = 0,
-        read_ahead: int = 8,
-        progress: bool = True,
     ) -> None:
         if batch_size < 1:
             raise UserError(f"batch size {batch_size}; expected at least 1.")
@@ -89,27 +84,19 @@ class Batches:
         self.batch_size = batch_size
         self.seed = seed
         self.wait_seconds = 0.0
-        self._num_threads = num_threads or default_threads(source.image_shape)
         self._num_workers = num_workers
-        self._read_ahead = read_ahead
         if len(source) * int(np.prod(source.image_shape)) <= memory_limit:
-            self.images, self.labels = decode_all(
-                source, num_threads=num_threads, progress=progress
-            )
+            self.images, self.labels = _decode_all(source)
 
     def indices(self, step: int) -> np.ndarray:
-        """Returns the images that this process holds of batch `step`, int32 [b] in [0, N)."""
+        """Returns the images of batch `step` that this process holds, int32 [b] in [0, N)."""
         if step < 0:
             raise ValueError(f"step {step} is negative")
         size = len(self.source)
         epochs, places = np.divmod(step * self.batch_size + self._rows, size)
-        runs = np.flatnonzero(np.diff(epochs)) + 1  # positions ascend, and so do their epochs
-        return np.concatenate(
-            [
-                epoch_order(self.seed, int(epochs[part[0]]), size)[places[part]]
-                for part in np.split(np.arange(len(epochs)), runs)
-            ]
-        )
+        parts = np.split(places, np.flatnonzero(np.diff(epochs)) + 1)  # one per epoch, ascending
+        orders = [epoch_order(self.seed, int(epoch), size) for epoch in np.unique(epochs)]
+        return np.concatenate([order[part] for order, part in zip(orders, parts, strict=True)])
 
     def __getitem__(self, step: int) -> Batch:
         """Returns this process's part of batch `step`, read now: image [b, H, W, C], label [b]."""
@@ -124,11 +111,12 @@ class Batches:
         Closing the iterator, or dropping it, stops the reading; with worker processes close it (or
         leave the function that holds it) before the program ends.
         """
-        # From memory a batch is one copy: a single thread stays ahead, and workers would need
-        # the images sent to them.
+        # From memory a batch is one copy: a single thread stays ahead, and workers would have to
+        # be sent the images.
         in_memory = self.images is not None
         options = grain.ReadOptions(
-            num_threads=1 if in_memory else self._num_threads, prefetch_buffer_size=self._read_ahead
+            num_threads=1 if in_memory else _num_threads(self.source),
+            prefetch_buffer_size=READ_AHEAD,
         )
         dataset = grain.MapDataset.range(start_step, sys.maxsize).map(self.__getitem__)
         dataset = dataset.to_iter_dataset(options)
@@ -137,7 +125,7 @@ class Batches:
                 flags.FLAGS.mark_as_parsed()  # no command line, so they keep their defaults
             dataset = dataset.mp_prefetch(
                 grain.MultiprocessingOptions(num_workers=self._num_workers),
-                worker_init_fn=_leave_signals_to_the_parent,
+                worker_init_fn=_ignore_signals,
             )
         iterator = iter(dataset)
         try:
@@ -151,8 +139,8 @@ class Batches:
             iterator.close()
 
 
-def _leave_signals_to_the_parent(index: int, count: int) -> None:
-    """Ctrl-C and schedulers signal all processes of a group; the parent still needs this one."""
+def _ignore_signals(index: int, count: int) -> None:
+    """Ctrl-C and schedulers signal a whole process group, but the parent still needs this worker."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -163,7 +151,7 @@ def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
 
     It sorts the raw 64-bit output of the counter-based generator Philox with key (seed, epoch).
     NumPy guarantees that raw stream, but not its shuffling, across versions. 0.1 s for a million
-    images, once per epoch; grain's index shuffle needs nothing kept but 8 us for every image.
+    images, once per epoch; grain's index shuffle keeps nothing but takes 8 us for every image.
     """
     keys = np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(size)
     order = np.argsort(keys, kind="stable").astype(np.int32)
@@ -171,17 +159,8 @@ def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
     return order
 
 
-def decode_all(
-    source: Source,
-    *,
-    num_threads: int | None = None,
-    progress: bool = True,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Decodes a whole data set: uint8 [N, H, W, C] and int32 [N].
-
-    Raises:
-        UserError: an image cannot be read; the rest is then not decoded.
-    """
+def _decode_all(source: Source) -> tuple[np.ndarray, np.ndarray]:
+    """Decodes a whole data set: uint8 [N, H, W, C] and int32 [N]; stops at the first UserError."""
     size = len(source)
     images = np.empty((size, *source.image_shape), np.uint8)
     labels = np.empty(size, np.int32)
@@ -192,16 +171,8 @@ def decode_all(
         images[part], labels[part] = batch["image"], batch["label"]
         return part.stop - part.start
 
-    num_threads = num_threads or default_threads(source.image_shape)
-    bar = tqdm(
-        total=size,
-        desc="decoding images",
-        unit="img",
-        delay=2,
-        mininterval=0.5,
-        disable=not progress,
-    )
-    with bar, ThreadPoolExecutor(num_threads) as pool:
+    bar = tqdm(total=size, desc="decoding images", unit="img", delay=2, mininterval=0.5)
+    with bar, ThreadPoolExecutor(_num_threads(source)) as pool:
         try:
             for count in pool.map(fill, range(0, size, _CHUNK)):
                 bar.update(count)
@@ -211,38 +182,11 @@ def decode_all(
     return images, labels
 
 
-def default_threads(image_shape: tuple[int, int, int]) -> int:
-    """How many threads decode images of this shape fastest."""
-    return 1 if np.prod(image_shape) < _THREADED_SIZE else min(16, os.cpu_count() or 1)
-
-
-def check_image_size(shape: tuple[int, int, int], factor: int) -> None:
-    """Checks that a U-Net can halve images of this shape as often as it does.
-
-    Args:
-        shape: (height, width, channels).
-        factor: 2**(levels - 1), what the lowest level shrinks height and width by.
-
-    Raises:
-        UserError: height or width is no multiple of factor; it says which sizes are possible.
-    """
-    height, width = shape[:2]
-    if height % factor == 0 and width % factor == 0 and min(height, width) > 0:
-        return
-    nearest = sorted(
-        {
-            max(factor, size // factor * factor + more)
-            for size in (height, width)
-            for more in (0, factor)
-        }
-    )
-    levels = factor.bit_length()
-    raise UserError(
-        f"images are {height}x{width} (height x width), but this network's {levels} "
-        f"levels halve them {levels - 1} times: both must be multiples of {factor}, "
-        f"such as {' or '.join(map(str, nearest))}. Resize the images or use fewer "
-        "levels."
-    )
+def _num_threads(source: Source) -> int:
+    """How many threads decode these images fastest."""
+    if np.prod(source.image_shape) < _THREADED_SIZE:
+        return 1
+    return min(_MAX_THREADS, os.cpu_count() or 1)
 
 
 def _read(source: Source, indices: np.ndarray) -> Batch:

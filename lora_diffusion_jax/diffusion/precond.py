@@ -1,17 +1,23 @@
 """Preconditioning: the raw network F becomes the denoiser D(x; sigma) (Karras et al. 2022, table 1).
 
 D(x; sigma) = c_skip x + c_out F(c_in x; c_noise)
+
+Each class is one row of the table: coefficients, the law of the noise levels in training, their weight in
+the loss, and the levels that the network knows.
 """
 
+import abc
 import dataclasses
 from typing import ClassVar, NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from lora_diffusion_jax.array_types import AugmentLabels, Images, Labels, Sigma
+from lora_diffusion_jax.array_types import AugmentLabels, Images, Key, Labels, Sigma
+from lora_diffusion_jax.diffusion import schedules
 from lora_diffusion_jax.errors import UserError
 
 
@@ -24,14 +30,57 @@ class Coefficients(NamedTuple):
     noise: Array
 
 
+class Precond(abc.ABC):
+    """A row of EDM's table 1.
+
+    Attributes:
+        sigma_min, sigma_max: range of noise levels that the network supports.
+        out_factor: channels of the raw network's output for each channel of the image.
+    """
+
+    sigma_min: float
+    sigma_max: float
+    out_factor: ClassVar[int] = 1
+
+    @abc.abstractmethod
+    def coefficients(self, sigma: Sigma) -> Coefficients:
+        """The coefficients at noise level sigma."""
+
+    @abc.abstractmethod
+    def draw_sigma(self, key: Key, n: int) -> Float[Array, " n"]:
+        """Noise levels of n training images."""
+
+    @abc.abstractmethod
+    def time(self, c_noise: Array) -> Array:
+        """The network's noise label as a time in [0, 1] that grows with the noise level."""
+
+    def weight(self, sigma: Sigma) -> Sigma:
+        """Weight lambda(sigma) of the squared error: 1 / sigma^2."""
+        return 1 / jnp.square(sigma)
+
+    def clip(self, sigma_min: float, sigma_max: float) -> tuple[float, float]:
+        """The part of [sigma_min, sigma_max] that the network supports."""
+        return max(sigma_min, self.sigma_min), min(sigma_max, self.sigma_max)
+
+    def round_sigma(self, sigma: np.ndarray) -> np.ndarray:
+        """The nearest noise level that the network knows, in float64: here every one."""
+        return np.asarray(sigma, np.float64)
+
+
 @dataclasses.dataclass(frozen=True)
-class EDM:
-    """EDM's own: unit variance in and out, sigma_data the standard deviation of the data."""
+class EDM(Precond):
+    """EDM's own: unit variance in and out.
+
+    Attributes:
+        sigma_data: standard deviation of the data.
+        p_mean, p_std: mean and standard deviation of ln sigma in training.
+    """
 
     sigma_data: float = 0.5
+    p_mean: float = -1.2
+    p_std: float = 1.2
     sigma_min: float = 0.0
     sigma_max: float = float("inf")
-    out_factor: ClassVar[int] = 1
 
     def coefficients(self, sigma: Sigma) -> Coefficients:
         """c_skip = s_d^2/(s^2+s_d^2), c_out = s s_d/sqrt(s^2+s_d^2), c_noise = ln(s)/4."""
@@ -43,78 +92,80 @@ class EDM:
             noise=jnp.log(sigma) / 4,
         )
 
-    def round_sigma(self, sigma: np.ndarray) -> np.ndarray:
-        """The nearest noise level the network knows: every one."""
-        return np.asarray(sigma, np.float64)
+    def draw_sigma(self, key: Key, n: int) -> Float[Array, " n"]:
+        """ln sigma ~ N(p_mean, p_std^2)."""
+        return jnp.exp(self.p_mean + self.p_std * jax.random.normal(key, (n,)))
+
+    def weight(self, sigma: Sigma) -> Sigma:
+        """(s^2 + s_d^2) / (s s_d)^2."""
+        return (jnp.square(sigma) + self.sigma_data**2) / jnp.square(sigma * self.sigma_data)
+
+    def time(self, c_noise: Array) -> Array:
+        """Linear in ln sigma over [0.002, 80], the range of EDM's sampler."""
+        return _uniform(4 * c_noise, 0.002, 80.0)
 
 
 @dataclasses.dataclass(frozen=True)
-class VP:
+class VP(Precond):
     """Variance preserving (Song et al. 2021): sigma(t) = sqrt(exp(beta_d t^2/2 + beta_min t) - 1)."""
 
     beta_d: float = 19.9
     beta_min: float = 0.1
     num_steps: int = 1000  # M
-    epsilon_t: float = 1e-5
-    out_factor: ClassVar[int] = 1
+    epsilon_t: float = 1e-5  # least time of training
 
-    def sigma(self, t: float) -> float:
-        """Noise level at time t in [0, 1]."""
-        return float(np.sqrt(np.expm1(0.5 * self.beta_d * t**2 + self.beta_min * t)))
+    @property
+    def schedule(self) -> schedules.Schedule:
+        """sigma(t), its derivative and its inverse."""
+        return schedules.vp_schedule(self.beta_d, self.beta_min)
 
     @property
     def sigma_min(self) -> float:
         """The least noise level of training."""
-        return self.sigma(self.epsilon_t)
+        return float(self.schedule.sigma(self.epsilon_t))
 
     @property
     def sigma_max(self) -> float:
         """The largest noise level of training."""
-        return self.sigma(1.0)
-
-    def time(self, sigma: Sigma) -> Sigma:
-        """The inverse of sigma(t)."""
-        discriminant = self.beta_min**2 + 2 * self.beta_d * jnp.log(1 + jnp.square(sigma))
-        return (jnp.sqrt(discriminant) - self.beta_min) / self.beta_d
+        return float(self.schedule.sigma(1.0))
 
     def coefficients(self, sigma: Sigma) -> Coefficients:
         """c_skip = 1, c_out = -s, c_in = 1/sqrt(s^2+1), c_noise = (M-1) t(s)."""
-        return Coefficients(
-            skip=jnp.ones_like(sigma),
-            out=-sigma,
-            input=1 / jnp.sqrt(jnp.square(sigma) + 1),
-            noise=(self.num_steps - 1) * self.time(sigma),
-        )
+        noise = (self.num_steps - 1) * self.schedule.time(sigma)
+        return _predicts_noise(sigma, noise)
 
-    def round_sigma(self, sigma: np.ndarray) -> np.ndarray:
-        """The nearest noise level the network knows: every one."""
-        return np.asarray(sigma, np.float64)
+    def draw_sigma(self, key: Key, n: int) -> Float[Array, " n"]:
+        """sigma(t) at t ~ U(epsilon_t, 1)."""
+        return self.schedule.sigma(1 + jax.random.uniform(key, (n,)) * (self.epsilon_t - 1))
+
+    def time(self, c_noise: Array) -> Array:
+        """The t of sigma(t)."""
+        return jnp.clip(c_noise / (self.num_steps - 1), 0, 1)
 
 
 @dataclasses.dataclass(frozen=True)
-class VE:
+class VE(Precond):
     """Variance exploding (Song et al. 2021)."""
 
     sigma_min: float = 0.02
     sigma_max: float = 100.0
-    out_factor: ClassVar[int] = 1
 
     def coefficients(self, sigma: Sigma) -> Coefficients:
         """c_skip = 1, c_out = s, c_in = 1, c_noise = ln(s/2)."""
-        return Coefficients(
-            skip=jnp.ones_like(sigma),
-            out=sigma,
-            input=jnp.ones_like(sigma),
-            noise=jnp.log(0.5 * sigma),
-        )
+        one = jnp.ones_like(sigma)
+        return Coefficients(skip=one, out=sigma, input=one, noise=jnp.log(0.5 * sigma))
 
-    def round_sigma(self, sigma: np.ndarray) -> np.ndarray:
-        """The nearest noise level the network knows: every one."""
-        return np.asarray(sigma, np.float64)
+    def draw_sigma(self, key: Key, n: int) -> Float[Array, " n"]:
+        """ln sigma ~ U(ln sigma_min, ln sigma_max)."""
+        return self.sigma_min * (self.sigma_max / self.sigma_min) ** jax.random.uniform(key, (n,))
+
+    def time(self, c_noise: Array) -> Array:
+        """Linear in ln sigma over [sigma_min, sigma_max]."""
+        return _uniform(c_noise + np.log(2), self.sigma_min, self.sigma_max)
 
 
 @dataclasses.dataclass(frozen=True)
-class IDDPM:
+class IDDPM(Precond):
     """Improved DDPM's discrete noise levels u_0 > ... > u_M = 0 (Nichol & Dhariwal 2021).
 
     The network has twice the image's channels out, of which the first half is the prediction.
@@ -123,31 +174,16 @@ class IDDPM:
     c_1: float = 0.001
     c_2: float = 0.008
     num_steps: int = 1000  # M
-    table: tuple[float, ...] | None = None  # the levels as a checkpoint holds them; None: computed
     out_factor: ClassVar[int] = 2
 
     def levels(self) -> np.ndarray:
-        """U [M + 1] float32: u_{j-1}^2 + 1 = (u_j^2 + 1) / max(abar_{j-1} / abar_j, C_1).
-
-        Computed in float32 step by step as the reference does: its networks were trained on
-        those levels, which lie 5e-4 off the float64 ones. Another library's sine still moves them by
-        1e-5, so a checkpoint's own table is used where there is one.
-        """
-        if self.table is not None:
-            return np.asarray(self.table, np.float32)
-        f32 = np.float32
-        j = np.arange(self.num_steps + 1, dtype=np.float32)
-        abar = np.sin(f32(0.5 * np.pi) * j / f32(self.num_steps) / f32(self.c_2 + 1)) ** 2
-        levels = np.zeros(self.num_steps + 1, np.float32)
-        for i in range(self.num_steps, 0, -1):
-            ratio = max(abar[i - 1] / abar[i], f32(self.c_1))
-            levels[i - 1] = np.sqrt((levels[i] ** 2 + f32(1)) / ratio - f32(1))
-        return levels
+        """u_0 ... u_M, [M + 1] float32, with the rounding of the reference (`schedules.iddpm_levels`)."""
+        return schedules.iddpm_levels(self.c_1, self.c_2, self.num_steps, np.float32)
 
     @property
     def sigma_min(self) -> float:
         """The least noise level above zero."""
-        return float(self.levels()[self.num_steps - 1])
+        return float(self.levels()[-2])
 
     @property
     def sigma_max(self) -> float:
@@ -157,21 +193,36 @@ class IDDPM:
     def coefficients(self, sigma: Sigma) -> Coefficients:
         """c_skip = 1, c_out = -s, c_in = 1/sqrt(s^2+1), c_noise = M-1 - argmin_j |u_j - s|."""
         index = jnp.argmin(jnp.abs(sigma[..., None] - self.levels()), axis=-1)
-        return Coefficients(
-            skip=jnp.ones_like(sigma),
-            out=-sigma,
-            input=1 / jnp.sqrt(jnp.square(sigma) + 1),
-            noise=(self.num_steps - 1 - index).astype(jnp.float32),
-        )
+        return _predicts_noise(sigma, (self.num_steps - 1 - index).astype(jnp.float32))
+
+    def draw_sigma(self, key: Key, n: int) -> Float[Array, " n"]:
+        """One of the levels above zero, all equally likely."""
+        levels = jnp.asarray(self.levels()[:-1])
+        return levels[jax.random.randint(key, (n,), 0, len(levels))]
+
+    def time(self, c_noise: Array) -> Array:
+        """Position of the level among all, 0 for the least."""
+        return jnp.clip(c_noise / (self.num_steps - 1), 0, 1)
 
     def round_sigma(self, sigma: np.ndarray) -> np.ndarray:
-        """The nearest of the levels u."""
-        levels = self.levels()
-        distance = np.abs(np.asarray(sigma, np.float32)[..., None] - levels)
-        return levels[np.argmin(distance, axis=-1)].astype(np.float64)
+        """The nearest of the levels u, in float64."""
+        distance = np.abs(np.asarray(sigma, np.float32)[..., None] - self.levels())
+        return self.levels()[np.argmin(distance, axis=-1)].astype(np.float64)
 
 
-Precond = EDM | VP | VE | IDDPM
+PRECONDS = {"edm": EDM, "vp": VP, "ve": VE, "iddpm": IDDPM}
+ALL_LEVELS = EDM()  # supports every noise level
+
+
+def _predicts_noise(sigma: Sigma, noise: Array) -> Coefficients:
+    """F predicts the noise in an image that was scaled to unit variance: VP and iDDPM."""
+    scale = 1 / jnp.sqrt(jnp.square(sigma) + 1)
+    return Coefficients(skip=jnp.ones_like(sigma), out=-sigma, input=scale, noise=noise)
+
+
+def _uniform(log_sigma: Array, low: float, high: float) -> Array:
+    """Position of ln sigma between ln low and ln high, clipped to [0, 1]."""
+    return jnp.clip((log_sigma - np.log(low)) / np.log(high / low), 0, 1)
 
 
 class Denoiser(nn.Module):
@@ -187,20 +238,6 @@ class Denoiser(nn.Module):
     precond: Precond = EDM()
     label_dim: int = 0
 
-    @property
-    def sigma_min(self) -> float:
-        """The least noise level the network supports."""
-        return self.precond.sigma_min
-
-    @property
-    def sigma_max(self) -> float:
-        """The largest noise level the network supports."""
-        return self.precond.sigma_max
-
-    def round_sigma(self, sigma: np.ndarray) -> np.ndarray:
-        """The nearest noise level the network supports, in float64."""
-        return self.precond.round_sigma(sigma)
-
     def __call__(
         self,
         x: Images,
@@ -208,8 +245,9 @@ class Denoiser(nn.Module):
         class_labels: Labels | None = None,
         augment_labels: AugmentLabels | None = None,
         train: bool = False,
-    ) -> Images:
-        """Returns the expected clean image [B, H, W, C] float32.
+        with_raw: bool = False,
+    ) -> Images | tuple[Images, Float[Array, "B H W out"]]:
+        """Returns the expected clean image D [B, H, W, C] float32.
 
         Args:
             x: noisy images, clean image plus sigma times unit noise.
@@ -218,6 +256,7 @@ class Denoiser(nn.Module):
             class_labels: [B, label_dim] one-hot or mixtures; None stands for all zeros.
             augment_labels: [B, augment_dim] or None.
             train: dropout on, from the rng stream `dropout`.
+            with_raw: returns (D, F), where F is the network's whole output: out_factor C channels.
         """
         x = jnp.asarray(x, jnp.float32)
         sigma = jnp.asarray(sigma, jnp.float32).reshape(-1)
@@ -229,7 +268,8 @@ class Denoiser(nn.Module):
         c = self.precond.coefficients(sigma)
         skip, out, scale = (v[:, None, None, None] for v in (c.skip, c.out, c.input))
         raw = self.model(scale * x, c.noise, class_labels, augment_labels, train)
-        return skip * x + out * raw[..., : x.shape[-1]].astype(jnp.float32)
+        denoised = skip * x + out * raw[..., : x.shape[-1]].astype(jnp.float32)
+        return (denoised, raw) if with_raw else denoised
 
 
 def check_labels(

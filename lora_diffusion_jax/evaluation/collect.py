@@ -1,285 +1,213 @@
-"""From image batches to what metrics need: moments always, rows where asked; resumable on disk."""
+"""Features of a set of images, as metrics need them: moments always, rows if asked for; resumable."""
 
 import contextlib
-import dataclasses
-import fcntl
-import json
+import hashlib
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from lora_diffusion_jax import files
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.evaluation.features import Detector, extract
 from lora_diffusion_jax.evaluation.npz import read_npz, write_npz
+from lora_diffusion_jax.evaluation.results import source_hash, to_line
 from lora_diffusion_jax.evaluation.statistics import Moments
-from lora_diffusion_jax.processes import alone, from_leader, is_leader
+from lora_diffusion_jax.processes import from_leader, is_leader
 from lora_diffusion_jax.processes.interrupts import pause_point
 
 SAVE_SECONDS = 30.0  # between saves of partial sums
 
 
-@dataclasses.dataclass
 class FeatureSet:
-    """What is known of one set of images in one feature space."""
+    """A set of images in one feature space.
 
-    moments: Moments
-    features: np.ndarray | None = None  # float32 [n, D], where they were kept
-    logits: np.ndarray | None = None  # float32 [n, K]
+    Args:
+        dim: D, the number of features.
+        keep_rows: keep the features and logits of every image, not their moments alone.
+        partial: where they are saved while they grow; None: nowhere.
+    """
+
+    def __init__(self, dim: int, keep_rows: bool = False, partial: "Partial | None" = None):
+        self.moments, self.keep_rows, self.partial = Moments(dim), keep_rows, partial
+        self.rows: list[tuple[np.ndarray, np.ndarray]] = []
 
     def __len__(self) -> int:
         return len(self.moments)
 
+    def add(self, features: np.ndarray, logits: np.ndarray) -> None:
+        """Adds the features [n, D] and logits [n, K] of the next images."""
+        if self.keep_rows:  # first: a signal before the sums leaves rows that `since` cuts off
+            self.rows.append((features, logits))
+        self.moments.add(features)
+
+    def since(self, start: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the float32 features [n, D] and logits [n, K] of the images from `start` on."""
+        if len(self.rows) > 1:
+            self.rows = [tuple(np.concatenate(part) for part in zip(*self.rows, strict=True))]
+        features, logits = self.rows[0]
+        return features[start : len(self)], logits[start : len(self)]
+
+    @property
+    def features(self) -> np.ndarray | None:
+        """float32 [n, D]; None if rows are not kept."""
+        return self.since(0)[0] if self.keep_rows else None
+
+    @property
+    def logits(self) -> np.ndarray | None:
+        """float32 [n, K]; None if rows are not kept."""
+        return self.since(0)[1] if self.keep_rows else None
+
 
 def collect(
-    detector: Detector,
-    batches: Iterable[np.ndarray],
-    *,
-    keep_rows: bool = False,
-    total: int | None = None,
-    mesh: Mesh | None = None,
-    progress: bool = False,
+    detector: Detector, batches: Iterable[np.ndarray], *, keep_rows: bool = False
 ) -> FeatureSet:
-    """Returns moments (and rows) of the detector's features over uint8 batches [n, H, W, C].
-
-    Raises:
-      UserError: no images, or not exactly `total` where that is given.
-    """
-    store = _Memory(keep_rows)
-    return _gather(detector, lambda done: batches, total, store, mesh, progress)
-
-
-def _gather(
-    detector: Detector,
-    batches_from: Callable[[int], Iterable[np.ndarray]],
-    total: int | None,
-    store: "_Memory | _Partial | _Shared",
-    mesh: Mesh | None,
-    progress: bool,
-) -> FeatureSet:
-    """Adds up the features of the images that the store does not have yet."""
-    moments = store.restore(detector.feature_dim)
-    bar = tqdm(
-        total=total,
-        initial=len(moments),
-        desc=f"{detector.name} features",
-        unit="img",
-        disable=None if progress else True,
-    )
-    batches = () if len(moments) == total else batches_from(len(moments))
-    saved_at = time.monotonic()
-    try:
-        with bar:
-            for features, logits in extract(detector, batches, mesh=mesh):
-                pause_point()
-                store.append(features, logits)  # first: rows without sums are cut off again
-                moments.add(features)
-                bar.update(len(features))
-                if time.monotonic() - saved_at >= SAVE_SECONDS:
-                    store.save(moments)
-                    saved_at = time.monotonic()
-    except BaseException:  # a signal too: what is done is kept
-        if len(moments):
-            store.save(moments)
-        raise
-    _check_count(len(moments), total)
-    store.save(moments)
-    return FeatureSet(moments, *store.rows(len(moments)))
-
-
-def _check_count(found: int, wanted: int | None) -> None:
-    if found == 0:
-        raise UserError("There are no images to evaluate.")
-    if wanted is not None and found != wanted:
-        raise UserError(f"{wanted} images were asked for, but there are {found}.")
+    """Returns the features of all uint8 image batches [n, H, W, C], kept in memory."""
+    found = FeatureSet(detector.feature_dim, keep_rows)
+    for features, logits in extract(detector, batches):
+        found.add(features, logits)
+    return found
 
 
 def collect_resumable(
     detector: Detector,
     batches_from: Callable[[int], Iterable[np.ndarray]],
     total: int,
-    folder: Path,
+    home: Path,
+    identity: Mapping[str, object],
     *,
-    identity: dict[str, object],
     keep_rows: bool = False,
     mesh: Mesh | None = None,
-    progress: bool = False,
 ) -> FeatureSet:
-    """Like `collect`, but a killed run goes on where it last saved, to the same result bit for bit.
+    """Like `collect`, but a killed run continues where it last saved, to the same result bit for bit.
+
+    With several processes all must call this alike; only the result of process 0 is complete.
 
     Args:
-      detector: the feature space.
-      batches_from: k -> the images from number k on; image k must not depend on what came before.
-      total: number of images.
-      folder: holds the partial sums while they grow; removed by `forget` when they are not needed.
-      identity: what the sums are of; a folder with another identity is started anew.
-      keep_rows: keep features and logits of every image.
-      mesh: devices; all by default.
-      progress: show a bar.
+        detector: the feature space.
+        batches_from: k -> the images from number k on; image k must not depend on those before it.
+        total: number of images.
+        home: a folder for the sums while they grow; `FeatureSet.partial.remove()` cleans up.
+        identity: JSON values that differ between different sets of images.
+        keep_rows: keep features and logits of every image.
+        mesh: devices; None: all.
 
-    Several processes must call this alike; the result of process 0 alone is whole.
+    Raises:
+        UserError: not exactly `total` images, or another process is computing the same sums.
     """
+    partial = Partial(home, {**identity, "detector": detector.hash, "rows": keep_rows})
+    found = FeatureSet(detector.feature_dim, keep_rows, partial)
     with contextlib.ExitStack() as stack:
-        from_leader("locking the partial sums", lambda: stack.enter_context(_locked(folder)))
-        store = _Partial(folder, {**identity, "detector": detector.hash, "rows": keep_rows})
-        if not alone():
-            store = _Shared(store if is_leader() else None)
-        return _gather(detector, batches_from, total, store, mesh, progress and is_leader())
 
+        def begin() -> int:
+            stack.enter_context(partial.lock())
+            partial.restore(found)
+            return len(found)
 
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Holds the lock of a folder of partial sums; it dies with the process."""
-    path = _lock_of(folder)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("w")
-    except OSError as error:
-        raise UserError(
-            f"Cannot make the folder {path.parent} for partial results: {error.strerror}. Choose "
-            "another with the environment variable LORA_DIFFUSION_CACHE, or make it writable."
-        ) from error
-    with file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(
-                f"Another process is computing the same result in {folder}; wait for it or stop it."
-            ) from error
-        yield
-
-
-def _lock_of(folder: Path) -> Path:
-    return folder.with_name(f"{folder.name}.lock")
-
-
-def forget(folder: Path) -> None:
-    """Removes the partial sums of a finished evaluation."""
-    shutil.rmtree(folder, ignore_errors=True)
-    _lock_of(folder).unlink(missing_ok=True)
-
-
-class _Memory:
-    """Rows in memory, nothing on disk."""
-
-    def __init__(self, keep_rows: bool):
-        self.keep_rows = keep_rows
-        self.parts: list[tuple[np.ndarray, np.ndarray]] = []
-
-    def restore(self, dim: int) -> Moments:
-        return Moments(dim)
-
-    def append(self, features: np.ndarray, logits: np.ndarray) -> None:
-        if self.keep_rows:
-            self.parts.append((features, logits))
-
-    def save(self, moments: Moments) -> None:
-        pass
-
-    def rows(self, count: int) -> tuple[np.ndarray | None, np.ndarray | None]:
-        if not self.keep_rows:
-            return None, None
-        return tuple(np.concatenate(parts) for parts in zip(*self.parts, strict=True))
-
-
-class _Shared:
-    """Sums on the disk of process 0; the others take part in extraction, and only count."""
-
-    def __init__(self, store: "_Partial | None"):
-        self.store = store
-
-    def restore(self, dim: int) -> Moments:
-        found: list[Moments] = []
-
-        def read() -> int:
-            found.append(self.store.restore(dim))
-            return len(found[0])
-
-        count = from_leader("reading the partial sums", read)
-        moments = Moments(dim)
-        moments.sums = moments.sums._replace(count=count)  # counted, not summed
-        return found[0] if found else moments
-
-    def append(self, features: np.ndarray, logits: np.ndarray) -> None:
-        if self.store is not None:
-            self.store.append(features, logits)
-
-    def save(self, moments: Moments) -> None:
-        if self.store is not None:
-            self.store.save(moments)
-
-    def rows(self, count: int) -> tuple[np.ndarray | None, np.ndarray | None]:
-        return (None, None) if self.store is None else self.store.rows(count)
-
-
-class _Partial:
-    """Sums on disk: state.npz, replaced whole, and rows appended to two plain float32 files."""
-
-    def __init__(self, folder: Path, identity: dict[str, object]):
-        self.folder, self.identity = folder, json.dumps(identity, sort_keys=True)
-        self.state = folder / "state.npz"
-        self.files = (folder / "features.f32", folder / "logits.f32")
-        self.keep_rows = bool(identity["rows"])
-        self.widths = (0, 0)
-
-    def restore(self, dim: int) -> Moments:
-        """Returns the saved moments where they are of the same thing, else fresh ones."""
-        saved = self._read()
-        if saved.get("identity") == self.identity:
-            self.widths = tuple(int(w) for w in saved["widths"])
-            moments = Moments.from_state(saved)
-            if self._cut(len(moments)):
-                return moments
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir()
-        return Moments(dim)
-
-    def _read(self) -> dict[str, np.ndarray]:
-        """What state.npz holds; nothing where there is none, or a power cut tore it."""
-        if not self.state.is_file():
-            return {}
-        try:
-            return read_npz(self.state, lambda name: True, "partial sums")[1]
-        except UserError:
-            return {}
-
-    def _cut(self, count: int) -> bool:
-        """Drops rows that were appended after the last save; False if some are missing."""
-        if self.keep_rows and count:
-            for path, width in zip(self.files, self.widths, strict=True):
-                size = count * width * 4
-                if not path.is_file() or path.stat().st_size < size:
-                    return False
-                with path.open("r+b") as file:
-                    file.truncate(size)
-        return True
-
-    def append(self, features: np.ndarray, logits: np.ndarray) -> None:
-        if not self.keep_rows:
-            return
-        self.widths = (features.shape[1], logits.shape[1])
-        for path, rows in zip(self.files, (features, logits), strict=True):
-            try:
-                with path.open("ab") as file:
-                    file.write(np.ascontiguousarray(rows, np.float32).tobytes())
-            except OSError as error:
-                raise UserError(
-                    f"Cannot write the features to {path}: {error.strerror}. Free space; the same "
-                    "command goes on from what was saved."
-                ) from error
-
-    def save(self, moments: Moments) -> None:
-        extra = {"identity": np.array(self.identity), "widths": np.array(self.widths)}
-        write_npz(self.state, moments.state() | extra)
-
-    def rows(self, count: int) -> tuple[np.ndarray | None, np.ndarray | None]:
-        if not self.keep_rows:
-            return None, None
-        return tuple(
-            np.fromfile(path, np.float32).reshape(count, width)
-            for path, width in zip(self.files, self.widths, strict=True)
+        done = from_leader("reading the partial sums", begin)
+        bar = tqdm(
+            total=total,
+            initial=done,
+            desc=f"{detector.name} features",
+            unit="img",
+            disable=None if is_leader() else True,
         )
+        saved_at = time.monotonic()
+        try:
+            with bar:
+                batches = batches_from(done) if done < total else ()
+                for features, logits in extract(detector, batches, mesh=mesh):
+                    pause_point()
+                    done += len(features)
+                    bar.update(len(features))
+                    if is_leader():
+                        found.add(features, logits)
+                        if time.monotonic() - saved_at >= SAVE_SECONDS:
+                            partial.save(found)
+                            saved_at = time.monotonic()
+        except BaseException:  # signals included
+            if len(found):
+                partial.save(found)
+            raise
+        if done != total:
+            raise UserError(f"{total} images were requested, but there are {done}.")
+        if is_leader():
+            partial.save(found)
+        return found
+
+
+class Partial:
+    """The sums of an unfinished FeatureSet on disk: state.npz, and the rows added before each save.
+
+    Args:
+        home: folder below which they are kept.
+        identity: what the sums are of; sums of the same by other code are discarded.
+    """
+
+    def __init__(self, home: Path, identity: Mapping[str, object]):
+        key = hashlib.sha256(to_line(identity).encode()).hexdigest()[:16]
+        self.folder = home / "partial" / key
+        self.saved = 0  # images
+
+    @property
+    def _lock_file(self) -> Path:
+        return self.folder.with_name(f"{self.folder.name}.lock")
+
+    def lock(self) -> files.Lock:
+        """Takes the lock against other programs that compute the same sums."""
+        advice = "Make it writable, or choose another with the environment variable"
+        with files.disk_errors(self.folder, f"{advice} LORA_DIFFUSION_CACHE."):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        taken = f"Another process is computing the same result in {self.folder}; wait or stop it."
+        return files.Lock(self._lock_file, taken)
+
+    def restore(self, found: FeatureSet) -> None:
+        """Puts what was saved into an empty set; discards what is torn or of another version."""
+        try:
+            state = self._read(self.folder / "state.npz")
+            if str(state["code"]) != source_hash():
+                raise UserError(f"{self.folder} was written by other code.")
+            moments = Moments.from_state(state)
+            if found.keep_rows:
+                found.rows = self._read_rows(len(moments))
+            found.moments = moments
+        except (UserError, KeyError):
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self.saved = len(found)
+
+    def _read(self, path: Path) -> dict[str, np.ndarray]:
+        return read_npz(path, lambda name: True, "partial sums")[1]
+
+    def _read_rows(self, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The rows of the first `count` images; a file is named by the first image in it."""
+        starts = sorted(int(path.stem) for path in self.folder.glob("[0-9]*.npz"))
+        starts = [start for start in starts if start < count]
+        rows = []
+        for start, stop in zip(starts, [*starts[1:], count], strict=True):
+            part = self._read(self._rows_file(start))
+            rows.append((part["features"][: stop - start], part["logits"][: stop - start]))
+        if sum(len(features) for features, _ in rows) != count:
+            raise UserError(f"{self.folder} lacks rows.")
+        return rows
+
+    def _rows_file(self, start: int) -> Path:
+        return self.folder / f"{start:010d}.npz"
+
+    def save(self, found: FeatureSet) -> None:
+        """Saves what was added since the last save; interrupted anywhere, it can be repeated."""
+        if found.keep_rows and len(found) > self.saved:
+            features, logits = found.since(self.saved)
+            write_npz(self._rows_file(self.saved), {"features": features, "logits": logits})
+        state = found.moments.state() | {"code": np.array(source_hash())}
+        write_npz(self.folder / "state.npz", state)
+        self.saved = len(found)
+
+    def remove(self) -> None:
+        """Removes the folder and its lock, in process 0."""
+        if is_leader():
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self._lock_file.unlink(missing_ok=True)

@@ -16,9 +16,9 @@ from lora_diffusion_jax.array_types import PyTree
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.processes import fetch, place
 
-# Images per device in one call, by platform. Fixed, so that an image meets the same compiled
-# program whatever batches it arrived in and however many devices there are. Caches make small
-# ones faster on a CPU.
+# Images per device and call, by platform. Fixed, so that every image runs through the same compiled
+# program whatever batches it arrives in and however many devices there are. Small batches stay in
+# a CPU's caches.
 DEVICE_BATCH = {"cpu": 16}
 DEVICE_BATCH_ELSEWHERE = 64
 
@@ -28,15 +28,15 @@ class Detector:
     """A network with its weights: uint8 images [B, H, W, C] -> features [B, D] and logits [B, K].
 
     Attributes:
-      name: what the numbers made with it are called, e.g. 'classifier' or 'inception_edm'.
-      feature_dim: D.
-      network: (variables, uint8 images) -> (float32 features, float32 logits); pure.
-      variables: its weights.
-      image_shape: the only (H, W, C) it takes, or None where it resizes by itself.
-      has_classes: whether the logits are of classes, so that scores of them mean something.
-      details: facts that a report may repeat (test accuracy, hash of the weights file).
-      recipe: JSON values from which the network can be rebuilt around saved weights; None for
-        published networks, whose weights lie in a file of their own.
+        name: names the feature space in results, e.g. 'classifier' or 'inception_edm'.
+        feature_dim: D.
+        network: (variables, uint8 images) -> (float32 features, float32 logits); pure.
+        variables: its weights.
+        image_shape: the only (H, W, C) it accepts, or None if it resizes.
+        has_classes: whether the logits are those of classes, as the Inception Score needs.
+        details: facts for reports (number of training images, hash of the weights file).
+        recipe: JSON values from which the network can be rebuilt around saved weights; None for
+            published networks, whose weights have a file of their own.
     """
 
     name: str
@@ -50,15 +50,30 @@ class Detector:
 
     @functools.cached_property
     def hash(self) -> str:
-        """First 16 hex digits of the SHA-256 of the detector's name and its weights.
+        """First 16 hex digits of the SHA-256 of the detector's name and weights.
 
-        The name, since the two Inception detectors differ in their resizing alone.
+        The name counts because the two Inception detectors differ only in how they resize.
         """
         return tree_hash({self.name: self.variables})
 
+    @property
+    def is_inception(self) -> bool:
+        """Whether distances in these features may be called FID and KID."""
+        return self.name.startswith("inception_")
+
+    @property
+    def labels(self) -> dict[str, Any]:
+        """What results say of their features."""
+        labels = {"features": self.name, "detector_hash": self.hash}
+        if self.is_inception:
+            labels["detector_verified"] = bool(self.details["verified"])
+        return labels
+
     @functools.cached_property
-    def _compiled(self) -> Callable[[PyTree, jax.Array], tuple[jax.Array, jax.Array]]:
-        # TPU's bfloat16 and Ampere's TF32 products shift a Frechet distance visibly.
+    def compiled(self) -> Callable[[PyTree, jax.Array], tuple[jax.Array, jax.Array]]:
+        """The network under jit."""
+
+        # bfloat16 products on TPUs and TF32 ones on Ampere GPUs visibly shift a Frechet distance.
         def run(variables: PyTree, images: jax.Array) -> tuple[jax.Array, jax.Array]:
             with jax.default_matmul_precision("highest"):
                 return self.network(variables, images)
@@ -68,7 +83,7 @@ class Detector:
     def outputs(self, images: jax.Array | np.ndarray) -> tuple[jax.Array, jax.Array]:
         """Returns (features [B, D], logits [B, K]), float32, of uint8 images [B, H, W, C]."""
         check_images(images, self.image_shape, self.name)
-        return self._compiled(self.variables, images)
+        return self.compiled(self.variables, images)
 
     def __call__(self, images: jax.Array | np.ndarray) -> jax.Array:
         """Returns the features [B, D], float32, of uint8 images [B, H, W, C]."""
@@ -76,13 +91,19 @@ class Detector:
 
 
 def cache_folder() -> Path:
-    """The folder of downloaded weights and trained networks: $LORA_DIFFUSION_CACHE or ~/.cache."""
+    """The folder of downloaded and trained networks: $LORA_DIFFUSION_CACHE, or one in ~/.cache."""
     default = os.environ.get("LORA_DIFFUSION_CACHE", "~/.cache/lora_diffusion_jax")
     return Path(default).expanduser()
 
 
+def sha256_of(path: Path) -> str:
+    """Returns the SHA-256 of a file as 64 hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def tree_hash(tree: PyTree) -> str:
-    """Returns the first 16 hex digits of the SHA-256 of a tree's paths, shapes, types, values."""
+    """Returns the first 16 hex digits of the SHA-256 of a tree's paths, shapes, types and values."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         value = np.asarray(leaf)
@@ -92,88 +113,73 @@ def tree_hash(tree: PyTree) -> str:
 
 
 def check_images(
-    images: jax.Array | np.ndarray, shape: tuple[int, int, int] | None, wanted_by: str
+    images: jax.Array | np.ndarray, shape: tuple[int, int, int] | None, name: str
 ) -> None:
-    """Raises UserError unless images are uint8 [B, H, W, C] with 1 or 3 channels (and `shape`)."""
-    if images.ndim != 4 or images.shape[-1] not in (1, 3):
+    """Raises UserError unless images are uint8 [B, H, W, C] with 1 or 3 channels (and of `shape`)."""
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
         raise UserError(
-            f"Images have shape {tuple(images.shape)}; expected [batch, height, width, channels] "
-            "with 1 (gray) or 3 (colour) channels."
-        )
-    if images.dtype != np.uint8:
-        raise UserError(
-            f"Images have type {images.dtype}; expected uint8 (0-255). Features are taken of what "
-            "an image file would hold: convert with clip(x * 127.5 + 128, 0, 255)."
+            f"Images are {images.dtype} {tuple(images.shape)}; expected uint8 [batch, height, width, "
+            "channels] with 1 (gray) or 3 (colour) channels. Convert images in [-1, 1] with "
+            "clip(x * 127.5 + 128, 0, 255)."
         )
     if shape is not None and tuple(images.shape[1:]) != tuple(shape):
+        found, wanted = ("x".join(map(str, size)) for size in (images.shape[1:], shape))
         raise UserError(
-            f"Images are {_size(images.shape[1:])}; the {wanted_by} features were made for "
-            f"{_size(shape)}. Compare images of that size, or choose other features."
+            f"Images are {found} (height x width x channels); the {name} features were made for "
+            f"{wanted}. Compare images of that size, or choose other features."
         )
-
-
-def _size(shape: Iterable[int]) -> str:
-    height, width, channels = shape
-    return f"{height}x{width}x{channels} (height x width x channels)"
 
 
 def rebatch(batches: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
     """Regroups [n, ...] arrays of any n into arrays of exactly `size` rows; the last may be short.
 
-    The images of all batches must agree in shape; a difference is a UserError.
+    Raises:
+        UserError: images of different shapes.
     """
-    held: list[np.ndarray] = []
-    count, shape = 0, None
+    rest: np.ndarray | None = None
     for batch in batches:
         batch = np.asarray(batch)
-        shape = shape or batch.shape[1:]
-        if batch.shape[1:] != shape:
+        if rest is not None and batch.shape[1:] != rest.shape[1:]:
             raise UserError(
-                f"An image has shape {batch.shape[1:]} where the ones before it have {shape}; "
-                "all images of one set must have the same size."
+                f"An image has shape {batch.shape[1:]}, while those before it have "
+                f"{rest.shape[1:]}; all images of a set must have the same size."
             )
-        while len(batch):
-            part, batch = batch[: size - count], batch[size - count :]
-            held.append(part)
-            count += len(part)
-            if count == size:
-                yield np.concatenate(held)
-                held, count = [], 0
-    if count:
-        yield np.concatenate(held)
+        rest = batch if rest is None or not len(rest) else np.concatenate([rest, batch])
+        while len(rest) >= size:
+            yield rest[:size]
+            rest = rest[size:]
+    if rest is not None and len(rest):
+        yield rest
 
 
 def extract(
-    detector: Detector,
-    batches: Iterable[np.ndarray],
-    *,
-    mesh: Mesh | None = None,
+    detector: Detector, batches: Iterable[np.ndarray], *, mesh: Mesh | None = None
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields (features [n, D], logits [n, K]) of an iterable of uint8 image batches, in order.
 
-    Every image appears once: the last short batch is padded for the device and cut again on the
-    host. One batch is always in flight, so reading images and adding up statistics overlap with
-    the device's work. Batches are sharded over all axes of `mesh` (default: all devices). Several
-    processes must call this alike, each with all images, and each gets all features.
+    Every image appears once: the last short batch is padded for the devices and cut again on the
+    host. Batches are sharded over all axes of `mesh` (default: all devices). With several processes
+    all must call this alike, each with all images; each gets all features.
     """
     mesh = mesh or Mesh(np.array(jax.devices()), ("data",))
     sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     whole = NamedSharding(mesh, PartitionSpec())
     variables = jax.tree.map(lambda v: place(np.asarray(v), whole), detector.variables)
     size = mesh.size * DEVICE_BATCH.get(mesh.devices.flat[0].platform, DEVICE_BATCH_ELSEWHERE)
-    flying: tuple[tuple[jax.Array, jax.Array], int] | None = None
+    # One batch is always in flight: reading images and adding up statistics overlap with the devices.
+    in_flight: tuple[tuple[jax.Array, jax.Array], int] | None = None
     for batch in rebatch(batches, size):
         check_images(batch, detector.image_shape, detector.name)
         count = len(batch)
         batch = np.concatenate([batch, np.zeros((size - count, *batch.shape[1:]), batch.dtype)])
-        started = detector._compiled(variables, place(batch, sharding))
-        if flying is not None:
-            yield _landed(*flying)
-        flying = (started, count)
-    if flying is not None:
-        yield _landed(*flying)
+        started = detector.compiled(variables, place(batch, sharding))
+        if in_flight is not None:
+            yield _fetch(*in_flight)
+        in_flight = (started, count)
+    if in_flight is not None:
+        yield _fetch(*in_flight)
 
 
-def _landed(outputs: tuple[jax.Array, jax.Array], count: int) -> tuple[np.ndarray, np.ndarray]:
+def _fetch(outputs: tuple[jax.Array, jax.Array], count: int) -> tuple[np.ndarray, np.ndarray]:
     features, logits = (fetch(array) for array in outputs)
     return features[:count], logits[:count]

@@ -2,10 +2,10 @@
 
 It differs from torchvision's network of that name: 1008 classes, no auxiliary head, average pools
 that do not count their padding, and a max pool in the last block's pooling branch. Batch
-normalisation is folded into the convolutions when the weights are read (`inception.py`).
+normalisation is folded into the convolutions when the weights are read (inception.py).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -16,8 +16,8 @@ from jax import lax
 SIDE = 299  # of the image that the network sees
 POOL_DIM, NUM_LOGITS = 2048, 1008
 
+Size = tuple[int, int]
 ONE, THREE, FIVE, ROW, COLUMN = (1, 1), (3, 3), (5, 5), (1, 7), (7, 1)
-SHORT_ROW, SHORT_COLUMN = (1, 3), (3, 1)
 
 
 class Conv(NamedTuple):
@@ -25,7 +25,7 @@ class Conv(NamedTuple):
 
     name: str
     features: int
-    size: tuple[int, int] = ONE
+    size: Size = ONE
     stride: int = 1
     same: bool = True  # pad to keep the size; with stride 2 nothing is padded
 
@@ -47,75 +47,42 @@ Step = Conv | Pool | Split
 Branches = tuple[tuple[Step, ...], ...]
 
 
+def _chain(name: str, features: Sequence[int], sizes: Sequence[Size], stride: int = 1) -> tuple:
+    """Convolutions name_1, name_2, ...; the last has the stride."""
+    strides = [1] * (len(sizes) - 1) + [stride]
+    parts = enumerate(zip(features, sizes, strides, strict=True), start=1)
+    return tuple(Conv(f"{name}_{i}", *part) for i, part in parts)
+
+
+_TRIPLE = (64, 96, 96), (ONE, THREE, THREE)
+
+
 def _block_a(pool_features: int) -> Branches:
     return (
         (Conv("branch1x1", 64),),
-        (Conv("branch5x5_1", 48), Conv("branch5x5_2", 64, FIVE)),
-        (
-            Conv("branch3x3dbl_1", 64),
-            Conv("branch3x3dbl_2", 96, THREE),
-            Conv("branch3x3dbl_3", 96, THREE),
-        ),
+        _chain("branch5x5", (48, 64), (ONE, FIVE)),
+        _chain("branch3x3dbl", *_TRIPLE),
         (Pool("mean"), Conv("branch_pool", pool_features)),
-    )
-
-
-def _block_b() -> Branches:
-    return (
-        (Conv("branch3x3", 384, THREE, 2),),
-        (
-            Conv("branch3x3dbl_1", 64),
-            Conv("branch3x3dbl_2", 96, THREE),
-            Conv("branch3x3dbl_3", 96, THREE, 2),
-        ),
-        (Pool("max", 2),),
     )
 
 
 def _block_c(inner: int) -> Branches:
     return (
         (Conv("branch1x1", 192),),
-        (
-            Conv("branch7x7_1", inner),
-            Conv("branch7x7_2", inner, ROW),
-            Conv("branch7x7_3", 192, COLUMN),
-        ),
-        (
-            Conv("branch7x7dbl_1", inner),
-            Conv("branch7x7dbl_2", inner, COLUMN),
-            Conv("branch7x7dbl_3", inner, ROW),
-            Conv("branch7x7dbl_4", inner, COLUMN),
-            Conv("branch7x7dbl_5", 192, ROW),
-        ),
+        _chain("branch7x7", (inner, inner, 192), (ONE, ROW, COLUMN)),
+        _chain("branch7x7dbl", (*[inner] * 4, 192), (ONE, COLUMN, ROW, COLUMN, ROW)),
         (Pool("mean"), Conv("branch_pool", 192)),
-    )
-
-
-def _block_d() -> Branches:
-    return (
-        (Conv("branch3x3_1", 192), Conv("branch3x3_2", 320, THREE, 2)),
-        (
-            Conv("branch7x7x3_1", 192),
-            Conv("branch7x7x3_2", 192, ROW),
-            Conv("branch7x7x3_3", 192, COLUMN),
-            Conv("branch7x7x3_4", 192, THREE, 2),
-        ),
-        (Pool("max", 2),),
     )
 
 
 def _block_e(pool: str) -> Branches:
     def split(prefix: str) -> Split:
-        return Split((Conv(f"{prefix}a", 384, SHORT_ROW), Conv(f"{prefix}b", 384, SHORT_COLUMN)))
+        return Split((Conv(f"{prefix}a", 384, (1, 3)), Conv(f"{prefix}b", 384, (3, 1))))
 
     return (
         (Conv("branch1x1", 320),),
         (Conv("branch3x3_1", 384), split("branch3x3_2")),
-        (
-            Conv("branch3x3dbl_1", 448),
-            Conv("branch3x3dbl_2", 384, THREE),
-            split("branch3x3dbl_3"),
-        ),
+        (*_chain("branch3x3dbl", (448, 384), (ONE, THREE)), split("branch3x3dbl_3")),
         (Pool(pool), Conv("branch_pool", 192)),
     )
 
@@ -133,12 +100,20 @@ BLOCKS: dict[str, Branches] = {
     "Mixed_5b": _block_a(32),
     "Mixed_5c": _block_a(64),
     "Mixed_5d": _block_a(64),
-    "Mixed_6a": _block_b(),
+    "Mixed_6a": (
+        (Conv("branch3x3", 384, THREE, 2),),
+        _chain("branch3x3dbl", *_TRIPLE, 2),
+        (Pool("max", 2),),
+    ),
     "Mixed_6b": _block_c(128),
     "Mixed_6c": _block_c(160),
     "Mixed_6d": _block_c(160),
     "Mixed_6e": _block_c(192),
-    "Mixed_7a": _block_d(),
+    "Mixed_7a": (
+        _chain("branch3x3", (192, 320), (ONE, THREE), 2),
+        _chain("branch7x7x3", (192, 192, 192, 192), (ONE, ROW, COLUMN, THREE), 2),
+        (Pool("max", 2),),
+    ),
     "Mixed_7b": _block_e("mean"),
     "Mixed_7c": _block_e("max"),
 }
@@ -157,8 +132,8 @@ class Block(nn.Module):
 class InceptionV3(nn.Module):
     """Maps scaled images [B, 299, 299, 3] to (features [B, 2048], logits [B, 1008]).
 
-    The logits leave out the output layer's bias, as the Inception Score's authors and the tools
-    after them do; add params['fc']['bias'] for the classifier's own.
+    The logits omit the output layer's bias, as in the Inception Score of its authors and of all
+    tools since.
     """
 
     @nn.compact
@@ -189,8 +164,8 @@ def _convolve(conv: Conv, x: jax.Array) -> jax.Array:
     if conv.same and conv.stride == 1:
         pads = [(k // 2, k // 2) for k in conv.size]
         return nn.relu(nn.Conv(conv.features, conv.size, strides, pads, name=conv.name)(x))
-    # XLA's CPU backend is 2.5 times slower at convolutions without any padding: compute one
-    # row and column too many, and cut them off.
+    # XLA's CPU backend is 2.5 times slower at convolutions without any padding: compute one extra
+    # row and column, and cut them off.
     height, width = (
         (n - k) // conv.stride + 1 for n, k in zip(x.shape[1:3], conv.size, strict=True)
     )

@@ -20,22 +20,22 @@ def frechet_distance(
     With R_i R_i^T = S_i from symmetric eigen-decompositions, the last trace is the sum of the
     singular values of R_1^T R_2: nothing can turn complex, no epsilon is added, and small
     directions keep their digits, which the square root of a product's eigenvalues would lose.
-    Directions that carry only rounding error (fewer images than features) are left out.
+    Directions of rounding error alone (fewer images than features) are dropped.
 
     Args:
-      mu1: mean [D] of the first set.
-      sigma1: its covariance [D, D], symmetric positive semi-definite.
-      mu2: mean [D] of the second set.
-      sigma2: its covariance [D, D].
-      root2: `half_root(sigma2)`, where it is known already.
+        mu1: mean [D] of the first set.
+        sigma1: its covariance [D, D], symmetric positive semi-definite.
+        mu2: mean [D] of the second set.
+        sigma2: its covariance [D, D].
+        root2: `half_root(sigma2)`, if it is known already.
 
     Returns:
-      The distance; rounding can make it negative by about 1e-12 of the traces.
+        The distance; rounding can make it negative by about 1e-12 of the traces.
     """
     mu1, mu2, sigma1, sigma2 = (np.asarray(a, np.float64) for a in (mu1, mu2, sigma1, sigma2))
     if not (mu1.shape == mu2.shape and sigma1.shape == sigma2.shape == 2 * mu1.shape):
         raise UserError(
-            f"The two sets have statistics of different features: mu {mu1.shape} and {mu2.shape}, "
+            f"The statistics are of different features: mu {mu1.shape} and {mu2.shape}, "
             f"sigma {sigma1.shape} and {sigma2.shape}. Compute both with the same --features."
         )
     root2 = half_root(sigma2) if root2 is None else root2
@@ -48,14 +48,14 @@ def half_root(sigma: np.ndarray) -> np.ndarray:
     """Returns R [D, rank] with R R^T = sigma, from its eigenvalues above rounding error.
 
     Raises:
-      UserError: an eigenvalue is negative beyond rounding.
+        UserError: an eigenvalue is negative beyond rounding.
     """
     values, vectors = np.linalg.eigh((sigma + sigma.T) / 2)
     floor = len(sigma) * np.finfo(np.float64).eps * max(values[-1], 0.0)
     if values[0] < -1e3 * floor:
         raise UserError(
             f"A covariance has the eigenvalue {values[0]:.3g} (largest {values[-1]:.3g}); it must "
-            "be positive semi-definite. The statistics are broken."
+            "be positive semi-definite. These statistics are damaged; recreate them."
         )
     kept = values > floor
     return vectors[:, kept] * np.sqrt(values[kept])
@@ -80,21 +80,15 @@ def kernel_distance(
     the squared maximum mean discrepancy.
 
     Args:
-      features1: rows [n, D] of one set.
-      features2: rows [m, D] of the other.
-      subsets: number of pairs.
-      subset_size: rows in each subset; both sets need as many.
-      seed: of the subsets.
+        features1: [n, D] of one set, n >= subset_size.
+        features2: [m, D] of the other, m >= subset_size.
+        subsets: number of pairs.
+        subset_size: rows in each subset.
+        seed: of the subsets.
 
     Returns:
-      (mean, population standard deviation) of the estimates; the mean can be negative.
+        (mean, population standard deviation) of the estimates; the mean can be negative.
     """
-    fewest = min(len(features1), len(features2))
-    if fewest < subset_size:
-        raise UserError(
-            f"The kernel distance uses subsets of {subset_size} images, but one set has {fewest}. "
-            "Give more images."
-        )
     rng = np.random.default_rng(seed)
     values = []
     for _ in range(subsets):
@@ -124,18 +118,13 @@ def inception_score(logits: np.ndarray, *, splits: int = 10, seed: int = 0) -> t
     """Inception Score (Salimans et al. 2016): exp of the mean divergence KL(p(y|x) | p(y)).
 
     Args:
-      logits: [n, K], without the output layer's bias, as all published scores use them.
-      splits: parts of equal size whose scores are averaged.
-      seed: of the order in which images are dealt to the parts (files are often sorted by class).
+        logits: [n, K], n >= splits, without the output layer's bias, as in all published scores.
+        splits: parts of equal size whose scores are averaged.
+        seed: of the random assignment to the parts (files are often sorted by class).
 
     Returns:
-      (mean, population standard deviation) over the parts.
+        (mean, population standard deviation) over the parts.
     """
-    if len(logits) < splits:
-        raise UserError(
-            f"The Inception Score is averaged over {splits} parts, but there are only "
-            f"{len(logits)} images."
-        )
     order = np.random.default_rng(seed).permutation(len(logits))
     scores = []
     for part in np.array_split(np.asarray(logits)[order], splits):

@@ -1,10 +1,8 @@
-"""Metrics of nearest neighbours in feature space: precision, recall, density, coverage, copies."""
+"""Metrics from nearest neighbours in feature space: precision, recall, density, coverage, copies."""
 
 from collections.abc import Iterator
 
 import numpy as np
-
-from lora_diffusion_jax.errors import UserError
 
 BLOCK = 1000  # rows compared at a time; memory grows with BLOCK times the other set's size
 
@@ -20,17 +18,11 @@ def manifold_metrics(
     balls that hold a fake row.
 
     Args:
-      real: features [n, D].
-      fake: features [m, D].
-      near: k of precision and recall.
-      dense: k of density and coverage.
+        real: features [n, D], n > dense.
+        fake: features [m, D], m > near.
+        near: k of precision and recall.
+        dense: k of density and coverage.
     """
-    fewest = min(len(real), len(fake))
-    if fewest <= max(near, dense):
-        raise UserError(
-            f"Precision and coverage look at {max(near, dense)} neighbours of every image, but one "
-            f"set has only {fewest} images."
-        )
     radii_real = neighbour_distances(real, (near, dense))
     radii_fake = neighbour_distances(fake, (near,))[:, 0]
     inside = held = 0
@@ -54,23 +46,21 @@ def manifold_metrics(
 def memorisation(
     samples: np.ndarray, train: np.ndarray, *, ratio: float = 1 / 3
 ) -> dict[str, float]:
-    """How close the samples come to training images.
+    """How close samples come to training images.
 
     A sample counts as a copy if its nearest training image is closer than `ratio` times the
     second nearest (Yoon et al. 2023), in these features.
 
     Args:
-      samples: features [n, D].
-      train: features [m, D] of the training images, m >= 3.
-      ratio: threshold in (0, 1).
+        samples: features [n, D].
+        train: features [m, D] of the training images, m >= 3.
+        ratio: threshold in (0, 1).
 
     Returns:
-      {'memorised': share of copies, 'nearest_distance': median distance from a sample to its
-      nearest training image, 'nearest_distance_real': the same from training images to their
-      nearest others, as the scale to read it by}.
+        {'memorised': share of copies, 'nearest_distance': median distance from a sample to its
+        nearest training image, 'nearest_distance_real': the same from training images to their
+        nearest others, for scale}.
     """
-    if len(train) < 3:
-        raise UserError(f"Memorisation needs at least 3 training images; there are {len(train)}.")
     nearest = np.concatenate(
         [np.sqrt(np.partition(block, 1, axis=1)[:, :2]) for _, block in _distances(samples, train)]
     )

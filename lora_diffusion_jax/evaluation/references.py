@@ -1,115 +1,147 @@
-"""References made of images and a detector, and the detector that a reference carries."""
+"""Statistics of a set of images to compare others with, and the npz files that hold them."""
 
+import dataclasses
+import functools
+import hashlib
+import json
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 
 from lora_diffusion_jax.errors import UserError
-from lora_diffusion_jax.evaluation import classifier
 from lora_diffusion_jax.evaluation.collect import FeatureSet
-from lora_diffusion_jax.evaluation.dinov2 import load_dinov2
 from lora_diffusion_jax.evaluation.features import Detector
-from lora_diffusion_jax.evaluation.inception import load_inception, present_weights
-from lora_diffusion_jax.evaluation.inception_network import POOL_DIM
-from lora_diffusion_jax.evaluation.report import code_version, describe, say
-from lora_diffusion_jax.evaluation.statistics import Reference
+from lora_diffusion_jax.evaluation.metrics import half_root
+from lora_diffusion_jax.evaluation.npz import read_npz, write_npz
+from lora_diffusion_jax.evaluation.results import code_version
 
-FEATURES = ("auto", "edm", "pytorch-fid", "dinov2", "classifier", "rotation")
-INCEPTION_DETECTORS = {"inception_edm": "edm", "inception_pytorch_fid": "pytorch-fid"}
-SMALL_BYTES = 64 * 2**20  # features up to this size are kept unasked
+WEIGHTS = "weights/"  # prefix of a detector's arrays in a reference file
+_RECREATE = "Recreate it with: eval_fid.py ref"
 
 
-def keeps_features(detector: Detector, count: int, asked: bool) -> bool:
-    """Whether every image's features go into a reference: where asked, or small."""
-    return asked or 4 * count * detector.feature_dim <= SMALL_BYTES
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """Statistics of a set of images in one feature space.
+
+    Attributes:
+        mu: mean [D], float64.
+        sigma: covariance [D, D], float64.
+        meta: JSON values: images, features, detector_hash, ...; empty for files of other tools.
+        features: float32 [n, D] if rows were kept, as kernel distances and neighbours need them.
+        weights: arrays of a detector that was trained on the data set itself, by path.
+    """
+
+    mu: np.ndarray
+    sigma: np.ndarray
+    meta: dict[str, Any] = dataclasses.field(default_factory=dict)
+    features: np.ndarray | None = None
+    weights: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    @functools.cached_property
+    def root(self) -> np.ndarray:
+        """R [D, rank] with R R^T = sigma: every Frechet distance to this reference needs it."""
+        return half_root(self.sigma)
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """First 16 hex digits of the SHA-256 of mu and sigma."""
+        digest = hashlib.sha256(np.ascontiguousarray(self.mu, np.float64).tobytes())
+        digest.update(np.ascontiguousarray(self.sigma, np.float64).tobytes())
+        return digest.hexdigest()[:16]
 
 
 def make_reference(detector: Detector, found: FeatureSet, about: dict[str, Any]) -> Reference:
-    """Returns the statistics of a set of images, with their features where those were kept.
+    """Returns the statistics of a set of images, with their features if those were kept.
 
     Args:
-      detector: the feature space; if it was trained on the data set it goes into the reference.
-      found: what the detector saw in the images.
-      about: further JSON values for the reference's meta.
+        detector: the feature space; if it was trained on the data set, its weights are included.
+        found: the features of the images.
+        about: further JSON values for the reference's meta.
     """
-    meta = {"n": len(found), **describe(detector), **about, "code_version": code_version()}
+    meta = {"n": len(found), **detector.labels, **about, "code_version": code_version()}
     weights: dict[str, np.ndarray] = {}
     if detector.recipe is not None:
         meta |= {"recipe": detector.recipe, "detector_details": detector.details}
         flat = flatten_dict(detector.variables, sep="/")
         weights = {name: np.asarray(value) for name, value in flat.items()}
-    mu, sigma = found.moments.result()
-    return Reference(mu, sigma, meta, found.features, weights)
+    return Reference(*found.moments.result(), meta, found.features, weights)
 
 
-def detector_of(reference: Reference) -> Detector | None:
-    """The detector that a reference carries; None where its features are of a published network."""
-    recipe = reference.meta.get("recipe")
-    if recipe is None:
-        return None
-    variables = unflatten_dict(dict(reference.weights), sep="/")
-    return classifier.rebuild(recipe, variables, reference.meta.get("detector_details"))
+def save_reference(path: str | os.PathLike[str], reference: Reference) -> None:
+    """Writes EDM's npz format: `mu` [D] and `sigma` [D, D] in float64.
+
+    Keys of our own, which EDM's readers ignore, make the file all one needs: `meta` (a JSON text),
+    `features` if rows are kept, and `weights/...` of a detector trained on the data set itself.
+    """
+    arrays = {
+        "mu": np.asarray(reference.mu, np.float64),
+        "sigma": np.asarray(reference.sigma, np.float64),
+        "meta": np.array(json.dumps(reference.meta, sort_keys=True)),
+    }
+    if reference.features is not None:
+        arrays["features"] = np.asarray(reference.features, np.float32)
+    write_npz(path, arrays | {WEIGHTS + name: value for name, value in reference.weights.items()})
 
 
-def choose_detector(
-    wanted: str,
-    reference: Reference | None = None,
-    *,
-    inception: str | os.PathLike | None = None,
-    dinov2: str | os.PathLike | None = None,
-) -> Detector | None:
-    """The detector that is asked for, or that a reference was made with.
-
-    Args:
-      wanted: one of FEATURES; 'auto' takes the reference's.
-      reference: what will be compared with; None: a reference is being made.
-      inception: Inception weights file; None: where `load_inception` looks for it.
-      dinov2: DINOv2 weights file; None: where `load_dinov2` looks for it.
-
-    Returns:
-      The detector; None (only without a reference): one is to be trained on the images themselves.
+def load_reference(path: str | os.PathLike[str]) -> Reference:
+    """Reads statistics in EDM's npz format (ours carry `meta` too).
 
     Raises:
-      UserError: weights that cannot be had or read, or features that are not the reference's.
+        UserError: no file, a damaged one, or no mean and covariance in it.
     """
-    if wanted in INCEPTION_DETECTORS.values():
-        return load_inception(inception, wanted)
-    if wanted == "dinov2":
-        return load_dinov2(dinov2)
-    if reference is not None:
-        return _detector_for(wanted, reference, inception, dinov2)
-    if wanted == "auto" and present_weights(inception) is not None:
-        return load_inception(inception, "edm")
-    return None
-
-
-def _detector_for(
-    wanted: str,
-    reference: Reference,
-    inception: str | os.PathLike | None,
-    dinov2: str | os.PathLike | None,
-) -> Detector:
-    own = detector_of(reference)
-    made_with = reference.meta.get("features", "inception_edm")  # EDM's own files say nothing
-    if "features" not in reference.meta and len(reference.mu) != POOL_DIM:
+    path = Path(path)
+    if not path.is_file():
         raise UserError(
-            f"The reference has {len(reference.mu)} features and does not say which; Inception's "
-            f"are {POOL_DIM}. Make a reference with: eval_fid.py ref"
+            f"There is no reference file {path}. Make one with: eval_fid.py ref --data=... "
+            "--dest=FILE.npz"
         )
-    if own is not None and wanted in ("auto", own.name):
-        return own
-    if wanted == "auto" and "features" not in reference.meta:
-        say(
-            "the reference does not name its features, and is taken to be of EDM's; pytorch-fid's own "
-            "are told by --features=pytorch-fid"
+    ours = ("mu", "sigma", "meta", "features")
+    expected = "EDM's reference format, the arrays mu and sigma"
+    _, arrays = read_npz(path, lambda k: k in ours or k.startswith(WEIGHTS), expected)
+    if not {"mu", "sigma"} <= set(arrays):
+        raise UserError(
+            f"{path} holds no reference statistics: expected the arrays mu [D] and sigma [D, D]. "
+            "If these are images, pass them with --images instead."
         )
-    if wanted == "auto" and made_with in INCEPTION_DETECTORS:
-        return load_inception(inception, INCEPTION_DETECTORS[made_with])
-    if wanted == "auto" and str(made_with).startswith("dinov2"):
-        return load_dinov2(dinov2)
-    raise UserError(
-        f"The reference was made with {made_with} features, which --features={wanted} cannot "
-        "give. Leave --features out, or make a reference with it."
-    )
+    mu, sigma, rows = arrays["mu"], arrays["sigma"], arrays.get("features")
+    problem = _problem(mu, sigma)
+    if not problem and rows is not None and (rows.ndim != 2 or rows.shape[1] != len(mu)):
+        problem = f"features has shape {rows.shape}; expected [N, {len(mu)}]"
+    if problem:
+        raise UserError(f"{path} holds damaged statistics: {problem}. {_RECREATE}")
+    weights = {k.removeprefix(WEIGHTS): v for k, v in arrays.items() if k.startswith(WEIGHTS)}
+    mu, sigma = mu.astype(np.float64), sigma.astype(np.float64)
+    return Reference(mu, sigma, _meta(path, arrays), rows, weights)
+
+
+def _problem(mu: np.ndarray, sigma: np.ndarray) -> str:
+    """Says why mu [D] and sigma [D, D] are not the mean and covariance of anything; '' if they are."""
+    if mu.ndim != 1 or not len(mu) or sigma.shape != (len(mu), len(mu)):
+        return f"mu has shape {mu.shape} and sigma {sigma.shape}; expected [D] and [D, D]"
+    if mu.dtype.kind not in "fiu" or sigma.dtype.kind not in "fiu":
+        return f"mu is {mu.dtype} and sigma {sigma.dtype}; expected real numbers (float64)"
+    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        return "mu or sigma holds NaN or infinity"
+    asymmetry = np.abs(sigma - sigma.T).max(initial=0.0)
+    if asymmetry > 1e-4 * np.abs(sigma).max(initial=0.0):
+        return f"sigma differs from its transpose by up to {asymmetry:.3g}; it must be symmetric"
+    # Positive semi-definite up to rounding, tested cheaply: the largest row sum bounds the norm.
+    ridge = 1e3 * len(mu) * np.finfo(np.float64).eps * np.abs(sigma).sum(axis=0).max()
+    try:
+        np.linalg.cholesky(sigma + max(ridge, np.finfo(np.float64).tiny) * np.eye(len(mu)))
+    except np.linalg.LinAlgError:
+        return "sigma has negative eigenvalues; a covariance is positive semi-definite"
+    return ""
+
+
+def _meta(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    try:
+        meta = json.loads(str(arrays["meta"])) if "meta" in arrays else {}
+    except json.JSONDecodeError:
+        meta = None
+    if not isinstance(meta, dict):
+        raise UserError(f"{path}: its entry `meta` is damaged, not a JSON object. {_RECREATE}")
+    return meta

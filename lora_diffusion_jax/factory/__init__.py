@@ -1,48 +1,35 @@
 """The only reader of ConfigDict: configs become networks, losses, samplers, data and runs."""
 
-from lora_diffusion_jax.factory.checks import DTYPES, PRECONDS, VARIANTS, check, choose
+from lora_diffusion_jax.factory.checks import DTYPES, check, choose
+from lora_diffusion_jax.factory.data import build_batches, complete, open_heldout, open_source
 from lora_diffusion_jax.factory.networks import (
-    CONDITION,
-    SITES,
-    Architecture,
-    architecture_from_config,
     build_denoiser,
     bypass_lora,
-    config_from_architecture,
-    denoiser_from_architecture,
     fold_lora,
     forward_flops,
     image_shape,
     init_variables,
-    num_labels,
+    num_classes,
+    variable_shapes,
 )
 from lora_diffusion_jax.factory.objectives import Objective, build_objective, build_sampler
-from lora_diffusion_jax.factory.runs import (
-    build_batches,
+from lora_diffusion_jax.factory.pretrained import (
+    config_from_dict,
+    load_workdir,
+    with_config,
+)
+from lora_diffusion_jax.factory.training import (
+    build_cadence,
     build_generator,
     build_mesh,
     build_optimizer,
-    build_schedule,
     build_step,
-    complete,
-    config_from_dict,
-    config_of,
-    load_workdir,
-    open_heldout,
-    open_source,
     trainable,
-    with_config,
 )
 
 __all__ = [
-    "Architecture",
-    "CONDITION",
     "DTYPES",
     "Objective",
-    "PRECONDS",
-    "SITES",
-    "VARIANTS",
-    "architecture_from_config",
     "build_batches",
     "build_denoiser",
     "build_generator",
@@ -50,24 +37,22 @@ __all__ = [
     "build_objective",
     "build_optimizer",
     "build_sampler",
-    "build_schedule",
+    "build_cadence",
     "build_step",
     "bypass_lora",
     "check",
     "choose",
     "complete",
-    "config_from_architecture",
-    "config_of",
     "config_from_dict",
-    "denoiser_from_architecture",
     "fold_lora",
     "forward_flops",
     "image_shape",
     "init_variables",
     "load_workdir",
-    "num_labels",
+    "num_classes",
     "open_heldout",
     "open_source",
     "trainable",
+    "variable_shapes",
     "with_config",
 ]

@@ -1,70 +1,98 @@
-"""The choices a config has, and what no part of the system can work with."""
+"""Validates config values, before anything is built or compiled."""
 
+import math
 from typing import Any
 
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from lora_diffusion_jax import lora
 from lora_diffusion_jax.data import augment as augmentation
-from lora_diffusion_jax.diffusion import precond, samplers
-from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.diffusion import samplers
+from lora_diffusion_jax.diffusion.precond import PRECONDS
+from lora_diffusion_jax.errors import UserError, printable
+from lora_diffusion_jax.models import NETWORKS
 from lora_diffusion_jax.models.blocks import REMAT
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
-PRECONDS = {"edm": precond.EDM, "vp": precond.VP, "ve": precond.VE, "iddpm": precond.IDDPM}
-
-_POSITIONAL = {
-    "embedding_type": "positional",
-    "encoder_type": "standard",
-    "decoder_type": "standard",
-    "channel_mult_noise": 1,
-    "resample_filter": [1, 1],
+_CHOICES = {
+    "model.name": NETWORKS,
+    "model.embedding": ("positional", "fourier"),
+    "model.encoder": ("standard", "residual"),
+    "precond.name": PRECONDS,
+    "lora.mode": ("baseline", "with_lora", "only_lora"),
+    "lora.adapter": lora.ADAPTERS,
+    "sampler.name": samplers.SAMPLERS,
+    "dtype": DTYPES,
+    "train.remat": REMAT,
 }
-
-VARIANTS = {
-    "ddpmpp": _POSITIONAL,
-    "ncsnpp": {
-        "embedding_type": "fourier",
-        "encoder_type": "residual",
-        "decoder_type": "standard",
-        "channel_mult_noise": 2,
-        "resample_filter": [1, 3, 3, 1],
-    },
-    "adm": _POSITIONAL,
+_RANGES = {  # fields -> their range; upper bounds keep a damaged file from asking for an endless network
+    ("data.image_size", "data.image_width", "data.channels"): (0, 8192),
+    ("data.num_classes",): (0, 10_000_000),  # 0, here and above: as the data set has it
+    ("model.channels",): (1, 65_536),
+    ("model.channel_mult_emb", "model.channel_mult_noise", "model.num_blocks"): (1, 256),
+    ("model.augment_dim",): (0, 65_536),
+    ("model.dropout", "model.label_dropout", "augment.p"): (0, 1),
+    ("precond.num_steps", "lora.num_timesteps"): (1, 1_000_000),
+    ("lora.rank", "lora.bases"): (1, 4096),
+    ("train.batch_size", "train.total_images", "sampler.batch_size"): (1, math.inf),
+    ("train.microbatch", "eval.num_samples", "eval.final_num_samples"): (0, math.inf),
+    ("eval.num_steps",): (0, math.inf),
+    ("train.seed",): (0, 2**32 - 1),  # JAX would drop the bits above
+}
+_TUPLES = {  # field -> range of its length, range of its integers
+    "model.channel_mult": ((1, 12), (1, 1024)),
+    "model.attn_resolutions": ((0, 64), (1, 8192)),
+    "model.resample_filter": ((1, 64), (1, 65_536)),
+    "lora.widths": ((1, 16), (1, 65_536)),
 }
 
 
 def choose(field: str, value: Any, known: Any) -> Any:
-    """Returns known[value], or raises UserError naming the field and what it may be."""
+    """Returns known[value], or value itself where `known` is a sequence.
+
+    Raises:
+        UserError: names the field and the values it may have.
+    """
     if value not in known:
         raise UserError(f"{field} is {value!r}; it must be one of {', '.join(map(str, known))}.")
     return known[value] if isinstance(known, dict) else value
 
 
 def check(config: ConfigDict) -> None:
-    """Raises UserError for values that no part of the system can work with.
+    """Raises UserError for invalid values.
 
-    What a single part knows better (sampler grids, adapter sizes, batch against mesh) it checks itself.
+    Parts of the system check what they alone know: sampler grids, the batch against the mesh.
     """
-    choose("model.name", config.model.name, VARIANTS)
-    choose("precond.name", config.precond.name, PRECONDS)
-    choose("lora.mode", config.lora.mode, ("baseline", "with_lora", "only_lora"))
-    choose("sampler.name", config.sampler.name, ("edm", "ablation"))
+    for field, known in _CHOICES.items():
+        if (value := _get(config, field)) is not None:
+            choose(field, value, known)
+    for fields, (low, high) in _RANGES.items():
+        for field in fields:
+            if (value := _get(config, field)) is not None and not low <= value <= high:
+                limit = f"at least {low}" if high == math.inf else f"{low} to {high}"
+                raise UserError(f"{field} is {value}; it must be {limit}.")
+    for field, ((fewest, most), (low, high)) in _TUPLES.items():
+        if (value := _get(config, field)) is not None and not (
+            fewest <= len(value) <= most and all(type(v) is int and low <= v <= high for v in value)
+        ):
+            raise UserError(
+                f"{field} is {printable(list(value))}; expected {fewest} to {most} integers from {low} "
+                f"to {high}."
+            )
     if config.sampler.name == "ablation":
         for field, known in samplers.CHOICES.items():
             choose(f"sampler.{field}", config.sampler[field], known)
-    choose("dtype", config.dtype, DTYPES)
-    choose("train.remat", config.train.remat, REMAT)
-    _check_numbers(config)
+    for field in ("sigma_data", "p_std"):
+        if not config.precond[field] > 0:
+            raise UserError(f"precond.{field} is {config.precond[field]}; it must be above 0.")
     labels = augmentation.EDM_TRAINING.label_dim
     if config.augment.p and config.model.augment_dim not in (0, labels):
         raise UserError(
             f"model.augment_dim is {config.model.augment_dim}; the augmentation has {labels} labels "
             "(0 does not feed them to the network)."
         )
-    if config.lora.mode != "baseline" and not config.lora.widths:
-        raise UserError("lora.widths is empty; the composition MLP needs a hidden layer at least.")
     if config.train.freeze_base and config.lora.mode == "baseline":
         raise UserError(
             "train.freeze_base=True leaves nothing to train with lora.mode=baseline; choose with_lora."
@@ -76,31 +104,7 @@ def check(config: ConfigDict) -> None:
         )
 
 
-def _check_numbers(config: ConfigDict) -> None:
-    """Raises UserError for a number outside of its range, which would fail late or not at all."""
-    counts = [f"train.{f}" for f in ("batch_size", "total_images")]
-    counts += [f"model.{f}" for f in ("channels", "num_blocks", "channel_mult_emb")]
-    ranges = dict.fromkeys([*counts, "sampler.batch_size"], (1, float("inf")))
-    unlimited = ("train.microbatch", "eval.num_samples", "eval.final_num_samples", "eval.num_steps")
-    ranges |= dict.fromkeys(unlimited, (0, float("inf")))
-    ranges["train.seed"] = (0, 2**32 - 1)  # JAX would drop what lies above
-    for name, (low, high) in ranges.items():
-        group, field = name.split(".")
-        value = config[group][field]
-        if not low <= value <= high:
-            limit = f"at least {low}" if high == float("inf") else f"{low} to {high}"
-            raise UserError(f"{name} is {value}; it must be {limit}.")
-    if not config.model.channel_mult or min(config.model.channel_mult) < 1:
-        raise UserError(
-            f"model.channel_mult is {tuple(config.model.channel_mult)}; give one factor of at least 1 "
-            "per level."
-        )
-    for name, value in (
-        ("augment.p", config.augment.p),
-        ("model.dropout", config.model.dropout),
-        ("model.label_dropout", config.model.label_dropout),
-    ):
-        if not 0 <= value <= 1:
-            raise UserError(f"{name} is {value}; it is a probability, 0 to 1.")
-    if not config.precond.sigma_data > 0:
-        raise UserError(f"precond.sigma_data is {config.precond.sigma_data}; it must be above 0.")
+def _get(config: ConfigDict, field: str) -> Any:
+    """The value of a field: `model.channels`, or `dtype`."""
+    group, _, name = field.rpartition(".")
+    return config[group][name] if group else config[name]

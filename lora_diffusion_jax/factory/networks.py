@@ -1,38 +1,45 @@
-"""Networks from configs and from the plain architectures that checkpoints carry, and back."""
+"""Config -> network: U-Net, LoRA and preconditioning; and what one does with a whole network."""
 
 import dataclasses
+import inspect
+from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict
 
 from lora_diffusion_jax import lora
 from lora_diffusion_jax.array_types import Key, Labels, Variables
 from lora_diffusion_jax.default_config import base as default_config
-from lora_diffusion_jax.diffusion import precond
+from lora_diffusion_jax.diffusion.precond import PRECONDS, Denoiser, Precond
 from lora_diffusion_jax.errors import UserError
-from lora_diffusion_jax.factory.checks import DTYPES, PRECONDS, VARIANTS, check, choose
-from lora_diffusion_jax.models.adm_unet import ADMUNet
-from lora_diffusion_jax.models.blocks import REMAT
-from lora_diffusion_jax.models.song_unet import SongUNet
-
-CONDITION = "map"  # path of the U-Nets' mapping network: its output conditions UC-LoRA
-
-SITES = r".*/(qkv|proj)"
-
-Architecture = dict[str, Any]  # plain JSON types; the fields of `interop.architecture`
+from lora_diffusion_jax.factory.checks import DTYPES, check
+from lora_diffusion_jax.models import NETWORKS
 
 
 def image_shape(config: ConfigDict) -> tuple[int, int, int]:
-    """(height, width, channels) of the images."""
+    """(height, width, channels) of the images.
+
+    Raises:
+        UserError: they are unknown.
+    """
     data = config.data
+    if not (data.image_size and data.channels):
+        raise UserError(
+            "The image size is unknown: set data.image_size and data.channels, or name a data set "
+            "(data.name or data.path) that can be opened."
+        )
     return data.image_size, data.image_width or data.image_size, data.channels
 
 
-def num_labels(config: ConfigDict) -> int:
-    """Width of the class labels the network takes; 0 for an unconditional one."""
+def num_classes(config: ConfigDict) -> int:
+    """Width of the network's class labels; 0 for an unconditional one.
+
+    Raises:
+        UserError: the network is conditional, and the number of classes is unknown.
+    """
     if not config.class_conditional:
         return 0
     if not config.data.num_classes:
@@ -43,159 +50,104 @@ def num_labels(config: ConfigDict) -> int:
     return config.data.num_classes
 
 
-def architecture_from_config(config: ConfigDict) -> Architecture:
-    """The plain description of a config's network, with the fields that `interop.architecture` lists.
+def build_denoiser(config: ConfigDict) -> Denoiser:
+    """The network of a config: U-Net, LoRA as `lora.mode` says, and preconditioning.
 
     Raises:
-        UserError: the image size is not known.
+        UserError: a value is invalid, or a setting that this network does not have.
     """
-    model, data = config.model, config.data
-    if not (data.image_size and data.channels):
-        raise UserError(
-            "The image size is not known: set data.image_size and data.channels, or name a data set "
-            "(data.name or data.path) that can be opened."
-        )
-    mode = config.lora.mode
-    fields = ("rank", "bases", "widths")
-    return {
-        "precond": config.precond.name,
-        "precond_args": (
-            {"sigma_data": config.precond.sigma_data} if config.precond.name == "edm" else {}
-        ),
-        "model": model.name,
-        "img_resolution": data.image_size,
-        "img_channels": data.channels,
-        "label_dim": num_labels(config),
-        "augment_dim": model.augment_dim,
-        "model_channels": model.channels,
-        "channel_mult": list(model.channel_mult),
-        "channel_mult_emb": model.channel_mult_emb,
-        "num_blocks": model.num_blocks,
-        "attn_resolutions": list(model.attn_resolutions),
-        "dropout": model.dropout,
-        "label_dropout": model.label_dropout,
-        **VARIANTS[model.name],
-        "use_fp16": False,
-        "use_affine": mode != "only_lora",
-        "lora": None if mode == "baseline" else {f: _plain(config.lora[f]) for f in fields},
-    }
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
-def config_from_architecture(architecture: Architecture) -> ConfigDict:
-    """The inverse of `architecture_from_config`, all else being the base config's.
-
-    Raises:
-        UserError: the network has a property that no config can say.
-    """
-    config, a = default_config(), architecture
-    unusual = {k: a[k] for k, v in VARIANTS[a["model"]].items() if a[k] != v}
-    constants = {k: v for k, v in a["precond_args"].items() if k != "sigma_data"}
-    usual = vars(PRECONDS[a["precond"]]())
-    unusual |= {k: v for k, v in constants.items() if usual[k] != v}
-    if unusual:
-        raise UserError(
-            f"The checkpoint is a {a['model']} network with {a['precond']} preconditioning, but has "
-            f"{', '.join(f'{k}={v}' for k, v in unusual.items())}, which no config expresses. Build it "
-            "from Python with factory.denoiser_from_architecture instead."
-        )
-    config.class_conditional = a["label_dim"] > 0
-    config.precond.name = a["precond"]
-    config.precond.sigma_data = float(a["precond_args"].get("sigma_data", 0.5))
-    config.data.image_size = a["img_resolution"]
-    config.data.channels = a["img_channels"]
-    config.data.num_classes = a["label_dim"]
-    config.model.name = a["model"]
-    config.model.channels = a["model_channels"]
-    for field in ("channel_mult", "attn_resolutions"):
-        config.model[field] = tuple(a[field])
-    for field in ("channel_mult_emb", "num_blocks", "augment_dim"):
-        config.model[field] = a[field]
-    for field in ("dropout", "label_dropout"):
-        config.model[field] = float(a[field])
-    config.augment.p = 0.12 if a["augment_dim"] == 9 else 0.0
-    _set_lora(config, a)
-    return config
-
-
-def _set_lora(config: ConfigDict, architecture: Architecture) -> None:
-    adapters = architecture["lora"]
-    if adapters is None:
-        config.lora.mode = "baseline"
-        if not architecture["use_affine"]:
-            raise UserError("The checkpoint has neither scale-and-shift nor LoRA; no mode is that.")
-        return
-    config.lora.mode = "with_lora" if architecture["use_affine"] else "only_lora"
-    config.lora.rank, config.lora.bases = adapters["rank"], adapters["bases"]
-    config.lora.widths = tuple(adapters["widths"])
-
-
-def denoiser_from_architecture(
-    architecture: Architecture,
-    variables: Variables | None = None,
-    *,
-    dtype: str = "float32",
-    remat: str = "none",
-    sites: str = SITES,
-) -> precond.Denoiser:
-    """Builds the network that an architecture describes: U-Net, LoRA, preconditioning.
-
-    Args:
-        architecture: see `architecture_from_config`.
-        variables: of a checkpoint, which for iDDPM holds the table of noise levels.
-        dtype: of the computation: float32, bfloat16 or float16; parameters are float32.
-        remat: what the backward pass computes again, see `models.blocks.REMAT`.
-        sites: pattern of the layers that receive LoRA.
-    """
-    a = architecture
-    preconditioning = PRECONDS[a["precond"]](**a["precond_args"])
-    table = (variables or {}).get("buffers", {}).get("u")
-    if a["precond"] == "iddpm" and table is not None:
-        table = tuple(np.asarray(table, np.float64).tolist())
-        preconditioning = dataclasses.replace(preconditioning, table=table)
-    common = {
-        "resolution": a["img_resolution"],
-        "img_channels": a["img_channels"],
-        "out_channels": a["img_channels"] * preconditioning.out_factor,
-        "channel_mult": tuple(a["channel_mult"]),
-        "attn_resolutions": tuple(a["attn_resolutions"]),
-        "dtype": choose("dtype", dtype, DTYPES),
-        "remat": choose("train.remat", remat, REMAT),
-    }
-    same = ("label_dim", "augment_dim", "model_channels", "channel_mult_emb", "num_blocks")
-    common |= {k: a[k] for k in (*same, "dropout", "label_dropout", "use_affine")}
-    if a["model"] == "adm":
-        unet = ADMUNet(**common)
-    else:
-        unet = SongUNet(
-            **common,
-            embedding=a["embedding_type"],
-            encoder=a["encoder_type"],
-            channel_mult_noise=a["channel_mult_noise"],
-            resample_filter=tuple(a["resample_filter"]),
-        )
-    if a["lora"] is not None:
-        settings = {k: tuple(v) if isinstance(v, list) else v for k, v in a["lora"].items()}
-        unet = lora.attach(unet, sites=sites, adapter=lora.UCLoRA(**settings), condition=CONDITION)
-    return precond.Denoiser(unet, preconditioning, a["label_dim"])
-
-
-def build_denoiser(config: ConfigDict, variables: Variables | None = None) -> precond.Denoiser:
-    """The network of a config: U-Net, LoRA as `lora.mode` says, and preconditioning."""
     check(config)
-    return denoiser_from_architecture(
-        architecture_from_config(config),
-        variables,
-        dtype=config.dtype,
+    height, _, channels = image_shape(config)
+    precond = _build(PRECONDS[config.precond.name], config, "precond")
+    unet = _build(
+        NETWORKS[config.model.name],
+        config,
+        "model",
+        image_size=height,
+        in_channels=channels,
+        out_channels=channels * precond.out_factor,
+        num_classes=num_classes(config),
+        use_affine=config.lora.mode != "only_lora",
         remat=config.train.remat,
-        sites=config.lora.sites,
+        dtype=DTYPES[config.dtype],
     )
+    if config.lora.mode != "baseline":
+        unet = _attach(config, unet, precond)
+    return Denoiser(unet, precond, num_classes(config))
 
 
-def bypass_lora(denoiser: precond.Denoiser) -> precond.Denoiser:
+def _build(kind: Callable[..., Any], config: ConfigDict, group: str, **given: Any) -> Any:
+    """Calls `kind` with those settings that it takes: a config group, and what is given.
+
+    A field that is None is left to `kind`'s own default.
+
+    Raises:
+        UserError: a field is set although `kind` has no such setting.
+    """
+    settings = {k: v for k, v in {**config[group], **given}.items() if v is not None}
+    taken = set(inspect.signature(kind).parameters) - {"name"}
+    for field, usual in default_config()[group].items():
+        if usual is None and field in settings and field not in taken:
+            raise UserError(
+                f"{group}.{field} is {settings[field]}, but {group}.name={settings['name']} has no such "
+                "setting. Remove it."
+            )
+    return kind(**{k: v for k, v in settings.items() if k in taken})
+
+
+def _attach(config: ConfigDict, unet: nn.Module, precond: Precond) -> lora.Adapted:
+    """The U-Net with the adapters of `config.lora`.
+
+    UC-LoRA sees the output of the mapping network `map`, the others the U-Net's arguments.
+    """
+    kind, classes = config.lora.adapter, num_classes(config)
+    condition: str | Condition = "map"
+    if kind in ("class", "time_class") and not classes:
+        raise UserError(
+            f"lora.adapter={kind} needs classes, but the network is unconditional. Set "
+            "class_conditional=True, or choose lora.adapter=uc or time."
+        )
+    if kind != "uc":
+        condition = Condition(kind, precond, config.lora.num_timesteps, classes)
+    adapter = _build(lora.ADAPTERS[kind], config, "lora", num_classes=classes)
+    return lora.attach(unet, sites=config.lora.sites, adapter=adapter, condition=condition)
+
+
+@dataclasses.dataclass(frozen=True)
+class Condition:
+    """What TimeLoRA and ClassLoRA see, from the arguments of the U-Net's call.
+
+    A class and no closure, so that equal configs give equal modules.
+
+    Attributes:
+        adapter: time, class or time_class.
+        precond: turns the noise label into a time in [0, 1].
+        num_timesteps: T, the largest time.
+        num_classes: of the network.
+    """
+
+    adapter: str
+    precond: Precond
+    num_timesteps: int
+    num_classes: int
+
+    def __call__(
+        self,
+        x: jax.Array,
+        noise_labels: jax.Array,
+        class_labels: Labels | None = None,
+        augment_labels: jax.Array | None = None,
+        train: bool = False,
+    ) -> Any:
+        """The time [B or 1] in [0, T], the class labels [B or 1, num_classes], or both by name."""
+        time = self.num_timesteps * self.precond.time(noise_labels)
+        if class_labels is None:  # no class: none of the classes' pairs
+            class_labels = jnp.zeros((1, self.num_classes))
+        both = {"time": time, "class": class_labels}
+        return both if self.adapter == "time_class" else both[self.adapter]
+
+
+def bypass_lora(denoiser: Denoiser) -> Denoiser:
     """The same network with its adapters off: the base alone, with the same variables."""
     if not isinstance(denoiser.model, lora.Adapted):
         return denoiser
@@ -203,11 +155,11 @@ def bypass_lora(denoiser: precond.Denoiser) -> precond.Denoiser:
 
 
 def fold_lora(
-    denoiser: precond.Denoiser,
+    denoiser: Denoiser,
     variables: Variables,
     sigma: float,
     class_labels: Labels | None = None,
-) -> tuple[precond.Denoiser, Variables]:
+) -> tuple[Denoiser, Variables]:
     """A network without adapters that equals this one at one noise level and class label.
 
     W + sum_i omega_i(condition) B_i A_i replaces each adapted W (`lora.fold`).
@@ -223,33 +175,31 @@ def fold_lora(
     """
     if not isinstance(denoiser.model, lora.Adapted):
         raise UserError("This network has no adapters to fold.")
-    size = denoiser.model.module.resolution, denoiser.model.module.img_channels
-    x = jnp.zeros((1, size[0], size[0], size[1]))
+    unet = denoiser.model.module
+    x = jnp.zeros((1, unet.image_size, unet.image_size, unet.in_channels))
     omegas = lora.composition_weights(denoiser, variables, x, sigma, class_labels)
-    base = denoiser.clone(model=denoiser.model.module)
+    base = denoiser.clone(model=unet)
     return base, {**variables, "params": lora.fold(variables["params"], omegas)}
 
 
-def init_variables(config: ConfigDict, denoiser: precond.Denoiser, key: Key) -> Variables:
+def init_variables(config: ConfigDict, denoiser: Denoiser, key: Key) -> Variables:
     """Fresh variables {'params', optional 'buffers'} of a denoiser."""
-    labels = jnp.zeros((1, num_labels(config))) if num_labels(config) else None
+    labels = jnp.zeros((1, num_classes(config))) if num_classes(config) else None
     x = jnp.zeros((1, *image_shape(config)))
     variables = denoiser.init({"params": key}, x, jnp.ones(1), labels)
-    variables = {k: v for k, v in variables.items() if k in ("params", "buffers")}
-    table = getattr(denoiser.precond, "table", None)
-    if table is not None:  # a checkpoint's own noise levels stay with its weights
-        variables["buffers"] = {
-            **variables.get("buffers", {}),
-            "u": jnp.asarray(table, jnp.float32),
-        }
-    return variables
+    return {k: v for k, v in variables.items() if k in ("params", "buffers")}
 
 
-def forward_flops(config: ConfigDict, denoiser: precond.Denoiser) -> float:
-    """Floating-point operations of one evaluation per image, as XLA counts them (nothing is compiled)."""
-    shapes = jax.eval_shape(lambda: init_variables(config, denoiser, jax.random.key(0)))
+def variable_shapes(config: ConfigDict, denoiser: Denoiser) -> Variables:
+    """The shapes of a denoiser's variables; nothing is computed."""
+    return jax.eval_shape(lambda: init_variables(config, denoiser, jax.random.key(0)))
+
+
+def forward_flops(config: ConfigDict, denoiser: Denoiser) -> float:
+    """Floating-point operations of one evaluation per image, as XLA counts them; nothing is compiled."""
+    shapes = variable_shapes(config, denoiser)
     size = (1, *image_shape(config))
-    labels = jnp.zeros((1, num_labels(config))) if num_labels(config) else None
+    labels = jnp.zeros((1, num_classes(config))) if num_classes(config) else None
     call = jax.jit(lambda variables, x: denoiser.apply(variables, x, jnp.ones(()), labels))
     lowered = call.lower(shapes, jax.ShapeDtypeStruct(size, jnp.float32))
     return float((lowered.cost_analysis() or {}).get("flops", 0.0))

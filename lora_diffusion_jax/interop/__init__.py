@@ -1,68 +1,35 @@
-"""Checkpoints in and out: official snapshots and PyTorch files in, safetensors in and out."""
+"""Checkpoints in and out: official snapshots in, safetensors in and out."""
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
+from lora_diffusion_jax.array_types import Variables
 from lora_diffusion_jax.errors import UserError
-from lora_diffusion_jax.interop.architecture import Architecture, check_architecture
-from lora_diffusion_jax.interop.convert import base_hash, to_state_dict, to_variables
-from lora_diffusion_jax.interop.export import (
-    attach_adapters,
-    export_adapters,
-    export_network,
-    is_safetensors,
-    read_export,
-)
-from lora_diffusion_jax.interop.infer import infer_architecture
-from lora_diffusion_jax.interop.names import count_parameters
-from lora_diffusion_jax.readers.pickles import read_snapshot, read_torch_state_dict
+from lora_diffusion_jax.factory.networks import build_denoiser
+from lora_diffusion_jax.factory.pretrained import Pretrained, load_workdir
+from lora_diffusion_jax.interop.export import export_network, read_export
+from lora_diffusion_jax.interop.infer import infer_config
+from lora_diffusion_jax.interop.names import base_hash, to_state_dict, to_variables
+from lora_diffusion_jax.readers.pickles import read_snapshot
+from lora_diffusion_jax.readers.safetensors import is_safetensors
 
 __all__ = [
-    "Pretrained",
-    "attach_adapters",
     "base_hash",
-    "check_architecture",
-    "count_parameters",
-    "export_adapters",
     "export_network",
-    "infer_architecture",
+    "infer_config",
     "load_pretrained",
     "read_export",
-    "read_snapshot",
-    "read_torch_state_dict",
     "to_state_dict",
     "to_variables",
 ]
 
 
-@dataclasses.dataclass(frozen=True, repr=False)
-class Pretrained:
-    """A network with its weights.
-
-    Attributes:
-        denoiser: nn.Module; `denoiser.apply(variables, x, sigma, class_labels, augment_labels)` is
-            D(x; sigma, c).
-        variables: {'params', optional 'buffers'}, float32.
-        config: the ConfigDict that describes it; None for a network that no config expresses (an
-            unusual filter, say).
-        step: of the checkpoint, when it comes from a workdir.
-        architecture: its plain description, when it comes from a file.
-    """
-
-    denoiser: Any
-    variables: dict[str, Any]
-    config: Any
-    step: int | None = None
-    architecture: Architecture | None = None
-
-
 def load_pretrained(path: str | Path, base: str | Path | None = None) -> Pretrained:
-    """Loads a network from whatever holds one, recognised by its content.
+    """Loads a network from a file or a directory, recognised by its content.
 
     Args:
         path: an official EDM or LoRA snapshot (.pkl), a .safetensors file that --mode=export wrote,
@@ -70,69 +37,59 @@ def load_pretrained(path: str | Path, base: str | Path | None = None) -> Pretrai
         base: for a file of adapters alone, the network they belong to, in any of these forms.
 
     Raises:
-        UserError: one line that names the file and what was found. Nothing in a file is executed.
+        UserError: one sentence that names the file and what was found. Nothing in a file is executed.
     """
-    from lora_diffusion_jax import factory
-
     if Path(path).is_dir():
-        return factory.load_workdir(path)
-    variables, architecture = _load_file(path, base)
-    try:
-        config = factory.config_from_architecture(architecture)
-    except UserError:  # raised again by who needs a config: factory.config_of
-        config = None
-    return Pretrained(
-        denoiser=factory.denoiser_from_architecture(architecture, variables),
-        variables=variables,
-        config=config,
-        architecture=architecture,
-    )
+        return load_workdir(path)
+    variables, config = _read(path, base)
+    with _naming(path):
+        return Pretrained(build_denoiser(config), variables, config)
 
 
-def _load_file(path: str | Path, base: str | Path | None) -> tuple[dict[str, Any], Architecture]:
-    """Variables and architecture of a network in a file."""
-    if Path(path).is_file() and is_safetensors(path):
-        export = read_export(path)
-        if export.content == "adapters":
-            if base is None:
-                raise UserError(
-                    f"{path} holds adapters alone, for the base {export.base_hash[:12]}; "
-                    "give that network too (load_pretrained(path, base=...))."
-                )
-            return attach_adapters(export, *_load_base(base), path)
-        state_dict, architecture = export.state_dict, export.architecture
-    else:
+def _read(path: str | Path, base: str | Path | None) -> tuple[Variables, ConfigDict]:
+    """Variables and config of the network in a file."""
+    if not (Path(path).is_file() and is_safetensors(path)):
         ema = read_snapshot(path).ema
-        state_dict = ema.state_dict()
         with _naming(path):
-            architecture = infer_architecture(ema)
-    if base is not None:
+            config, state_dict, adapters = infer_config(ema), ema.state_dict(), False
+    else:
+        export = read_export(path)
+        config, state_dict, adapters = (
+            export.config,
+            export.state_dict,
+            export.content == "adapters",
+        )
+        if adapters and base is None:
+            raise UserError(
+                f"{path} holds adapters alone, for the base {export.base_hash[:12]}; "
+                "give that network too (load_pretrained(path, base=...))."
+            )
+    if base is not None and not adapters:
         raise UserError(f"{path} is a whole network; a base ({base}) goes with adapters alone.")
+    below = None
+    if adapters:
+        below = load_pretrained(base).variables
+        if (found := base_hash(below)) != export.base_hash:
+            raise UserError(
+                f"{path} holds adapters for the base {export.base_hash[:12]}, but the base given is "
+                f"{found[:12]}; give the network they were trained on (same weights, EMA or raw)."
+            )
     with _naming(path):
         weights = {name: _float32(name, value) for name, value in state_dict.items()}
-        return to_variables(weights, architecture), architecture
+        return to_variables(weights, config, below), config
 
 
 @contextlib.contextmanager
 def _naming(path: str | Path) -> Iterator[None]:
+    """Puts the file's name before an error."""
     try:
         yield
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
 
-def _load_base(path: str | Path) -> tuple[dict[str, Any], Architecture]:
-    """Variables and architecture of a network in a file or a workdir."""
-    from lora_diffusion_jax import factory
-
-    if not Path(path).is_dir():
-        return _load_file(path, None)
-    network = factory.load_workdir(path)
-    return network.variables, factory.architecture_from_config(network.config)
-
-
 def _float32(name: str, value: np.ndarray) -> np.ndarray:
-    """Half-precision weights widened, which is exact; others are not this network's."""
+    """Half-precision weights widened, which is exact; other types are errors."""
     if value.dtype == np.float32:
         return value
     if value.dtype.itemsize == 2 and value.dtype.kind in "fV":

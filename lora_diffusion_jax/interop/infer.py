@@ -1,33 +1,48 @@
-"""What network a checkpoint holds: from the snapshot's recorded arguments, or from its shapes."""
+"""The config of a network that a file holds, from the arguments that an official snapshot records."""
 
 import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
-from lora_diffusion_jax.errors import UserError
-from lora_diffusion_jax.interop.architecture import Architecture, check_architecture
-from lora_diffusion_jax.interop.names import StateDict
-from lora_diffusion_jax.readers.machine import shorten, show
+from lora_diffusion_jax.default_config import base as default_config
+from lora_diffusion_jax.diffusion.precond import PRECONDS
+from lora_diffusion_jax.errors import UserError, printable
+from lora_diffusion_jax.models import NETWORKS
 from lora_diffusion_jax.readers.pickles import ModuleNode
 
-# Official class -> our name, and its constants: official attribute -> our argument.
-PRECONDS = {
-    "EDMPrecond": (
-        "edm",
-        {"sigma_min": "sigma_min", "sigma_max": "sigma_max", "sigma_data": "sigma_data"},
-    ),
-    "VPPrecond": (
-        "vp",
-        {"beta_d": "beta_d", "beta_min": "beta_min", "M": "num_steps", "epsilon_t": "epsilon_t"},
-    ),
-    "VEPrecond": ("ve", {"sigma_min": "sigma_min", "sigma_max": "sigma_max"}),
-    "iDDPMPrecond": ("iddpm", {"C_1": "c_1", "C_2": "c_2", "M": "num_steps"}),
+# Official class of the preconditioning -> its name here, and the official names of its constants.
+_PRECONDS = {
+    "EDMPrecond": ("edm", ("sigma_min", "sigma_max", "sigma_data")),
+    "VPPrecond": ("vp", ("beta_d", "beta_min", "M", "epsilon_t")),
+    "VEPrecond": ("ve", ("sigma_min", "sigma_max")),
+    "iDDPMPrecond": ("iddpm", ("C_1", "C_2", "M")),
 }
+_RENAMED = {"M": "num_steps", "C_1": "c_1", "C_2": "c_2"}  # official name of a constant -> ours
 
-_ENDS = ("img_resolution", "in_channels", "out_channels", "label_dim")
-_COMMON = {  # official defaults of both networks: what an argument that was not given means
+_FIELDS = {  # official argument of a network -> our field
+    "img_resolution": "data.image_size",
+    "in_channels": "data.channels",
+    "label_dim": "data.num_classes",
+    "augment_dim": "model.augment_dim",
+    "model_channels": "model.channels",
+    "channel_mult": "model.channel_mult",
+    "channel_mult_emb": "model.channel_mult_emb",
+    "num_blocks": "model.num_blocks",
+    "attn_resolutions": "model.attn_resolutions",
+    "dropout": "model.dropout",
+    "label_dropout": "model.label_dropout",
+    "embedding_type": "model.embedding",
+    "channel_mult_noise": "model.channel_mult_noise",
+    "encoder_type": "model.encoder",
+    "resample_filter": "model.resample_filter",
+}
+_REQUIRED = ("img_resolution", "in_channels")
+# Official defaults: what arguments that were not given are.
+_COMMON = {
+    "label_dim": 0,
     "augment_dim": 0,
     "channel_mult_emb": 4,
     "dropout": 0.10,
@@ -54,207 +69,196 @@ _DEFAULTS = {
         "attn_resolutions": [32, 16, 8],
     },
 }
-_ADM_FIXED = {  # what SongUNet calls these things in DhariwalUNet, which has no choice
-    "embedding_type": "positional",
-    "channel_mult_noise": 1,
-    "encoder_type": "standard",
-    "decoder_type": "standard",
-    "resample_filter": [1, 1],
-}
 
 
-def infer_architecture(ema: ModuleNode) -> Architecture:
-    """The architecture of a snapshot's network, with the fields that `architecture` lists.
+def infer_config(ema: ModuleNode) -> ConfigDict:
+    """The config of a snapshot's network; fields that a snapshot does not record have their defaults.
 
     Raises:
-        UserError: a class or an option that this project does not have; it is named.
+        UserError: the network has a class or an option that this project does not have; it is named.
     """
-    if ema.class_name not in PRECONDS:
-        raise UserError(
-            f"The snapshot's network is a {shorten(ema.class_name)}; "
-            f"known are {', '.join(PRECONDS)}."
-        )
-    precond, names = PRECONDS[ema.class_name]
     model = ema.children.get("model")
-    if model is None or model.class_name not in _DEFAULTS:
-        found = "nothing" if model is None else f"a {shorten(model.class_name)}"
-        raise UserError(f"The snapshot's model is {found}; known are {' and '.join(_DEFAULTS)}.")
-    weights = ema.state_dict()
-    recorded = _recorded(model) if model.init_kwargs is not None else _from_shapes(ema, weights)
-    architecture = {
-        "precond": precond,
-        "precond_args": {
-            ours: ema.attributes[theirs]
-            for theirs, ours in names.items()
-            if theirs in ema.attributes
-        },
-        "model": _model_name(model.class_name, recorded),
-        "img_resolution": recorded["img_resolution"],
-        "img_channels": recorded["in_channels"],
-        **{k: v for k, v in recorded.items() if k not in ("img_resolution", *_ENDS[1:3])},
-        **_attributes_in_force(ema, recorded),
-        "use_affine": any(name.endswith(".affine.weight") for name in weights),
-        "lora": _lora(ema, weights),
-    }
-    if architecture["precond_args"].get("sigma_max") == math.inf:
-        del architecture["precond_args"]["sigma_max"]  # no bound, which JSON cannot say
-    _check_modules(model)
-    return check_architecture(architecture)
-
-
-def _model_name(class_name: str, recorded: Mapping[str, Any]) -> str:
-    if class_name == "DhariwalUNet":
-        return "adm"
-    standard = recorded["embedding_type"] == "positional" and recorded["encoder_type"] == "standard"
-    return "ddpmpp" if standard else "ncsnpp"
-
-
-def _recorded(model: ModuleNode) -> dict[str, Any]:
-    """The constructor's arguments: given ones, else the official defaults."""
-    defaults = _DEFAULTS[model.class_name]
-    given = dict(zip((*_ENDS, *defaults), model.init_args, strict=False)) | model.init_kwargs
-    unknown = [name for name in given if name not in _ENDS and name not in defaults]
-    if unknown or len(model.init_args) > len(_ENDS):
-        what = ", ".join(shorten(str(name)) for name in unknown) or "positional arguments"
-        raise UserError(f"The snapshot's {model.class_name} was made with {what}, unknown here.")
-    missing = [name for name in _ENDS if name not in given and name != "label_dim"]
-    if missing:
-        raise UserError(f"The snapshot's {model.class_name} was made without {', '.join(missing)}.")
-    fixed = _ADM_FIXED if model.class_name == "DhariwalUNet" else {}
-    return {"label_dim": 0, **fixed, **defaults, **given}
-
-
-def _from_shapes(ema: ModuleNode, weights: StateDict) -> dict[str, Any]:
-    """The same arguments from the tensors' names and shapes, where none were recorded."""
-    song = ema.children["model"].class_name == "SongUNet"
-    try:
-        levels = _levels(weights)
-        top = max(levels)
-        width, channels = weights[f"model.enc.{top}x{top}_conv.weight"].shape[:2]
-        emb, noise = weights["model.map_layer0.weight"].shape
-        base = width if song else noise
-        fixed = _song_options(weights, noise // base) if song else _ADM_FIXED
-        return {
-            "img_resolution": top,
-            "in_channels": channels,
-            "out_channels": channels,
-            "label_dim": _inputs(weights, "model.map_label.weight"),
-            "augment_dim": _inputs(weights, "model.map_augment.weight"),
-            "model_channels": base,
-            "channel_mult": [_level_width(weights, r) // base for r in levels],
-            "channel_mult_emb": emb // base,
-            "num_blocks": levels[top],
-            "attn_resolutions": [
-                r for r in levels if f"model.enc.{r}x{r}_block0.norm2.weight" in weights
-            ],
-            **fixed,
-        }
-    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
+    if ema.class_name not in _PRECONDS or model is None or model.class_name not in _DEFAULTS:
+        inside = printable(model.class_name) if model else "nothing"
         raise UserError(
-            "The snapshot records no arguments of its network, and its tensors do not show them: "
-            f"{shorten(str(error))}."
-        ) from error
+            f"The snapshot's network is {printable(ema.class_name)} of {inside}; expected "
+            f"{', '.join(_PRECONDS)} of {' or '.join(_DEFAULTS)}."
+        )
+    _check_modules(model)
+    weights = ema.state_dict()
+    precond, constants = _PRECONDS[ema.class_name]
+    return config_from_official(
+        model.class_name,
+        {**_arguments(model), **_rates(model)},
+        precond,
+        {_RENAMED.get(k, k): ema.attributes[k] for k in constants if k in ema.attributes},
+        adapters=_adapters(ema, weights),
+        use_affine=any(name.endswith(".affine.weight") for name in weights),
+    )
 
 
-def _levels(weights: StateDict) -> dict[int, int]:
-    """Height -> number of blocks of each level of the encoder, finest first."""
-    counts: dict[int, int] = {}
-    for name in weights:
-        part = name.split(".")[2] if name.startswith("model.enc.") else ""
-        if "_block" in part and name.endswith(".norm0.weight"):
-            height = int(part.split("x")[0])
-            counts[height] = counts.get(height, 0) + 1
-    return dict(sorted(counts.items(), reverse=True))
+def config_from_format_1(description: Mapping[str, Any]) -> ConfigDict:
+    """The config of an export of format 1, which described its network in official words.
+
+    Raises:
+        UserError: a value is invalid.
+        KeyError, TypeError, AttributeError: the description is damaged.
+    """
+    d = {**description, "in_channels": description["img_channels"]}
+    network = "DhariwalUNet" if d["model"] == "adm" else "SongUNet"
+    arguments = {k: d[k] for k in (*_REQUIRED, *_DEFAULTS[network])}
+    return config_from_official(
+        network,
+        arguments,
+        d["precond"],
+        d["precond_args"],
+        adapters=d["lora"],
+        use_affine=d["use_affine"],
+    )
 
 
-def _level_width(weights: StateDict, height: int) -> int:
-    return weights[f"model.enc.{height}x{height}_block0.conv0.weight"].shape[0]
+def config_from_official(
+    network: str,
+    arguments: Mapping[str, Any],
+    precond: str,
+    constants: Mapping[str, Any],
+    *,
+    adapters: Mapping[str, Any] | None,
+    use_affine: bool = True,
+) -> ConfigDict:
+    """The config of a network that is described in official words.
+
+    Args:
+        network: SongUNet or DhariwalUNet.
+        arguments: of its constructor, by their official names; others have the official defaults.
+        precond: the preconditioning, in our words.
+        constants: of the preconditioning, fields of `config.precond`.
+        adapters: rank, bases and widths of UC-LoRA; None for a network without.
+        use_affine: whether the blocks have their scale-and-shift.
+
+    Raises:
+        UserError: a value has the wrong type, or an option is unknown here.
+    """
+    arguments = {**_DEFAULTS[network], **arguments}
+    if (decoder := arguments.pop("decoder_type", "standard")) != "standard":
+        raise UserError(
+            f"The network has decoder_type = {printable(decoder)}; only standard is known."
+        )
+    if adapters is None and not use_affine:
+        raise UserError("No lora.mode describes a network with neither scale-and-shift nor LoRA.")
+    plain = ("positional", "standard")
+    song = (
+        "ddpmpp"
+        if (arguments.get("embedding_type"), arguments.get("encoder_type")) == plain
+        else "ncsnpp"
+    )
+    config = default_config()
+    config.model.name = song if network == "SongUNet" else "adm"
+    config.precond.name = precond
+    config.lora.mode = ("with_lora" if use_affine else "only_lora") if adapters else "baseline"
+    for name, value in arguments.items():
+        _assign(config, _FIELDS[name], value, name)
+    for group, values in (("precond", constants), ("lora", adapters or {})):
+        for name, value in values.items():
+            _assign(config, f"{group}.{name}", value, name)
+    _clear_usual(config, "model", vars(NETWORKS[config.model.name](1, 1, 1)))
+    _clear_usual(config, "precond", vars(PRECONDS[precond]()))
+    config.class_conditional = config.data.num_classes > 0
+    config.augment.p = 0.12 if config.model.augment_dim == 9 else 0.0  # the official setting
+    return config
 
 
-def _inputs(weights: StateDict, name: str) -> int:
-    return weights[name].shape[1] if name in weights else 0
+def _assign(config: ConfigDict, field: str, value: Any, name: str) -> None:
+    """Sets a field to a value from a file, which calls it `name`."""
+    group, _, leaf = field.partition(".")
+    numbers = isinstance(value, list | tuple) and all(type(v) in (int, float) for v in value)
+    try:
+        if not numbers and type(value) not in (bool, int, float, str):
+            raise TypeError
+        config[group][leaf] = tuple(value) if numbers else value
+    except TypeError:
+        raise UserError(
+            f"The network has {name} = {printable(value)}, which this project does not know."
+        ) from None
 
 
-def _song_options(weights: StateDict, channel_mult_noise: int) -> dict[str, Any]:
-    names = " ".join(weights)
-    encoder = "residual" if "_aux_residual." in names else "skip" if "_aux_skip." in names else ""
-    filters = [value for name, value in weights.items() if name.endswith(".resample_filter")]
-    return {
-        "embedding_type": "fourier" if "model.map_noise.freqs" in weights else "positional",
-        "channel_mult_noise": channel_mult_noise,
-        "encoder_type": encoder or "standard",
-        "decoder_type": "skip" if "_aux_up." in names else "standard",
-        "resample_filter": _taps(filters[0]) if filters else [1, 1],
-    }
+def _clear_usual(config: ConfigDict, group: str, usual: Mapping[str, Any]) -> None:
+    """Resets to None the optional fields that state what the network has without them."""
+    for field, default in default_config()[group].items():
+        if default is None and field in usual and config[group][field] == usual[field]:
+            config[group][field] = None
 
 
-def _taps(kernel: np.ndarray) -> list[int]:
-    """[1, 3, 3, 1] from the normalised outer product that is stored."""
-    row = kernel.reshape(kernel.shape[-2:]).sum(axis=0)
-    return [round(float(tap)) for tap in row / row.min()]
+def _arguments(model: ModuleNode) -> dict[str, Any]:
+    """The recorded arguments of the constructor."""
+    given = model.init_kwargs
+    if given is None or model.init_args:
+        raise UserError(
+            f"The snapshot does not record the arguments of its {model.class_name} by name."
+        )
+    unknown = [
+        k for k in given if k not in (*_REQUIRED, "out_channels", *_DEFAULTS[model.class_name])
+    ]
+    if unknown:
+        listed = ", ".join(printable(name) for name in unknown[:8])
+        raise UserError(f"The snapshot's {model.class_name} was built with {listed}, unknown here.")
+    if missing := [name for name in _REQUIRED if name not in given]:
+        raise UserError(f"The snapshot does not record {', '.join(missing)} of its network.")
+    return {name: value for name, value in given.items() if name != "out_channels"}
 
 
-def _attributes_in_force(ema: ModuleNode, recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that act through attributes, which may have been changed after construction."""
-    model = ema.children["model"]
+def _rates(model: ModuleNode) -> dict[str, Any]:
+    """Dropout rates, which act through attributes that may have changed after construction."""
     rates = {
         node.attributes["dropout"]
         for _, node in model.walk()
         if node.class_name == "UNetBlock" and type(node.attributes.get("dropout")) in (int, float)
     }
     if len(rates) > 1:
-        raise UserError(f"The snapshot's blocks have different dropout rates {sorted(rates)}.")
-    dropout = rates.pop() if rates else recorded.get("dropout")
-    label_dropout = model.attributes.get("label_dropout", recorded.get("label_dropout"))
-    use_fp16 = ema.attributes.get("use_fp16")
-    found = {"dropout": dropout, "label_dropout": label_dropout, "use_fp16": use_fp16}
-    missing = [name for name, value in found.items() if value is None]
-    if missing:
-        raise UserError(f"The snapshot does not record {', '.join(missing)} of its network.")
+        raise UserError(f"The snapshot's blocks have different dropout rates: {sorted(rates)}.")
+    found = {"dropout": rates.pop()} if rates else {}
+    for name in {"label_dropout"} & set(model.attributes):
+        found[name] = model.attributes[name]
     return found
 
 
-def _lora(ema: ModuleNode, weights: StateDict) -> dict[str, Any] | None:
-    """Rank, bases and widths of the adapters from the shapes of the first one."""
+def _adapters(ema: ModuleNode, weights: Mapping[str, np.ndarray]) -> dict[str, Any] | None:
+    """Rank, bases and widths of the adapters, from the shapes of the first one."""
     suffix = ".lora_down.weight"
     sites = [name.removesuffix(suffix) for name in weights if name.endswith(suffix)]
     if not sites:
         return None
     for name, node in ema.walk():
-        scale = node.attributes.get("scale", 1.0)
-        if node.class_name == "LoraInjectedConv" and not (
-            type(scale) in (int, float) and scale == 1
-        ):
+        scale = node.attributes.get("scale", 1)
+        if node.class_name == "LoraInjectedConv" and scale != 1:
             raise UserError(
-                f"The snapshot scales the LoRA of {shorten(name)} by {show(scale)}; here it is 1."
+                f"The snapshot scales the LoRA of {printable(name)} by {printable(scale)}; here it is 1."
             )
-    head = f"{sites[0]}.comp_weights"
-    widths = []
-    while f"{head}.{len(widths)}.0.weight" in weights:
-        widths.append(weights[f"{head}.{len(widths)}.0.weight"].shape[0])
-    last = f"{head}.{len(widths)}.weight"
-    if last not in weights or not weights[last].shape[0]:
-        raise UserError(f"The snapshot has {sites[0]}{suffix}, but no {last}.")
-    bases = weights[last].shape[0]
-    inner = weights[f"{sites[0]}{suffix}"].shape[0]
-    return {"rank": inner // bases, "bases": bases, "widths": widths}
+    head, widths = f"{sites[0]}.comp_weights", []
+    while (weight := weights.get(f"{head}.{len(widths)}.0.weight")) is not None:
+        widths.append(weight.shape[0])
+    last = weights.get(f"{head}.{len(widths)}.weight")
+    if last is None or not last.shape[0]:
+        raise UserError(f"The snapshot has {printable(sites[0] + suffix)}, but no composition MLP.")
+    bases = last.shape[0]
+    return {"rank": weights[sites[0] + suffix].shape[0] // bases, "bases": bases, "widths": widths}
 
 
 def _check_modules(model: ModuleNode) -> None:
-    """Refuses layers that were built otherwise than the official networks build them."""
+    """Raises UserError for a layer that was built otherwise than the official networks build it."""
     song = model.class_name == "SongUNet"
     for name, node in model.walk():
-        for key, value in _as_official(name, node, song).items():
+        for key, value in _official_attributes(name, node, song).items():
             found = node.attributes.get(key, value)
             if found != value:
                 raise UserError(
-                    f"The snapshot's model.{shorten(name)} has {key} = {show(found)}; "
+                    f"The snapshot's model.{printable(name)} has {key} = {printable(found)}; "
                     f"{model.class_name} has {value} here."
                 )
 
 
-def _as_official(name: str, node: ModuleNode, song: bool) -> dict[str, Any]:
-    """The attributes of a layer that have but one value in the official networks."""
+def _official_attributes(name: str, node: ModuleNode, song: bool) -> dict[str, Any]:
+    """The attributes of a layer that have only one value in the official networks."""
     if node.class_name == "UNetBlock":
         width = node.attributes.get("out_channels")
         heads = 1 if song or type(width) is not int else width // 64
@@ -264,7 +268,7 @@ def _as_official(name: str, node: ModuleNode, song: bool) -> dict[str, Any]:
             "num_heads": heads if "qkv" in node.children else 0,
         }
     if node.class_name == "GroupNorm" and "weight" in node.params:
-        own = song and ".comp_weights." not in name  # the adapters' norms keep the default
+        own = song and ".comp_weights." not in name  # the adapters' norms keep PyTorch's default
         groups = min(32, node.params["weight"].size // 4)
         return {"eps": 1e-6 if own else 1e-5, "num_groups": groups}
     if node.class_name == "Conv2d":

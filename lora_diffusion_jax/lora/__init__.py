@@ -6,22 +6,23 @@ wrapped = lora.attach(module, sites=r".*/(qkv|proj)", adapter=lora.UCLoRA(rank=4
 
 from lora_diffusion_jax.lora import params
 from lora_diffusion_jax.lora.adapter import (
+    ADAPTERS,
     ClassLoRA,
     LowRankAdapter,
     SumOfAdapters,
     TimeLoRA,
     UCLoRA,
 )
-from lora_diffusion_jax.lora.attach import Adapted, attach
-from lora_diffusion_jax.lora.inspect import composition_weights, list_sites
-from lora_diffusion_jax.lora.params import count, fold, merge, select, split
+from lora_diffusion_jax.lora.attach import Adapted, attach, composition_weights
+from lora_diffusion_jax.lora.params import count, fold, list_sites, merge, select, split
 
 __all__ = [
     # Attaching
     "attach",
     "Adapted",
-    "list_sites",
+    "composition_weights",
     # Adapters
+    "ADAPTERS",
     "UCLoRA",
     "TimeLoRA",
     "ClassLoRA",
@@ -29,10 +30,10 @@ __all__ = [
     "LowRankAdapter",
     # Parameters
     "params",
+    "list_sites",
     "split",
     "merge",
     "select",
     "count",
     "fold",
-    "composition_weights",
 ]

@@ -1,12 +1,12 @@
-"""Adapters: m low-rank pairs beside a layer, mixed by composition weights.
+"""Adapters: m low-rank pairs beside a layer, mixed by composition weights (arXiv 2405.03958).
 
     y = W x + b + sum_i omega_i(condition) (B_i A_i x + sum_r bias_{i r})
 
-with A_i: r x d_in ~ N(0, 1/r^2), B_i: d_out x r and bias zero at the start, so that the layer begins
-as it was. There is no alpha / r factor: the scale is 1.
+with A_i: r x d_in ~ N(0, 1/r^2), and B_i: d_out x r and bias zero at initialisation, so that the layer
+starts unchanged. There is no alpha / r factor: the scale is 1.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -28,10 +28,9 @@ LAYER_TYPES = (nn.Dense, nn.DenseGeneral, nn.Conv)
 
 def _down(layer: nn.Module, width: int, rank: int) -> nn.Module:
     """The map d_in -> m * r, which sees the same inputs as the layer: same axes, window, stride."""
-    init = nn.initializers.normal(1 / rank)
     common = {
         "use_bias": False,
-        "kernel_init": init,
+        "kernel_init": nn.initializers.normal(1 / rank),
         "dtype": layer.dtype,
         "param_dtype": layer.param_dtype,
         "precision": layer.precision,
@@ -46,7 +45,7 @@ def _down(layer: nn.Module, width: int, rank: int) -> nn.Module:
 
 
 def _up(layer: nn.Module) -> nn.Module:
-    """The map m * r -> d_out, zero at the start."""
+    """The map m * r -> d_out, zero at initialisation."""
     return nn.DenseGeneral(
         layer.features,
         use_bias=False,
@@ -59,7 +58,7 @@ def _up(layer: nn.Module) -> nn.Module:
 
 
 def check_layer(layer: nn.Module, path: str) -> None:
-    """Raises UserError for a layer that a low-rank pair cannot stand beside."""
+    """Raises UserError for a layer that cannot have a low-rank pair beside it."""
     if not isinstance(layer, LAYER_TYPES):
         raise UserError(
             f"LoRA site '{path}' is a {type(layer).__name__}; adapters go beside Dense, DenseGeneral "
@@ -72,16 +71,16 @@ def check_layer(layer: nn.Module, path: str) -> None:
         raise UserError(
             f"LoRA site '{path}' is a {type(layer).__name__} with "
             f"{'feature groups' if grouped else 'batch_dims' if batched else 'a mask'}, for which a "
-            "shared low-rank pair is not defined. Leave it out of the site pattern."
+            "shared low-rank pair is not defined. Exclude it from the site pattern."
         )
 
 
 class LowRankAdapter(nn.Module):
-    """Base of the adapters: a down/up pair of m * r channels, scaled by the composition weights.
+    """Base class of adapters: a down/up pair of m * r channels, scaled by the composition weights.
 
     Called as adapter(layer, x, condition) -> what to add to the layer's output. The inner channel is
-    basis * rank + r. Subclasses define `num_bases` and `compose(condition) -> omega [B, m]`.
-    The weights are sown as ('intermediates', 'omega').
+    basis * rank + r. A subclass defines `compose(condition) -> omega [B or 1, m]`, which also fixes
+    the number m of bases. The weights are sown as ('intermediates', 'omega').
 
     Attributes:
         rank: r of each basis.
@@ -91,53 +90,44 @@ class LowRankAdapter(nn.Module):
     rank: int = 4
     use_bias: bool = False
 
-    @property
-    def num_bases(self) -> int:
-        """Number m of low-rank pairs."""
-        raise NotImplementedError
-
     def compose(self, condition: Any) -> Float[Array, "B bases"]:
         """Composition weights for a condition."""
         raise NotImplementedError
 
     def validate(self) -> None:
-        """Raises UserError unless the sizes are positive whole numbers."""
-        for name, value in (("rank", self.rank), ("bases", self.num_bases)):
+        """Raises UserError unless all sizes are positive integers."""
+        for name in ("rank", "bases", "num_timesteps", "num_classes"):
+            value = getattr(self, name, 1)
             if not isinstance(value, int) or value < 1:
                 raise UserError(
-                    f"LoRA {name} is {value!r}; it must be a whole number of at least 1 "
+                    f"LoRA {name} is {value!r}; it must be a positive integer "
                     "(use lora.mode=baseline for a network without LoRA)."
                 )
 
     @nn.compact
     def __call__(self, layer: nn.Module, x: Array, condition: Any) -> Array:
-        width = self.num_bases * self.rank
         omega = self.compose(condition)  # [B or 1, m]
         self.sow("intermediates", "omega", omega)
         weights = jnp.repeat(omega, self.rank, axis=-1)  # [B or 1, m * r]
+        rows, width = weights.shape
         hidden = _down(layer, width, self.rank)(x)
-        if weights.shape[0] not in (1, hidden.shape[0]):
+        if rows not in (1, hidden.shape[0]):
             raise UserError(
-                f"The LoRA condition has {weights.shape[0]} rows for a batch of {hidden.shape[0]} at "
+                f"The LoRA condition has {rows} rows for a batch of {hidden.shape[0]} at "
                 f"'{'/'.join(self.path)}'; it must be [1, E] or one row per sample."
             )
-        shape = (weights.shape[0],) + (1,) * (hidden.ndim - 2) + (width,)
-        delta = _up(layer)(hidden * weights.reshape(shape).astype(hidden.dtype))
+        inner = (1,) * (hidden.ndim - 2)  # the axes between batch and channels
+        delta = _up(layer)(hidden * weights.reshape(rows, *inner, width).astype(hidden.dtype))
         if self.use_bias:
-            delta = delta + self._mixed_bias(weights, delta, hidden.ndim)
+            features = delta.shape[hidden.ndim - 1 :]
+            shape = (width, int(np.prod(features)))
+            mixed = weights @ self.param("bias", nn.initializers.zeros, shape)
+            delta = delta + mixed.astype(delta.dtype).reshape(rows, *inner, *features)
         return delta
-
-    def _mixed_bias(self, weights: Array, delta: Array, hidden_ndim: int) -> Array:
-        features = delta.shape[hidden_ndim - 1 :]
-        bias = self.param(
-            "bias", nn.initializers.zeros, (weights.shape[-1], int(np.prod(features)))
-        )
-        mixed = (weights @ bias).astype(delta.dtype)
-        return mixed.reshape((weights.shape[0],) + (1,) * (hidden_ndim - 2) + features)
 
 
 class UCLoRA(LowRankAdapter):
-    """UC-LoRA: weights from an MLP of its own on the network's condition embedding.
+    """UC-LoRA: weights from an MLP per site on the network's condition embedding.
 
     Attributes:
         bases: number m of low-rank pairs.
@@ -148,32 +138,27 @@ class UCLoRA(LowRankAdapter):
     bases: int = 18
     widths: Sequence[int] = (128, 64)
 
-    @property
-    def num_bases(self) -> int:
-        """Number m of low-rank pairs."""
-        return self.bases
-
     def compose(self, condition: Float[Array, "B E"]) -> Float[Array, "B bases"]:
         """The MLP's output for the embedding."""
         return ConditionMLP(self.bases, tuple(self.widths), name="composition")(condition)
 
     def validate(self) -> None:
-        """Raises UserError unless the sizes are positive whole numbers."""
+        """Raises UserError unless all sizes are positive integers that a group norm can split."""
         super().validate()
         if any(not isinstance(w, int) or w < 1 for w in self.widths):
             raise UserError(
-                f"LoRA widths are {tuple(self.widths)}; hidden widths must be whole numbers of at least 1."
+                f"LoRA widths are {tuple(self.widths)}; hidden widths must be positive integers."
             )
         for width in self.widths:
             if width % norm_groups(width):
                 raise UserError(
                     f"LoRA widths are {tuple(self.widths)}; group norm cannot split {width} into "
-                    f"{norm_groups(width)} equal groups. Take multiples of 4 (of 32 above 128)."
+                    f"{norm_groups(width)} equal groups. Use multiples of 4 (of 32 above 128)."
                 )
 
 
 class TimeLoRA(LowRankAdapter):
-    """TimeLoRA: weights from a learned table over discrete times; the condition is the time [B].
+    """TimeLoRA: weights from a learned table per site over discrete times; the condition is the time [B].
 
     Attributes:
         bases: number m of low-rank pairs, anchored at equally spaced times.
@@ -183,29 +168,19 @@ class TimeLoRA(LowRankAdapter):
     bases: int = 11
     num_timesteps: int = 4000
 
-    @property
-    def num_bases(self) -> int:
-        """Number m of low-rank pairs."""
-        return self.bases
-
     def compose(self, condition: Float[Array, " B"]) -> Float[Array, "B bases"]:
         """The table's rows at the times, interpolated between two."""
         return TimeTable(self.bases, self.num_timesteps, name="composition")(condition)
 
 
 class ClassLoRA(LowRankAdapter):
-    """ClassLoRA: one pair per class, weighted by the label (ids [B] or one-hot [B, classes]).
+    """ClassLoRA: one pair per class, weighted by the label (ids [B] or one-hot [B, num_classes]).
 
     Attributes:
         num_classes: number of classes, and of pairs.
     """
 
     num_classes: int = 10
-
-    @property
-    def num_bases(self) -> int:
-        """Number of low-rank pairs: one per class."""
-        return self.num_classes
 
     def compose(self, condition: jax.Array) -> Float[Array, "B num_classes"]:
         """The label itself."""
@@ -222,7 +197,7 @@ class SumOfAdapters(nn.Module):
     adapters: Mapping[str, LowRankAdapter]
 
     def validate(self) -> None:
-        """Raises UserError if an adapter's sizes are unusable."""
+        """Raises UserError if an adapter's sizes are invalid."""
         for adapter in self.adapters.values():
             adapter.validate()
 
@@ -237,3 +212,24 @@ class SumOfAdapters(nn.Module):
             adapter.clone(parent=self, name=name)(layer, x, condition[name])
             for name, adapter in self.adapters.items()
         )
+
+
+def time_class_lora(
+    rank: int = 4, bases: int = 11, num_timesteps: int = 4000, num_classes: int = 10
+) -> SumOfAdapters:
+    """W + sum_i omega_i(t) B_i A_i + B'_c A'_c: TimeLoRA `time` and ClassLoRA `class` of one rank."""
+    return SumOfAdapters(
+        {
+            "time": TimeLoRA(rank=rank, bases=bases, num_timesteps=num_timesteps),
+            "class": ClassLoRA(rank=rank, num_classes=num_classes),
+        }
+    )
+
+
+# lora.adapter -> the adapter from its sizes
+ADAPTERS: dict[str, Callable[..., nn.Module]] = {
+    "uc": UCLoRA,
+    "time": TimeLoRA,
+    "class": ClassLoRA,
+    "time_class": time_class_lora,
+}

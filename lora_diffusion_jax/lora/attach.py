@@ -6,15 +6,18 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
+import jax
+from flax import traverse_util
 
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.lora.adapter import LAYER_TYPES, check_layer
+from lora_diffusion_jax.paths import ADAPTER
 
-NAME = "lora"  # of the parameter subtree below each site
+NAME = ADAPTER  # of the parameter subtree below each site
 
 
 class _Call:
-    """What one forward call of an adapted module sees and keeps; made anew for each call."""
+    """The state of one forward call of an adapted module."""
 
     def __init__(self, wrapper: "Adapted", condition: Any) -> None:
         self.wrapper = wrapper
@@ -57,9 +60,9 @@ class _Call:
         return isinstance(pattern, str) and matches(pattern, path)
 
     def _adapter(self, layer: nn.Module) -> nn.Module:
-        """The layer's adapter, made once; keeping the layer keeps its id from being reused."""
-        if id(layer) not in self.adapters:
-            adapter = self.wrapper.make_adapter().clone(parent=layer, name=NAME)
+        """The layer's adapter, made once per call."""
+        if id(layer) not in self.adapters:  # holding on to the layer keeps its id from being reused
+            adapter = self.wrapper.template.adapter.clone(parent=layer, name=NAME)
             self.adapters[id(layer)] = (layer, adapter)
         return self.adapters[id(layer)][1]
 
@@ -73,7 +76,7 @@ class _Call:
         return self.condition
 
     def check(self) -> None:
-        """Raises UserError if no site was met, listing the layers that could be one."""
+        """Raises UserError if no site was reached, listing the layers that could be one."""
         if not self.sites:
             raise UserError(
                 f"The LoRA site pattern {self.wrapper.sites!r} matches no layer. "
@@ -87,16 +90,10 @@ def matches(pattern: str, path: str) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Holder:
-    """Hands out an adapter; inside a module's field, flax would take the adapter for a submodule.
-
-    Two of them are equal when their adapters are, so that attaching twice gives equal modules.
-    """
+class Template:
+    """Wraps an adapter so that Flax does not register it as a submodule."""
 
     adapter: nn.Module
-
-    def __call__(self) -> nn.Module:
-        return self.adapter
 
 
 class Adapted(nn.Module):
@@ -108,14 +105,14 @@ class Adapted(nn.Module):
     Attributes:
         module: the base.
         sites: pattern of the adapted layers' paths.
-        make_adapter: () -> an unbound adapter module.
+        template: the adapter, unbound; each site gets a copy.
         condition: pattern of the tapped submodule's path, or a function of the call's arguments.
         enabled: False bypasses the adapters: the base alone, with the same variables.
     """
 
     module: nn.Module
     sites: str
-    make_adapter: Callable[[], nn.Module]
+    template: Template
     condition: str | Callable[..., Any]
     enabled: bool = True
 
@@ -145,20 +142,20 @@ def attach(
 
     At initialisation the result computes exactly what `module` does, and its base parameters have
     the paths and values that they have without LoRA. Works under jit, grad and nn.remat. A condition
-    that is tapped must come from outside of nn.scan and nn.remat regions.
+    that is tapped must come from outside nn.scan and nn.remat regions.
 
     Args:
         module: any linen module, used unchanged.
         sites: regular expression for the '/'-joined paths, relative to `module`, of the Dense,
             DenseGeneral and Conv layers to adapt; it must match the whole path.
-        adapter: `UCLoRA`, `TimeLoRA`, `ClassLoRA`, `SumOfAdapters` or a module of your own with
-            the call (layer, x, condition) -> delta.
+        adapter: `UCLoRA`, `TimeLoRA`, `ClassLoRA`, `SumOfAdapters`, or your own module called as
+            (layer, x, condition) -> delta.
         condition: regular expression for the path of the submodule whose output is the condition,
             or a function of the call's arguments that returns it, [B, E] for UC-LoRA.
 
     Raises:
-        UserError: unusable sizes or patterns here; at the first call, if no layer matches
-            (listing the candidates), a matching layer cannot be adapted, or no condition came.
+        UserError: sizes or patterns are invalid; at the first call: no layer matches (the error
+            lists the candidates), a matching layer cannot be adapted, or no condition was tapped.
     """
     for name, pattern in (("site", sites), ("condition", condition)):
         if isinstance(pattern, str):
@@ -170,4 +167,25 @@ def attach(
                 ) from error
     if hasattr(adapter, "validate"):
         adapter.validate()
-    return Adapted(module, sites=sites, make_adapter=_Holder(adapter), condition=condition)
+    return Adapted(module, sites=sites, template=Template(adapter), condition=condition)
+
+
+def composition_weights(
+    wrapped: nn.Module, variables: Any, *args: Any, **kwargs: Any
+) -> dict[str, jax.Array | dict[tuple[str, ...], jax.Array]]:
+    """Runs a module with adapters and returns site path -> omega [B or 1, m].
+
+    A site with several adapters (`SumOfAdapters`) has a dictionary (adapter's name,) -> omega.
+    """
+    _, state = wrapped.apply(variables, *args, mutable=["intermediates"], **kwargs)
+    weights: dict = {}
+    for path, values in traverse_util.flatten_dict(state["intermediates"]).items():
+        if path[-1] != "omega" or NAME not in path:
+            continue
+        at = path.index(NAME)
+        site, rest = "/".join(path[:at]), path[at + 1 : -1]
+        if rest:
+            weights.setdefault(site, {})[rest] = values[-1]
+        else:
+            weights[site] = values[-1]
+    return weights

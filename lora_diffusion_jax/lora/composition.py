@@ -1,4 +1,4 @@
-"""Composition weights omega: how much of each basis a condition asks for."""
+"""Composition weights omega: how much each basis contributes under a condition."""
 
 from collections.abc import Sequence
 
@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+
+from lora_diffusion_jax.errors import UserError
 
 
 def norm_groups(width: int) -> int:
@@ -17,8 +19,8 @@ def norm_groups(width: int) -> int:
 class ConditionMLP(nn.Module):
     """UC-LoRA's weights: emb -> (Linear, GroupNorm, SiLU) per hidden width -> Linear.
 
-    The output is used as it is, without a softmax. The Linears start kaiming-normal with
-    std sqrt(1 / fan_in) and zero bias; the norms have min(32, width // 4) groups, epsilon 1e-5.
+    There is no softmax. The Linears are initialised kaiming-normal with std sqrt(1 / fan_in) and zero
+    bias; the norms have min(32, width // 4) groups and epsilon 1e-5.
 
     Attributes:
         bases: number of weights.
@@ -55,7 +57,7 @@ def hat_functions(num_timesteps: int, bases: int) -> np.ndarray:
 class TimeTable(nn.Module):
     """TimeLoRA's weights: a learned table [T + 1, bases], one row per discrete time.
 
-    It starts as `hat_functions`. Times between two rows are interpolated linearly.
+    It is initialised to `hat_functions`. Times between two rows are interpolated linearly.
 
     Attributes:
         bases: number of weights.
@@ -77,7 +79,16 @@ class TimeTable(nn.Module):
 
 
 def class_weights(labels: jax.Array, num_classes: int) -> Float[Array, "B num_classes"]:
-    """ClassLoRA's weights: the label itself, one-hot or a mixture; integer ids become one-hot."""
+    """ClassLoRA's weights: the label itself, one-hot or a mixture; integer ids become one-hot.
+
+    Raises:
+        UserError: labels of another number of classes.
+    """
     if jnp.issubdtype(labels.dtype, jnp.integer):
         return jax.nn.one_hot(jnp.reshape(labels, -1), num_classes)
+    if labels.ndim != 2 or labels.shape[1] != num_classes:
+        raise UserError(
+            f"ClassLoRA for {num_classes} classes got labels of shape {labels.shape}; give one-hot "
+            f"labels or mixtures [B, {num_classes}], or integer ids [B]."
+        )
     return labels.astype(jnp.float32)

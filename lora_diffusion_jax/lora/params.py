@@ -1,4 +1,4 @@
-"""Surgery on parameter trees that hold a base and its adapters: split, merge, select, count, fold."""
+"""Surgery on parameter trees that hold a base and its adapters."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,20 +10,22 @@ from flax import traverse_util
 
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.lora.attach import NAME
+from lora_diffusion_jax.paths import is_adapter
 
 PyTree = Any
 
 
-def is_adapter(path: tuple[str, ...]) -> bool:
-    """Whether a parameter path belongs to an adapter: one of its parts is `lora`."""
-    return NAME in path
+def list_sites(params: PyTree) -> list[str]:
+    """Paths of the adapted layers in a parameter tree, sorted."""
+    paths = [path for path in traverse_util.flatten_dict(params) if is_adapter("/".join(path))]
+    return sorted({"/".join(path[: path.index(NAME)]) for path in paths})
 
 
 def split(params: PyTree) -> tuple[PyTree, PyTree]:
     """Splits {a: {kernel, lora: {...}}} into the base {a: {kernel}} and the adapters {a: {lora: ...}}."""
     flat = traverse_util.flatten_dict(params)
-    base = {k: v for k, v in flat.items() if not is_adapter(k)}
-    adapters = {k: v for k, v in flat.items() if is_adapter(k)}
+    base = {k: v for k, v in flat.items() if not is_adapter("/".join(k))}
+    adapters = {k: v for k, v in flat.items() if is_adapter("/".join(k))}
     return traverse_util.unflatten_dict(base), traverse_util.unflatten_dict(adapters)
 
 
@@ -31,7 +33,7 @@ def merge(base: PyTree, adapters: PyTree) -> PyTree:
     """The inverse of `split`.
 
     Raises:
-        UserError: a parameter stands in both trees.
+        UserError: a parameter is in both trees.
     """
     flat, more = traverse_util.flatten_dict(base), traverse_util.flatten_dict(adapters)
     both = sorted("/".join(k) for k in set(flat) & set(more))
@@ -50,7 +52,7 @@ def select(params: PyTree, which: str = "adapters") -> PyTree:
     if which not in ("adapters", "base", "all"):
         raise UserError(f"select got {which!r}; it takes 'adapters', 'base' or 'all'.")
     flat = traverse_util.flatten_dict(params)
-    chosen = {k: which == "all" or is_adapter(k) == (which == "adapters") for k in flat}
+    chosen = {k: which == "all" or is_adapter("/".join(k)) == (which == "adapters") for k in flat}
     return traverse_util.unflatten_dict(chosen)
 
 
@@ -74,10 +76,10 @@ def fold(params: PyTree, omegas: Mapping[str, Any]) -> PyTree:
     """
     base, adapters = split(params)
     flat_base, flat = traverse_util.flatten_dict(base), traverse_util.flatten_dict(adapters)
-    sites = {"/".join(k[: k.index(NAME)]) for k in flat}
-    if sites != set(omegas):
+    sites = list_sites(adapters)
+    if sites != sorted(omegas):
         raise UserError(
-            f"fold got weights for {sorted(omegas)}, but the adapted sites are {sorted(sites)}."
+            f"fold got weights for {sorted(omegas)}, but the adapted sites are {sites}."
         )
     for site, omega in omegas.items():
         path = tuple(site.split("/"))

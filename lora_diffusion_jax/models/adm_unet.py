@@ -5,14 +5,12 @@ from collections.abc import Sequence
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from lora_diffusion_jax.models.blocks import rematerialised, silu_dense
-from lora_diffusion_jax.models.embeddings import positional_embedding
+from lora_diffusion_jax.models.embeddings import drop_labels, positional_embedding
 from lora_diffusion_jax.models.layers import GroupNorm, Init, conv3x3, dense
-from lora_diffusion_jax.models.song_unet import drop_labels
-from lora_diffusion_jax.models.unet import Decoder, Encoder, check_input, level_settings
+from lora_diffusion_jax.models.unet import Decoder, Encoder, UNet
 
 _INIT = Init("kaiming_uniform", weight=(1 / 3) ** 0.5, bias=(1 / 3) ** 0.5)
 _INIT_ZERO = Init("kaiming_uniform", weight=0.0)
@@ -27,7 +25,7 @@ class ADMMapping(nn.Module):
 
     noise_channels: int
     emb_channels: int
-    label_dim: int = 0
+    num_classes: int = 0
     augment_dim: int = 0
     label_dropout: float = 0.0
 
@@ -35,7 +33,7 @@ class ADMMapping(nn.Module):
     def __call__(
         self,
         noise_labels: Float[Array, " B"],
-        class_labels: Float[Array, "B label_dim"] | None = None,
+        class_labels: Float[Array, "B num_classes"] | None = None,
         augment_labels: Float[Array, "B augment_dim"] | None = None,
         train: bool = False,
     ) -> Float[Array, "B emb_channels"]:
@@ -48,50 +46,38 @@ class ADMMapping(nn.Module):
             )
         emb = silu_dense(emb, self.emb_channels, _INIT, name="layer0")
         emb = dense(emb, self.emb_channels, _INIT, name="layer1")
-        if self.label_dim:
-            labels = drop_labels(self, class_labels, self.label_dim, self.label_dropout, train)
-            init = Init("kaiming_normal", weight=self.label_dim**0.5)
+        if self.num_classes:
+            labels = drop_labels(class_labels, self.num_classes, self.label_dropout, train)
+            init = Init("kaiming_normal", weight=self.num_classes**0.5)
             emb = emb + dense(labels, self.emb_channels, init, name="label", use_bias=False)
         return nn.silu(emb)
 
 
-class ADMUNet(nn.Module):
+class ADMUNet(UNet):
     """The ADM U-Net with EDM's block names.
 
-    Attributes as in `SongUNet`. A block narrower than 64 channels would have no head and, as in the
-    reference, has no attention.
+    A block narrower than 64 channels would have no head and, as in the reference, has no attention.
     """
 
-    resolution: int
-    img_channels: int
-    out_channels: int
-    label_dim: int = 0
-    augment_dim: int = 0
-    model_channels: int = 192
+    channels: int = 192
     channel_mult: Sequence[int] = (1, 2, 3, 4)
-    channel_mult_emb: int = 4
     num_blocks: int = 3
     attn_resolutions: Sequence[int] = (32, 16, 8)
-    dropout: float = 0.10
-    label_dropout: float = 0.0
-    use_affine: bool = True
-    remat: str = "none"
-    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
         self,
         x: Float[Array, "B H W C"],
         noise_labels: Float[Array, " B"],
-        class_labels: Float[Array, "B label_dim"] | None = None,
+        class_labels: Float[Array, "B num_classes"] | None = None,
         augment_labels: Float[Array, "B augment_dim"] | None = None,
         train: bool = False,
     ) -> Float[Array, "B H W out_channels"]:
-        check_input(x, self.channel_mult, self.img_channels, type(self).__name__)
+        self.check_input(x)
         emb = ADMMapping(
-            self.model_channels,
-            self.model_channels * self.channel_mult_emb,
-            self.label_dim,
+            self.channels,
+            self.channels * self.channel_mult_emb,
+            self.num_classes,
             self.augment_dim,
             self.label_dropout,
             name="map",
@@ -100,14 +86,12 @@ class ADMUNet(nn.Module):
             rematerialised(self.remat),
             dropout=self.dropout,
             use_affine=self.use_affine,
-            init=_INIT,
-            init_zero=_INIT_ZERO,
+            layer_init=_INIT,
+            zero_init=_INIT_ZERO,
             dtype=self.dtype,
         )
-        levels = level_settings(self, block, lambda channels: channels // CHANNELS_PER_HEAD)
-        skips = Encoder(**levels, init=_INIT, first_width_mult=True, name="enc")(x, emb, train)
-        x = Decoder(
-            **levels, attn_last_only=False, out_channels=None, init_zero=_INIT_ZERO, name="dec"
-        )(skips, emb, train)
+        levels = self.levels(block, num_heads=lambda channels: channels // CHANNELS_PER_HEAD)
+        skips = Encoder(levels, _INIT, first_width_mult=True, name="enc")(x, emb, train)
+        x = Decoder(levels, False, None, _INIT_ZERO, name="dec")(skips, emb, train)
         x = nn.silu(GroupNorm(dtype=self.dtype, name="out_norm")(x))
         return conv3x3(x, self.out_channels, _INIT_ZERO, name="out_conv", dtype=self.dtype)

@@ -13,12 +13,12 @@ from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.models.layers import GroupNorm, Init, conv3x3, dense, self_attention
 from lora_diffusion_jax.models.resample import downsample, upsample
 
-# What the backward pass finds in memory and what it computes again, `train.remat`:
-#   none    everything is kept
-#   norms   norms, SiLU, dropout and attention weights are computed again from the outputs of the
-#           convolutions and of qkv, which are kept: no convolution runs twice
-#   blocks  only each block's input is kept; a third more FLOP
-# norms is the one to try first: ImageNet-64 ADM compiled for v5e, 16 images a chip, has 2.76 GiB of
+# What the backward pass keeps in memory and what it recomputes, `train.remat`:
+#   none    keeps everything
+#   norms   recomputes norms, SiLU, dropout and attention weights from the outputs of the convolutions
+#           and of qkv, which it keeps: no convolution runs twice
+#   blocks  keeps only each block's input; a third more FLOP
+# Try norms first: ImageNet-64 ADM compiled for v5e with 16 images per chip has 2.76 GiB of
 # temporaries instead of 5.43, for 1.2 % more FLOP and 18 % more memory traffic (docs/scaling.md).
 REMAT = ("none", "norms", "blocks")
 KEPT = ("conv0", "residual", "qkv", "attention")  # by `norms`, besides each block's input
@@ -40,8 +40,8 @@ class UNetBlock(nn.Module):
         resample_proj: whether the skip of a resampling block has a 1x1 convolution of its own.
         adaptive_scale: scale and shift by the embedding (ADM) rather than shift alone.
         use_affine: whether the embedding enters by scale and shift at all (`only_lora` has none).
-        init, init_zero, init_attn: initialisation of most layers, of those that end a residual
-            branch, and of `qkv`.
+        layer_init, zero_init, qkv_init: initialisation of most layers, of those that end a residual
+            branch, and of `qkv` (None: as most layers).
         dtype: of the computation; norms and attention logits stay in float32.
     """
 
@@ -56,9 +56,9 @@ class UNetBlock(nn.Module):
     resample_proj: bool = False
     adaptive_scale: bool = True
     use_affine: bool = True
-    init: Init = Init("kaiming_uniform")
-    init_zero: Init = Init("kaiming_uniform", weight=0.0)
-    init_attn: Init | None = None
+    layer_init: Init = Init("kaiming_uniform")
+    zero_init: Init = Init("kaiming_uniform", weight=0.0)
+    qkv_init: Init | None = None
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -67,11 +67,13 @@ class UNetBlock(nn.Module):
     ) -> Float[Array, "B H2 W2 features"]:
         skip = self._skip(x)
         x = nn.silu(GroupNorm(self.epsilon, self.dtype, name="norm0")(x))
-        x = conv3x3(self._resample(x), self.features, self.init, name="conv0", dtype=self.dtype)
+        x = conv3x3(
+            self._resample(x), self.features, self.layer_init, name="conv0", dtype=self.dtype
+        )
         x = checkpoint_name(x, "conv0")
         x = self._conditioned_norm(x, emb)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        x = conv3x3(x, self.features, self.init_zero, name="conv1", dtype=self.dtype)
+        x = conv3x3(x, self.features, self.zero_init, name="conv1", dtype=self.dtype)
         x = (x + skip) * self.skip_scale
         return self._attend(x) if self.num_heads else x
 
@@ -84,7 +86,7 @@ class UNetBlock(nn.Module):
         changes_width = x.shape[-1] != self.features
         resampled = self._resample(x)
         if changes_width or (self.resample_proj and (self.up or self.down)):
-            return dense(resampled, self.features, self.init, name="skip", dtype=self.dtype)
+            return dense(resampled, self.features, self.layer_init, name="skip", dtype=self.dtype)
         return resampled
 
     def _conditioned_norm(self, x: Array, emb: Array) -> Array:
@@ -92,7 +94,7 @@ class UNetBlock(nn.Module):
         if not self.use_affine:
             return nn.silu(norm(x))
         width = self.features * (2 if self.adaptive_scale else 1)
-        params = dense(emb, width, self.init, name="affine", dtype=self.dtype)[:, None, None]
+        params = dense(emb, width, self.layer_init, name="affine", dtype=self.dtype)[:, None, None]
         if self.adaptive_scale:
             scale, shift = jnp.split(params, 2, axis=-1)
             return nn.silu(norm(x) * (scale + 1) + shift)
@@ -101,22 +103,22 @@ class UNetBlock(nn.Module):
     def _attend(self, x: Array) -> Array:
         x = checkpoint_name(x, "residual")
         y = GroupNorm(self.epsilon, self.dtype, name="norm2")(x)
-        init = self.init_attn or self.init
+        init = self.qkv_init or self.layer_init
         qkv = dense(y, 3 * self.features, init, name="qkv", dtype=self.dtype)
         y = self_attention(checkpoint_name(qkv, "qkv"), self.num_heads).astype(self.dtype)
         y = checkpoint_name(y, "attention")
-        y = dense(y, self.features, self.init_zero, name="proj", dtype=self.dtype)
+        y = dense(y, self.features, self.zero_init, name="proj", dtype=self.dtype)
         return (y + x) * self.skip_scale
 
 
 def rematerialised(remat: str) -> type[UNetBlock]:
-    """UNetBlock with less kept for the backward pass; parameters, values and gradients are the same.
+    """UNetBlock that keeps less for the backward pass; parameters, values and gradients stay the same.
 
     Args:
         remat: one of REMAT.
 
     Raises:
-        UserError: any other.
+        UserError: for any other value.
     """
     if remat not in REMAT:
         raise UserError(f"train.remat is {remat!r}; it must be one of {', '.join(REMAT)}.")
@@ -125,7 +127,7 @@ def rematerialised(remat: str) -> type[UNetBlock]:
     policy = None
     if remat == "norms":
         policy = jax.checkpoint_policies.save_only_these_names(*KEPT)
-    return nn.remat(UNetBlock, policy=policy, static_argnums=(3,))  # train, behind self, x, emb
+    return nn.remat(UNetBlock, policy=policy, static_argnums=(3,))  # train, after self, x, emb
 
 
 def fused_downsample_conv(
@@ -137,12 +139,12 @@ def fused_downsample_conv(
     name: str,
     dtype: DTypeLike,
 ) -> Float[Array, "B H/2 W/2 features"]:
-    """3x3 convolution on the full grid followed by the filter, padded once for both."""
+    """3x3 convolution at full resolution, then the filter; padded once for both."""
     filter_pad = (len(taps) - 1) // 2
     x = conv3x3(x, features, init, name=name, padding=1 + filter_pad, dtype=dtype)
     return downsample(x, taps, pad=0)
 
 
 def silu_dense(x: Array, features: int, init: Init, *, name: str) -> jax.Array:
-    """A hidden layer of the mapping network."""
+    """Dense followed by SiLU."""
     return nn.silu(dense(x, features, init, name=name))

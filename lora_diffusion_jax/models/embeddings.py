@@ -1,4 +1,4 @@
-"""Embeddings of the noise level: sinusoids of fixed frequencies."""
+"""Embeddings of the noise level, sinusoids of fixed frequencies; class labels."""
 
 import flax.linen as nn
 import jax
@@ -51,3 +51,20 @@ class FourierEmbedding(nn.Module):
 def swap_halves(embedding: Float[Array, "B C"]) -> Float[Array, "B C"]:
     """[cos, sin] -> [sin, cos], the order in which DDPM++ and NCSN++ feed it on."""
     return jnp.concatenate(jnp.split(embedding, 2, axis=-1)[::-1], axis=-1)
+
+
+def drop_labels(
+    class_labels: Float[Array, "B num_classes"] | None, num_classes: int, rate: float, train: bool
+) -> Float[Array, "B num_classes"]:
+    """Class labels as the label layer sees them: zeros for None, and zeroed at random in training.
+
+    To be called inside a module: one uniform number per sample from its `dropout` stream decides for
+    the whole label.
+    """
+    if class_labels is None:
+        return jnp.zeros((1, num_classes))
+    if not train or rate == 0:
+        return class_labels
+    # The mask has one column per sample, and labels are not scaled up as nn.Dropout's inputs are.
+    kept = nn.Dropout(rate, deterministic=False)(jnp.ones((class_labels.shape[0], 1))) > 0
+    return class_labels * kept

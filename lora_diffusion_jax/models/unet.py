@@ -1,7 +1,7 @@
-"""The encoder and the decoder that DDPM++, NCSN++ and ADM share."""
+"""What DDPM++, NCSN++ and ADM share: their settings, the encoder and the decoder."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -15,65 +15,151 @@ from lora_diffusion_jax.models.layers import GroupNorm, Init, conv3x3
 BlockFactory = Callable[..., UNetBlock]  # (features, *, num_heads, up, down, name) -> block
 
 
+class UNet(nn.Module):
+    """The settings of a U-Net, called as (x, noise_labels, class_labels, augment_labels, train).
+
+    Attributes:
+        image_size: height of the images, which names the levels and places the attention.
+        in_channels, out_channels: channels of the images, and of the output.
+        num_classes: width of the class labels; 0 for an unconditional network.
+        augment_dim: width of the augmentation labels; 0 for none.
+        channels: width of the first convolution.
+        channel_mult: width of each level over `channels`, finest level first.
+        channel_mult_emb: width of the embedding over `channels`.
+        num_blocks: residual blocks per level.
+        attn_resolutions: heights of the levels that have attention.
+        dropout, label_dropout: rates in training.
+        use_affine: False removes the scale-and-shift of all blocks (`only_lora`).
+        remat: what the backward pass recomputes, see `blocks.REMAT`.
+        dtype: of the computation; parameters, embedding, norms and attention logits are float32.
+    """
+
+    image_size: int
+    in_channels: int
+    out_channels: int
+    num_classes: int = 0
+    augment_dim: int = 0
+    channels: int = 128
+    channel_mult: Sequence[int] = (2, 2, 2)
+    channel_mult_emb: int = 4
+    num_blocks: int = 4
+    attn_resolutions: Sequence[int] = (16,)
+    dropout: float = 0.10
+    label_dropout: float = 0.0
+    use_affine: bool = True
+    remat: str = "none"
+    dtype: DTypeLike = jnp.float32
+
+    def check_input(self, x: Float[Array, "B H W C"]) -> None:
+        """Raises UserError unless the network can take images of x's size and channels."""
+        name = type(self).__name__
+        if x.ndim != 4:
+            raise UserError(
+                f"{name} got an array of shape {x.shape}; expected images [B, height, width, channels]."
+            )
+        if x.shape[3] != self.in_channels:
+            raise UserError(
+                f"{name} was built for {self.in_channels} channels, but the images have {x.shape[3]}."
+            )
+        check_image_size(x.shape[1], x.shape[2], len(self.channel_mult))
+
+    def levels(self, block: BlockFactory, num_heads: Callable[[int], int]) -> "Levels":
+        """The plan of the network's levels, for its encoder and its decoder."""
+        return Levels(
+            block=block,
+            num_heads=num_heads,
+            image_size=self.image_size,
+            channels=self.channels,
+            channel_mult=tuple(self.channel_mult),
+            num_blocks=self.num_blocks,
+            attn_resolutions=tuple(self.attn_resolutions),
+            dtype=self.dtype,
+        )
+
+
+def check_image_size(height: int, width: int, num_levels: int) -> None:
+    """Raises UserError unless a U-Net of that many levels can halve the images once per level."""
+    factor = 2 ** (num_levels - 1)
+    if height % factor == 0 and width % factor == 0 and min(height, width) > 0:
+        return
+    possible = {size // factor * factor + more for size in (height, width) for more in (0, factor)}
+    raise UserError(
+        f"The images are {height}x{width} (height x width), but a U-Net with {num_levels} levels halves "
+        f"them {num_levels - 1} times: both must be multiples of {factor}, such as "
+        f"{' or '.join(str(size) for size in sorted(possible - {0}))}. Resize the images or use fewer "
+        "levels (model.channel_mult)."
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Levels:
+    """The levels that an encoder descends and a decoder climbs.
+
+    Iterating yields (name, width, heads) of each level, finest first: '32x32', its channels, and
+    the heads of its attention, 0 where it has none.
+
+    Attributes:
+        block: makes a UNetBlock with the network's settings.
+        num_heads: (channels) -> heads of the attention of a block of that width.
+        image_size, channels, channel_mult, num_blocks, attn_resolutions, dtype: see `UNet`.
+    """
+
+    block: BlockFactory
+    num_heads: Callable[[int], int]
+    image_size: int
+    channels: int
+    channel_mult: tuple[int, ...]
+    num_blocks: int
+    attn_resolutions: tuple[int, ...]
+    dtype: DTypeLike
+
+    def __iter__(self) -> Iterator[tuple[str, int, int]]:
+        for level, mult in enumerate(self.channel_mult):
+            size, width = self.image_size >> level, self.channels * mult
+            heads = self.num_heads(width) if size in self.attn_resolutions else 0
+            yield f"{size}x{size}", width, heads
+
+
 class Encoder(nn.Module):
     """From the image to the coarsest level; returns the output of every stage for the skips.
 
     Attributes:
-        block: makes a UNetBlock with the network's settings.
-        resolution: height of the images, which names the levels and places the attention.
-        model_channels: width of the first convolution.
-        channel_mult: width of each level over `model_channels`.
-        num_blocks: residual blocks a level.
-        attn_resolutions: heights at which every block has attention.
-        num_heads: (channels) -> heads of the attention of a block of that width.
-        init: of the first convolution and of the residual branch.
+        levels: of the network.
+        layer_init: initialisation of the first convolution and of the residual branch.
         residual_filter: taps of NCSN++'s residual input branch; None leaves the branch out.
         first_width_mult: whether the first convolution already has the first level's width (ADM).
-        dtype: of the computation.
     """
 
-    block: BlockFactory
-    resolution: int
-    model_channels: int
-    channel_mult: Sequence[int]
-    num_blocks: int
-    attn_resolutions: Sequence[int]
-    num_heads: Callable[[int], int]
-    init: Init
+    levels: Levels
+    layer_init: Init
     residual_filter: Sequence[float] | None = None
     first_width_mult: bool = False
-    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "B H W C"], emb: Float[Array, "B E"], train: bool = False
     ) -> list[Array]:
-        skips, aux = [], x
-        for level, mult in enumerate(self.channel_mult):
-            res = self.resolution >> level
-            width = self.model_channels * mult
-            if level == 0:
-                first = width if self.first_width_mult else self.model_channels
-                x = conv3x3(x, first, self.init, name=f"{res}x{res}_conv", dtype=self.dtype)
-                skips.append(x)
+        block, dtype = self.levels.block, self.levels.dtype
+        skips, image = [], x
+        for name, width, heads in self.levels:
+            if not skips:
+                first = width if self.first_width_mult else self.levels.channels
+                x = conv3x3(x, first, self.layer_init, name=f"{name}_conv", dtype=dtype)
             else:
-                x = self.block(x.shape[-1], down=True, name=f"{res}x{res}_down")(x, emb, train)
-                skips.append(x)
+                x = block(x.shape[-1], down=True, name=f"{name}_down")(x, emb, train)
                 if self.residual_filter is not None:
-                    name = f"{res}x{res}_aux_residual"
                     branch = fused_downsample_conv(
-                        aux,
+                        image,
                         x.shape[-1],
-                        self.init,
+                        self.layer_init,
                         self.residual_filter,
-                        name=name,
-                        dtype=self.dtype,
+                        name=f"{name}_aux_residual",
+                        dtype=dtype,
                     )
-                    x = skips[-1] = aux = (x + branch) / 2**0.5
-            heads = self.num_heads(width) if res in self.attn_resolutions else 0
-            for i in range(self.num_blocks):
-                name = f"{res}x{res}_block{i}"
-                x = self.block(width, num_heads=heads, name=name)(x, emb, train)
+                    x = image = (x + branch) / 2**0.5
+            skips.append(x)
+            for i in range(self.levels.num_blocks):
+                x = block(width, num_heads=heads, name=f"{name}_block{i}")(x, emb, train)
                 skips.append(x)
         return skips
 
@@ -81,91 +167,44 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """From the coarsest level back to full resolution, one skip concatenated per block.
 
-    Attributes are those of `Encoder`, and
+    The first middle block `in0` always has attention.
+
+    Attributes:
+        levels: of the network.
         attn_last_only: attention only in a level's last block (DDPM++, NCSN++), or in all (ADM).
-            The first middle block `in0` always has it.
-        out_channels: with it, the level-0 output norm and convolution `aux_norm`, `aux_conv` are
-            applied here (DDPM++, NCSN++); None returns the features.
-        init_zero: of `aux_conv`.
+        out_channels: if given, the output norm and convolution `aux_norm`, `aux_conv` of the finest
+            level are applied here (DDPM++, NCSN++); None returns the features.
+        zero_init: initialisation of `aux_conv`.
     """
 
-    block: BlockFactory
-    resolution: int
-    model_channels: int
-    channel_mult: Sequence[int]
-    num_blocks: int
-    attn_resolutions: Sequence[int]
-    num_heads: Callable[[int], int]
+    levels: Levels
     attn_last_only: bool
     out_channels: int | None
-    init_zero: Init
-    dtype: DTypeLike = jnp.float32
+    zero_init: Init
 
     @nn.compact
     def __call__(
         self, skips: Sequence[Array], emb: Float[Array, "B E"], train: bool = False
     ) -> Array:
-        skips = list(skips)
+        block, num_blocks, skips = self.levels.block, self.levels.num_blocks, list(skips)
         x = skips[-1]
-        for level, mult in reversed(list(enumerate(self.channel_mult))):
-            res = self.resolution >> level
-            width = self.model_channels * mult
-            if level == len(self.channel_mult) - 1:
-                heads = self.num_heads(x.shape[-1])
-                name = f"{res}x{res}_in"
-                x = self.block(x.shape[-1], num_heads=heads, name=f"{name}0")(x, emb, train)
-                x = self.block(x.shape[-1], name=f"{name}1")(x, emb, train)
+        coarsest, *finer = reversed(list(self.levels))
+        for name, width, heads in (coarsest, *finer):
+            inner = x.shape[-1]
+            if name == coarsest[0]:
+                middle = self.levels.num_heads(inner)
+                x = block(inner, num_heads=middle, name=f"{name}_in0")(x, emb, train)
+                x = block(inner, name=f"{name}_in1")(x, emb, train)
             else:
-                x = self.block(x.shape[-1], up=True, name=f"{res}x{res}_up")(x, emb, train)
-            for i in range(self.num_blocks + 1):
-                attends = res in self.attn_resolutions and (
-                    i == self.num_blocks or not self.attn_last_only
-                )
-                heads = self.num_heads(width) if attends else 0
+                x = block(inner, up=True, name=f"{name}_up")(x, emb, train)
+            for i in range(num_blocks + 1):
+                attends = i == num_blocks or not self.attn_last_only
                 x = jnp.concatenate([x, skips.pop()], axis=-1)
-                name = f"{res}x{res}_block{i}"
-                x = self.block(width, num_heads=heads, name=name)(x, emb, train)
+                x = block(width, num_heads=heads if attends else 0, name=f"{name}_block{i}")(
+                    x, emb, train
+                )
         if self.out_channels is None:
             return x
-        prefix = f"{self.resolution}x{self.resolution}_aux"
-        x = nn.silu(GroupNorm(1e-6, self.dtype, name=f"{prefix}_norm")(x))
-        return conv3x3(
-            x, self.out_channels, self.init_zero, name=f"{prefix}_conv", dtype=self.dtype
-        )
-
-
-def level_settings(
-    network: nn.Module, block: BlockFactory, num_heads: Callable[[int], int]
-) -> dict[str, Any]:
-    """What a network's encoder and decoder have in common, from the network's own fields."""
-    return {
-        "block": block,
-        "num_heads": num_heads,
-        "channel_mult": tuple(network.channel_mult),
-        "attn_resolutions": tuple(network.attn_resolutions),
-        **{
-            field: getattr(network, field)
-            for field in ("resolution", "model_channels", "num_blocks", "dtype")
-        },
-    }
-
-
-def check_input(
-    x: Float[Array, "B H W C"], channel_mult: Sequence[int], img_channels: int, network: str
-) -> None:
-    """Raises UserError unless the U-Net can take images of x's size and channels."""
-    factor = 2 ** (len(channel_mult) - 1)
-    if x.ndim != 4:
-        raise UserError(
-            f"{network} got an array of shape {x.shape}; it takes images [B, height, width, channels]."
-        )
-    if x.shape[1] % factor or x.shape[2] % factor:
-        raise UserError(
-            f"{network} with {len(channel_mult)} levels halves the image {len(channel_mult) - 1} "
-            f"times: height and width must be multiples of {factor}, but the images are "
-            f"{x.shape[1]}x{x.shape[2]}. Resize them or use fewer levels (model.channel_mult)."
-        )
-    if x.shape[3] != img_channels:
-        raise UserError(
-            f"{network} was built for {img_channels} channels, but the images have {x.shape[3]}."
-        )
+        dtype = self.levels.dtype
+        x = nn.silu(GroupNorm(1e-6, dtype, name=f"{name}_aux_norm")(x))
+        return conv3x3(x, self.out_channels, self.zero_init, name=f"{name}_aux_conv", dtype=dtype)

@@ -1,16 +1,26 @@
-"""Several processes as one program: joining, agreeing within a time limit, failing together."""
+"""What several processes need beside jax.distributed: a clear start, agreement, a common end."""
 
-from lora_diffusion_jax.processes.agreement import barrier, check_same, exchange, from_leader
+from lora_diffusion_jax.processes.agreement import (
+    SharedError,
+    alone,
+    barrier,
+    check_same,
+    exchange,
+    from_leader,
+    is_leader,
+)
 from lora_diffusion_jax.processes.arrays import fetch, place
-from lora_diffusion_jax.processes.failing import begin_step, ending_together
+from lora_diffusion_jax.processes.ending import ending_together
+from lora_diffusion_jax.processes.interrupts import SIGNALS, Interrupted, Interrupts, pause_point
 from lora_diffusion_jax.processes.joining import check_joined, join
-from lora_diffusion_jax.processes.session import SharedError, alone, is_leader
 
 __all__ = [
+    "SIGNALS",
+    "Interrupted",
+    "Interrupts",
     "SharedError",
     "alone",
     "barrier",
-    "begin_step",
     "check_joined",
     "check_same",
     "ending_together",
@@ -19,5 +29,6 @@ __all__ = [
     "from_leader",
     "is_leader",
     "join",
+    "pause_point",
     "place",
 ]

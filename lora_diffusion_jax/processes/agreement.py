@@ -1,96 +1,132 @@
-"""Processes tell one another things and wait for one another, within a time limit."""
+"""Values and waiting between processes, through JAX's coordination service and without devices."""
 
+import collections
+import concurrent.futures
+import dataclasses
 import json
 import os
-import time
+import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
 
 from lora_diffusion_jax.errors import UserError
-from lora_diffusion_jax.processes.session import (
-    ROOT,
-    SharedError,
-    alone,
-    coordination_client,
-    is_leader,
-    session,
-)
 
-_SLICE = 5.0  # seconds of one call of the coordination service; between them signals are heard
+ROOT = "lora_diffusion_jax"  # prefix of our keys and barriers in the coordination service
 
 Result = TypeVar("Result")
 
 
-def exchange(name: str, text: str, limit: float | None = None) -> list[str]:
-    """Gives every process the texts of all, by number; returns when the last has come here.
+class SharedError(UserError):
+    """An error that every process raises at the same place; process 0 alone prints it."""
 
-    Runs over JAX's coordination service, on the host: no device takes part, and a time limit holds.
+
+@dataclasses.dataclass
+class Session:
+    """Settings and counters of this process."""
+
+    limit: float = 300.0  # seconds to wait for the other processes
+    heartbeat: int = 15  # seconds of silence after which JAX considers a process dead
+    exchanges: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+
+
+session = Session()
+
+
+def alone() -> bool:
+    """Whether this is the only process."""
+    return not jax.distributed.is_initialized() or jax.process_count() == 1
+
+
+def is_leader() -> bool:
+    """Whether this is process 0, which writes files and prints."""
+    return alone() or jax.process_index() == 0
+
+
+def client() -> Any:
+    """JAX's client of the coordination service."""
+    from jax._src import distributed  # no public name; orbax reads it here as well
+
+    return distributed.global_state.client
+
+
+def exchange(name: str, text: str, limit: float | None = None) -> list[str]:
+    """Collects one text from each process.
 
     Args:
-        name: what is waited for, for messages.
-        text: of this process.
-        limit: seconds; None: as given to `join`.
+        name: what the processes wait for, the same in all; for messages.
+        text: this process's contribution.
+        limit: seconds to wait; None: the limit given to `join`.
+
+    Returns:
+        The texts by process number.
 
     Raises:
-        UserError: naming the processes that did not come.
+        UserError: some processes did not come in time; it names them.
     """
     if alone():
         return [text]
     limit = session.limit if limit is None else limit
-    folder, serial = f"{ROOT}/exchange/{name}", session.serial[name]
-    prefix = f"{folder}/{serial}"
-    session.serial[name] += 1
-    client = coordination_client()
-    client.key_value_set(f"{prefix}/{jax.process_index()}", text)
-    deadline = time.monotonic() + limit
-    texts = [_get(client, f"{prefix}/{i}", deadline) for i in range(jax.process_count())]
-    missing = [str(i) for i, found in enumerate(texts) if found is None]
-    if missing:
+    number = session.exchanges[name]
+    session.exchanges[name] += 1
+    folder = f"{ROOT}/{name}/{number}/"
+    client().key_value_set(f"{folder}{jax.process_index()}", text)
+    try:
+        _wait_at_barrier(folder, limit)
+    except jax.errors.JaxRuntimeError as error:
+        late = sorted(set(range(jax.process_count())) - _texts(folder).keys())
+        if not late:
+            raise
         raise UserError(
-            f"Waited {limit:.0f} s for process {', '.join(missing)} of {jax.process_count()} at: "
-            f"{name}. They are stuck, slower by more than that (--process_timeout), or gone; look at "
-            "their output. Started again, the same command goes on from the last checkpoint."
-        )
-    if serial and is_leader():  # all are past the one before
-        client.key_value_delete(f"{folder}/{serial - 1}")
-    return texts
+            f"Waited {limit:.0f} s for process {', '.join(map(str, late))} of {jax.process_count()} at: "
+            f"{name}. It is gone, stuck or slow; see its output. Rerun the same command to resume from "
+            "the last checkpoint, with a larger --process_timeout if it is slow."
+        ) from error
+    texts = _texts(folder)
+    if number and is_leader():  # every process has read the previous exchange
+        client().key_value_delete(f"{ROOT}/{name}/{number - 1}/")
+    return [texts[i] for i in range(jax.process_count())]
 
 
-def _get(client: Any, key: str, deadline: float) -> str | None:
-    """The value of a key, as soon as it is there; None after the deadline."""
-    while True:
-        left = max(deadline - time.monotonic(), 0.01)
+def _wait_at_barrier(name: str, limit: float) -> None:
+    passed: concurrent.futures.Future[None] = concurrent.futures.Future()
+
+    def wait() -> None:
         try:
-            return client.blocking_key_value_get(key, int(min(left, _SLICE) * 1000) + 1)
+            passed.set_result(client().wait_at_barrier(name, int(limit * 1000)))
         except jax.errors.JaxRuntimeError as error:
-            if "DEADLINE_EXCEEDED" not in str(error):
-                raise
-            if time.monotonic() >= deadline:
-                return None
+            passed.set_exception(error)
+
+    # In a thread: while its main thread is inside JAX, Python handles no signals.
+    threading.Thread(target=wait, daemon=True).start()
+    passed.result()
+
+
+def _texts(folder: str) -> dict[int, str]:
+    return {int(key.rsplit("/", 1)[1]): text for key, text in client().key_value_dir_get(folder)}
 
 
 def barrier(name: str, limit: float | None = None) -> None:
-    """Returns when all processes have come here; see `exchange`."""
+    """Waits until all processes have come here; see `exchange`."""
     exchange(name, "", limit)
 
 
 def from_leader(name: str, work: Callable[[], Result], limit: float | None = None) -> Result:
-    """Does work in process 0 alone and gives its result, made of JSON types, to all.
+    """Calls `work` in process 0 alone; all processes return its result, made of JSON types.
 
     Raises:
-        SharedError: in all processes, when the work raised a UserError.
+        SharedError: in all processes, if `work` raised a UserError.
     """
     if alone():
         return work()
-    message = ""
+    outcome: dict[str, Any] = {}
     if is_leader():
         try:
-            message = json.dumps({"result": work()})
+            outcome = {"result": work()}
         except UserError as error:
-            message = json.dumps({"error": str(error)})
-    outcome = json.loads(exchange(name, message, limit)[0])
+            outcome = {"error": str(error)}
+    outcome = json.loads(exchange(name, json.dumps(outcome), limit)[0])
     if "error" in outcome:
         raise SharedError(outcome["error"])
     return outcome["result"]
@@ -98,17 +134,12 @@ def from_leader(name: str, work: Callable[[], Result], limit: float | None = Non
 
 def check_same(name: str, text: str) -> None:
     """Raises SharedError unless this text is the same in all processes."""
-    texts = exchange(name, text)
-    for index, other in enumerate(texts):
-        if other != texts[0]:
+    first, *others = exchange(name, text)
+    for index, other in enumerate(others, 1):
+        if other != first:
+            start = max(len(os.path.commonprefix((first, other))) - 60, 0)
+            ours, theirs = (repr(x[start : start + 120]) for x in (first, other))
             raise SharedError(
-                f"{name} differs between processes: {_shortened(texts[0], other)} in process 0, "
-                f"{_shortened(other, texts[0])} in process {index}. Start all with the same command."
+                f"{name} differs between processes: {ours} in process 0, {theirs} in process {index}. "
+                "Start all with the same command and the same installation."
             )
-
-
-def _shortened(text: str, other: str, around: int = 60) -> str:
-    """The text near where it first differs from the other."""
-    start = len(os.path.commonprefix((text, other)))
-    part = text[max(start - around, 0) : start + around]
-    return repr(part if len(part) == len(text) else f"...{part}...")

@@ -1,4 +1,4 @@
-"""Signals as a request to save and stop: SIGINT, SIGTERM, and what announces a preemption."""
+"""Signals as a request to save and stop: SIGINT, SIGTERM, and those that announce a preemption."""
 
 import os
 import signal
@@ -7,11 +7,10 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, TypeVar
 
-from lora_diffusion_jax.processes.agreement import exchange
-from lora_diffusion_jax.processes.session import alone
+from lora_diffusion_jax.processes.agreement import alone, exchange
 
-# What clouds, Kubernetes and Slurm send ahead of taking the machine away (SIGTERM; SIGUSR1 by Slurm's
-# --signal), a hand (SIGINT), and a terminal or ssh session that closes (SIGHUP).
+# Sent by clouds, Kubernetes and Slurm before they take the machine away (SIGTERM; SIGUSR1 by Slurm's
+# --signal), by Ctrl-C (SIGINT), and by a terminal or ssh session that closes (SIGHUP).
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 Result = TypeVar("Result")
@@ -20,79 +19,76 @@ _entered: list["Interrupts"] = []  # the innermost is last
 
 
 class Interrupted(BaseException):
-    """Raised where a signal cuts work short; no Exception, so that the work does not catch it."""
+    """Raised where a signal cuts work short; not an Exception, so that the work does not catch it."""
 
 
 class Interrupts:
-    """Notes the signals while it is entered; a second SIGINT ends the process at once.
+    """Context manager that records signals; a second SIGINT kills the process.
 
-    Signals that were ignored before (SIGHUP under nohup) stay so.
+    Signals that were ignored before (SIGHUP under nohup) stay ignored.
+
+    Args:
+        doing: what happens after a signal, for the message.
 
     Attributes:
-        received: the signal this process got first, or None.
-        agreed: the one that all processes know to stop for, or None.
+        received: the first signal that this process got, or None.
+        agreed: the signal for which all processes stop, or None.
     """
 
     def __init__(self, doing: str = "saving after this step"):
         self.doing = doing
         self.received: int | None = None
         self.agreed: int | None = None
-        self.at_once = False  # raise where the program stands
-        self.previous: dict[int, Any] = {}
+        self._raise_at_once = False
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "Interrupts":
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 if signal.getsignal(number) is not signal.SIG_IGN:
-                    self.previous[number] = signal.signal(number, self._note)
+                    self._previous[number] = signal.signal(number, self._record)
         _entered.append(self)
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         _entered.remove(self)
-        for number, handler in self.previous.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
-            # Launchers may send SIGTERM twice; only a hand means it.
-            if number == signal.SIGINT:
-                signal.signal(number, signal.SIG_DFL)
-                os.kill(os.getpid(), number)
-            return
-        self.received = number
-        # Not print: the signal may have come in the middle of one.
-        name = signal.Signals(number).name
-        os.write(2, f"\n{name}: {self.doing}; SIGINT (Ctrl-C) ends at once\n".encode())
-        if self.at_once:
-            raise Interrupted
+    def _record(self, number: int, frame: FrameType | None) -> None:
+        if self.received is None:
+            self.received = number
+            name = signal.Signals(number).name
+            # Not print, which the signal may have interrupted
+            os.write(2, f"\n{name}: {self.doing}; press Ctrl-C to exit at once\n".encode())
+            if self._raise_at_once:
+                raise Interrupted
+        elif number == signal.SIGINT:  # launchers repeat SIGTERM, but only a person presses Ctrl-C
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     def cut_short(self, work: Callable[[], Result]) -> Result:
-        """Calls work, which a signal, now or before, ends by Interrupted.
+        """Calls `work`; a signal raises Interrupted out of it, at once even if it came before.
 
-        With several processes that happens at its next `pause_point`: the others wait inside it.
+        With several processes this happens at the next `pause_point`, as the others wait in the work.
         """
-        self.at_once = alone()
+        self._raise_at_once = alone()
         try:
-            if self.at_once and self.received is not None:
+            if self._raise_at_once and self.received is not None:
                 raise Interrupted
             return work()
         finally:
-            self.at_once = False
-
-    def pause(self) -> None:
-        """Raises Interrupted, in all processes, when one of them was told to stop."""
-        told = exchange("agreeing whether to stop", str(self.received or 0))
-        self.agreed = max(int(text) for text in told) or None
-        if self.agreed is not None:
-            raise Interrupted
+            self._raise_at_once = False
 
 
 def pause_point() -> None:
-    """A place inside long work where a signal may end it; all processes must come by it alike.
+    """A place in long work where a signal may stop it; all processes must pass it alike.
 
     Raises:
-        Interrupted: inside `with Interrupts()`, when a process was told to stop.
+        Interrupted: inside `with Interrupts()`, if any process got a signal.
     """
     if _entered:
-        _entered[-1].pause()
+        received = exchange("agreeing whether to stop", str(_entered[-1].received or 0))
+        _entered[-1].agreed = max(map(int, received)) or None
+        if _entered[-1].agreed:
+            raise Interrupted

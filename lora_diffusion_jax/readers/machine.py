@@ -13,6 +13,8 @@ import struct
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from lora_diffusion_jax.errors import printable
+
 MAX_INT_BYTES = 16  # the longest honest integer is PyTorch's ten-byte magic number
 MAX_KEY = 1 << 20  # integers hash to themselves: among large ones, many that collide can be chosen
 
@@ -213,7 +215,7 @@ class Machine:
         _expect(module, str, "STACK_GLOBAL")
         _expect(name, str, "STACK_GLOBAL")
         if (module, name) not in self._allowed:
-            raise Refused(f"it asks for {shorten(f'{module}.{name}')}, which data does not need")
+            raise Refused(f"it asks for {printable(f'{module}.{name}')}, which data does not need")
         self._stack.append(self._allowed[module, name])
 
     def _global_line(self) -> None:
@@ -278,21 +280,6 @@ def check_key(key: Any) -> Any:
     if key is None or type(key) in (str, bool) or (type(key) is int and 0 <= key < MAX_KEY):
         return key
     raise Refused(f"it is damaged or foreign: a {type(key).__name__} as a dictionary key")
-
-
-def shorten(text: str, limit: int = 80) -> str:
-    """Text from a file in a form that is safe to print: one line, escaped, bounded."""
-    text = text if len(text) <= limit else text[:limit] + "..."
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
-def show(value: Any) -> str:
-    """A value from a file for an error message; containers, perhaps endless, are not entered."""
-    if value is None or type(value) in (str, bool, int, float):
-        return shorten(repr(value))
-    if type(value) is list and len(value) <= 16 and all(type(v) in (int, float) for v in value):
-        return shorten(repr(value))
-    return f"a {type(value).__name__}"
 
 
 def _expect(value: Any, kind: type, opcode: str) -> Any:

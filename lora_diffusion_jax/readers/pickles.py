@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.errors import UserError, printable
 from lora_diffusion_jax.readers.allowed import snapshot_globals
 from lora_diffusion_jax.readers.machine import (
     Budget,
@@ -20,8 +20,6 @@ from lora_diffusion_jax.readers.machine import (
     Instance,
     Machine,
     Refused,
-    shorten,
-    show,
 )
 from lora_diffusion_jax.readers.tensors import Tensor, containers
 from lora_diffusion_jax.readers.torch_files import ZIP_MAGIC, read_torch
@@ -157,7 +155,7 @@ def describe(data: memoryview | bytes) -> str:
         if head.startswith(magic):
             return name
     try:
-        return f"a text file that begins with '{shorten(head.decode()[:40])}'"
+        return f"a text file that begins with '{printable(head.decode()[:40])}'"
     except UnicodeDecodeError:
         return f"a file of another kind, which begins with the bytes {head[:8].hex(' ')}"
 
@@ -191,7 +189,7 @@ def _tensors(value: Any, key: str | None, budget: Budget) -> dict[str, np.ndarra
 
 
 def _names(value: dict) -> str:
-    names = [show(name) for name in list(value)[:6]]
+    names = [printable(name) for name in list(value)[:6]]
     return ", ".join(names) + (", ..." if len(value) > 6 else "") if names else "nothing"
 
 
@@ -232,7 +230,7 @@ class _Modules:
             raise Refused("it is damaged or hostile: modules that contain themselves, or too many")
         state = value.state or {}
         if type(state) is not dict:
-            raise Refused(f"it is damaged: a {shorten(value.class_name)} whose state is no dict")
+            raise Refused(f"it is damaged: a {printable(value.class_name)} whose state is no dict")
         hidden = self._names(state.get("_non_persistent_buffers_set") or set())
         children = self._items(state, "_modules")
         kwargs, args = state.get("_init_kwargs"), state.get("_init_args")
@@ -272,7 +270,7 @@ class _Modules:
                 continue
             if type(item) is not Tensor:
                 raise Refused(
-                    f"it is damaged: {shorten(name)} is a {type(item).__name__}, not a tensor"
+                    f"it is damaged: {printable(name)} is a {type(item).__name__}, not a tensor"
                 )
             arrays[name] = item.array(self._budget)
         return arrays

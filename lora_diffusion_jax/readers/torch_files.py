@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from lora_diffusion_jax.errors import printable
 from lora_diffusion_jax.readers.machine import (
     Budget,
     Cursor,
@@ -16,8 +17,6 @@ from lora_diffusion_jax.readers.machine import (
     Maker,
     Refused,
     check_key,
-    shorten,
-    show,
 )
 from lora_diffusion_jax.readers.tensors import STORAGES, TENSORS, Storage, StorageType
 
@@ -71,7 +70,7 @@ def _read_legacy(cursor: Cursor, allowed: Mapping, budget: Budget) -> Any:
         raise Refused("it is foreign: a pickle, but not one that torch.save wrote")
     version = Machine(cursor, {}, budget).run()
     if type(version) is not int or version != PROTOCOL_VERSION:
-        raise Refused(f"it is foreign: torch.save version {show(version)}")
+        raise Refused(f"it is foreign: torch.save version {printable(version)}")
     system = Machine(cursor, {}, budget).run()
     if type(system) is not dict or system.get("little_endian") is not True:
         raise Refused(
@@ -123,7 +122,7 @@ def _read_zip(data: memoryview, allowed: Mapping, budget: Budget) -> Any:
                 raise Refused("it is damaged: data behind the end of data.pkl")
             return value
     except _ZIP_ERRORS as error:
-        raise Refused(f"it is a damaged zip archive: {shorten(str(error))}") from error
+        raise Refused(f"it is a damaged zip archive: {printable(str(error))}") from error
 
 
 _ZIP_ERRORS = (
@@ -176,7 +175,7 @@ def _check_entries(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.Zip
     for info in entries.values():
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
             raise Refused(
-                f"its entry {shorten(info.filename)} is compressed or encrypted, "
+                f"its entry {printable(info.filename)} is compressed or encrypted, "
                 "which torch.save never does (a zip bomb?)"
             )
     total = sum(info.file_size for info in archive.infolist())
@@ -189,7 +188,7 @@ def _entry(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
     with archive.open(info) as file:
         data = b"".join(iter(lambda: file.read(MAX_READ), b""))
     if len(data) != info.file_size:
-        raise Refused(f"its entry {shorten(info.filename)} is truncated")
+        raise Refused(f"its entry {printable(info.filename)} is truncated")
     return data
 
 
@@ -197,7 +196,7 @@ def _load_entry(archive: zipfile.ZipFile, entries: Mapping, name: str, storage: 
     info = entries.get(name)
     if info is None or info.file_size != storage.nbytes:
         found = "is missing" if info is None else f"has {info.file_size} bytes"
-        raise Refused(f"its entry {shorten(name)} {found}; {storage.nbytes} bytes are declared")
+        raise Refused(f"its entry {printable(name)} {found}; {storage.nbytes} bytes are declared")
     return _entry(archive, info)
 
 

@@ -3,7 +3,8 @@
 import itertools
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,106 +13,97 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from lora_diffusion_jax import processes
+from lora_diffusion_jax import files, processes
 from lora_diffusion_jax.array_types import PyTree
 from lora_diffusion_jax.errors import UserError
-from lora_diffusion_jax.training.sharding import path_of
-from lora_diffusion_jax.training.workdir import Say, gone, plain_disk_errors
+from lora_diffusion_jax.paths import path_of
+from lora_diffusion_jax.training.state import SavedWeights, TrainState
+from lora_diffusion_jax.training.writers import log
 
 FOLDER = "checkpoints"
 # Parts of a checkpoint, restored one by one: sampling reads the weights alone.
 PARTS = ("weights", "optimizer", "interval")
-# Seconds that processes wait for one another's reading. Where one of them cannot read its share, the
-# others are held by orbax's own barrier first, which gives up after 300 s.
+WEIGHTS = ("params", "frozen", "buffers", "ema")
+# Seconds that processes wait for each other's reading. If one cannot read its share, orbax's own
+# barrier holds the others first, and gives up after 300 s.
 RESTORE_LIMIT = 1800.0
 Parts = Mapping[str, PyTree]
-
-
-@flax.struct.dataclass
-class SavedWeights:
-    """The network of a checkpoint: what is trained, frozen and constant, and the average."""
-
-    params: PyTree
-    frozen: PyTree
-    buffers: PyTree
-    ema: PyTree
 
 
 class Checkpoints:
     """The checkpoints of one run, for the process(es) that train it.
 
     Saving copies the arrays to the host and returns; a thread writes them to a directory that gets
-    its name when it is whole. What goes wrong there is raised by the next call of `check`, `save`
+    its name once it is complete. Errors of that thread are raised by the next call of `check`, `save`
     or `wait`.
 
     Args:
         workdir: the run's directory.
         keep: the newest checkpoints to keep, >= 1.
-        keep_step: step -> is its checkpoint kept for good, besides.
-        say: where to tell of checkpoints that could not be read.
+
+    Attributes:
+        waited: seconds that `save` has taken so far.
     """
 
-    def __init__(
-        self,
-        workdir: str | os.PathLike,
-        *,
-        keep: int = 3,
-        keep_step: Callable[[int], bool] = lambda step: False,
-        say: Say = print,
-    ):
-        if keep < 1:
-            raise UserError(f"keep={keep} checkpoints; at least 1 is needed to resume.")
+    def __init__(self, workdir: str | os.PathLike, *, keep: int = 3):
+        _silence_orbax()
         self.directory = Path(workdir).absolute() / FOLDER
-        self.say = say
+        self.waited = 0.0
+        self.saving = False  # a save was begun whose outcome is not known yet
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=_Newest(keep, keep_step),
+            max_to_keep=keep,
             enable_async_checkpointing=True,
-            # Made in the background, a folder that cannot be made lets the other threads wait for
-            # it for five minutes.
+            # If orbax creates folders in the background and one cannot be created, the other threads
+            # wait for it for five minutes.
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
             cleanup_tmp_directories=True,
             create=False,
             multiprocessing_options=_all_processes(),
         )
-        self.saving = False  # a save was begun whose outcome is not known yet
 
-        def make_folder() -> None:
-            with plain_disk_errors(self.directory):
+        def create_folder() -> None:
+            with files.disk_errors(self.directory):
                 self.directory.mkdir(parents=True, exist_ok=True)
 
-        processes.from_leader("making the folder of checkpoints", make_folder)
-        with plain_disk_errors(self.directory):
-            self.manager = _manager(self.directory, options)
+        processes.from_leader("creating the folder of checkpoints", create_folder)
+        handlers = {name: ocp.PyTreeCheckpointHandler() for name in PARTS}
+        with files.disk_errors(self.directory):
+            self.manager = ocp.CheckpointManager(
+                self.directory, options=options, item_handlers=handlers
+            )
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
-        # With an error on its way, one from the background must not take its place.
+    def __exit__(self, kind: type | None, *error: Any) -> None:
         try:
-            self.close()
+            self.wait()
         except Exception:
-            if error is None:
+            if kind is None:  # else it would replace the error that is being raised
                 raise
+        finally:
+            self.manager.close()
 
     def latest_step(self) -> int | None:
         """The newest step saved, or None."""
         return self.manager.latest_step()
 
     def save(self, step: int, parts: Parts) -> None:
-        """Starts to save; a step that is already there is left as it is.
+        """Starts to save; does nothing if that step was saved before.
 
         Raises:
-            UserError: the folder is gone (orbax would make a new one), or cannot be written.
+            UserError: the folder has disappeared (orbax would create a new one), or cannot be written.
         """
         if processes.is_leader() and not self.directory.is_dir():
-            raise gone(self.directory)
+            raise files.disappeared(self.directory)
         if step in self.manager.all_steps():
             return
         items = {name: ocp.args.PyTreeSave(part) for name, part in parts.items()}
-        with plain_disk_errors(self.directory):
+        began = time.perf_counter()
+        with files.disk_errors(self.directory):
             self.saving = True
             self.manager.save(step, args=ocp.args.Composite(**items))
+        self.waited += time.perf_counter() - began
 
     def check(self) -> None:
         """Raises what went wrong in the background since the last call; costs next to nothing."""
@@ -119,24 +111,17 @@ class Checkpoints:
             self.wait()
 
     def wait(self) -> None:
-        """Returns when all is on disk."""
-        with plain_disk_errors(self.directory):
+        """Returns when everything is on disk."""
+        with files.disk_errors(self.directory):
             self.saving = False
             self.manager.wait_until_finished()
             self.manager.check_for_errors()
 
-    def close(self) -> None:
-        """Waits and ends the threads."""
-        try:
-            self.wait()
-        finally:
-            self.manager.close()
-
     def restore(self, like: Parts) -> tuple[int, dict[str, PyTree]] | None:
         """The newest checkpoint that can be read, on the shardings of `like`.
 
-        Unreadable ones (cut short by a full disk, a copy or a machine's death) are told of and
-        renamed to unreadable-STEP, once an older one was read.
+        Unreadable ones (truncated by a full disk, a copy or a crash) are logged, and renamed to
+        unreadable-STEP once an older one was read.
 
         Args:
             like: shapes with shardings, part by part; parts that a checkpoint lacks are left out.
@@ -147,31 +132,29 @@ class Checkpoints:
         Raises:
             UserError: the checkpoint is of another network; or there are some, and all unreadable.
         """
-        found, torn = _newest_readable(self.manager, like, self.say, self.directory)
-        if found and torn:
-            _set_aside(self.directory, torn)
+        # Process 0's listing for all: on a network file system the others may see an older one.
+        workdir = self.directory.parent
+        steps = processes.from_leader("listing checkpoints", lambda: saved_steps(workdir))
+        if not steps:
+            return None
+        step, parts, unreadable = _read_newest(self.directory, steps, like)
+        if unreadable:
+            _set_aside(self.directory, unreadable)
             self.manager.reload()
-        return found
+        return step, parts
 
 
-class _Newest:
-    """Keeps the newest n checkpoints and those of chosen steps."""
-
-    def __init__(self, keep: int, keep_step: Callable[[int], bool]):
-        self.keep, self.keep_step = keep, keep_step
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        newest = len(checkpoints) - self.keep
-        return [i >= newest or self.keep_step(c.step) for i, c in enumerate(checkpoints)]
+def _silence_orbax() -> None:
+    """Drops orbax's log records: its errors reach us as exceptions."""
+    logging.getLogger("absl").addFilter(_not_from_orbax)  # once, however often it is called
 
 
 def _not_from_orbax(record: logging.LogRecord) -> bool:
-    """Leaves out orbax's lines: what goes wrong is raised to us, with a trace of its own."""
     return "orbax" not in Path(record.pathname).parts
 
 
 def _all_processes() -> ocp.options.MultiprocessingOptions:
-    """Naming them lets orbax wait over the coordination service, with a time limit.
+    """Naming all processes lets orbax wait through the coordination service, with a time limit.
 
     Otherwise it waits by a collective of the devices, in a thread, between those of the steps.
     """
@@ -181,119 +164,81 @@ def _all_processes() -> ocp.options.MultiprocessingOptions:
     return ocp.options.MultiprocessingOptions(active_processes=everyone)
 
 
-def _manager(directory: Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
-    logging.getLogger("absl").addFilter(_not_from_orbax)
-    handlers = {name: ocp.PyTreeCheckpointHandler() for name in PARTS}
-    return ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
-
-
-def _newest_readable(
-    manager: ocp.CheckpointManager,
-    like: Parts | None,
-    say: Say,
-    directory: Path,
-    steps: Sequence[int] | None = None,
-) -> tuple[tuple[int, dict[str, PyTree]] | None, list[int]]:
-    """((step, parts) or None, the newer steps that could not be read)."""
-    torn, reason = [], None
-    for step in sorted(manager.all_steps() if steps is None else steps, reverse=True):
+def _read_newest(
+    directory: Path, steps: Sequence[int], like: Parts | None
+) -> tuple[int, dict[str, PyTree], list[int]]:
+    """(step, its parts, the newer steps that cannot be read); see `_read` for `like`."""
+    unreadable = []
+    for step in reversed(steps):
+        parts = error = None
         try:
-            parts = _read(manager, step, like, directory)
+            parts = _read(directory / str(step), like)
         except UserError:
             raise
-        # Whatever a damaged file makes the readers raise: a missing piece, JSON, decompression.
-        except Exception as error:
-            parts, reason = None, error
-        reasons = processes.exchange(
-            f"reading checkpoint {step}", _brief(reason) if parts is None else "", RESTORE_LIMIT
-        )
+        # Whatever damaged files make the readers raise: a missing piece, JSON, decompression.
+        except Exception as caught:
+            error = caught
+        reason = "" if error is None else f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        reasons = processes.exchange(f"reading checkpoint {step}", reason, RESTORE_LIMIT)
         if not any(reasons):
-            return (step, parts), torn
-        torn.append(step)
-        say(f"checkpoint {step} in {directory} cannot be read ({max(reasons)}); skipped")
-    if torn:
-        raise UserError(
-            f"No checkpoint in {directory} can be read (tried {torn}): {max(reasons)}. Copy them "
-            "again, or move the folder away to start from scratch."
-        ) from reason
-    return None, []
+            return step, parts, unreadable
+        unreadable.append(step)
+        log(f"checkpoint {step} in {directory} cannot be read ({max(reasons)}); skipped")
+    raise UserError(
+        f"No checkpoint in {directory} can be read (tried {unreadable}): {max(reasons)}. Copy them "
+        "again, or move the folder away to start from scratch."
+    ) from error
 
 
-def _read(
-    manager: ocp.CheckpointManager, step: int, like: Parts | None, directory: Path
-) -> dict[str, PyTree]:
-    """The parts of one checkpoint; without `like` the weights, as numpy arrays."""
-    saved = manager.metadata(step).item_metadata
-    trees = {name: saved[name].tree for name in PARTS if saved.get(name) is not None}
-    if "weights" not in trees:
+def _read(folder: Path, like: Parts | None) -> dict[str, PyTree]:
+    """The parts of one checkpoint as `like` has them; without `like` the weights, as numpy arrays."""
+    if not (folder / "weights").is_dir():
         raise FileNotFoundError("it has no weights")
-    if like is None:
-        to_numpy = jax.tree.map(
-            lambda _: ocp.RestoreArgs(restore_type=np.ndarray), trees["weights"]
-        )
-        wanted = {"weights": ocp.args.PyTreeRestore(trees["weights"], restore_args=to_numpy)}
-    else:
-        like = {name: part for name, part in like.items() if name in trees}
-        for name, part in like.items():
-            _check_fit(part, trees[name], directory / str(step) / name)
-        wanted = {
-            name: ocp.args.PyTreeRestore(
-                part, restore_args=ocp.checkpoint_utils.construct_restore_args(part)
-            )
-            for name, part in like.items()
-        }
-    restored = manager.restore(step, args=ocp.args.Composite(**wanted))
-    return {name: restored[name] for name in wanted}
+    handler, found = ocp.PyTreeCheckpointHandler(), {}
+    with ocp.Checkpointer(handler, multiprocessing_options=_all_processes()) as reader:
+        for path in (folder / name for name in (like or ["weights"])):
+            if not path.is_dir():
+                continue
+            saved = handler.metadata(path).tree
+            if like is None:
+                how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
+            else:
+                _check_fit(like[path.name], saved, path)
+                how = ocp.checkpoint_utils.construct_restore_args(like[path.name])
+            found[path.name] = reader.restore(path, ocp.args.PyTreeRestore(restore_args=how))
+    return found
 
 
 def _check_fit(like: PyTree, saved: PyTree, path: Path) -> None:
     """Refuses a checkpoint of another network, naming the arrays that differ."""
-    here = {path_of(k): tuple(v.shape) for k, v in jax.tree_util.tree_leaves_with_path(like)}
-    there = {path_of(k): tuple(v.shape) for k, v in jax.tree_util.tree_leaves_with_path(saved)}
+    here, there = (
+        {path_of(k): tuple(v.shape) for k, v in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (like, saved)
+    )
     wrong = [
-        name for name in sorted(here.keys() | there.keys()) if here.get(name) != there.get(name)
+        f"  {name}: {there.get(name, 'absent')} saved, {here.get(name, 'absent')} wanted"
+        for name in sorted(here.keys() | there.keys())
+        if here.get(name) != there.get(name)
     ]
     if wrong:
-        lines = [
-            f"  {name}: {there.get(name, 'absent')} saved, {here.get(name, 'absent')} wanted"
-            for name in wrong[:8]
-        ]
         raise UserError(
-            f"{path} is of another network; {len(wrong)} arrays differ:\n" + "\n".join(lines) + "\n"
-            "Use the config that the run was started with, or another workdir."
+            f"{path} is of another network; {len(wrong)} arrays differ:\n"
+            + "\n".join(wrong[:8])
+            + "\nUse the config that the run was started with, or another workdir."
         )
 
 
-def _set_aside(directory: Path, torn: Sequence[int]) -> None:
-    """Renames unreadable checkpoints, so that their steps can be saved anew and nothing is lost."""
+def _set_aside(directory: Path, unreadable: Sequence[int]) -> None:
+    """Renames unreadable checkpoints, so that their steps can be saved again and nothing is lost."""
 
     def rename() -> None:
-        with plain_disk_errors(directory):
-            for step in torn:
+        with files.disk_errors(directory):
+            for step in unreadable:
                 names = itertools.chain([""], map("-{}".format, itertools.count(2)))
                 targets = (directory / f"unreadable-{step}{name}" for name in names)
                 (directory / str(step)).rename(next(t for t in targets if not t.exists()))
 
     processes.from_leader("setting unreadable checkpoints aside", rename)
-
-
-def _brief(error: BaseException | None) -> str:
-    """The first line of an error, cut to a readable length."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
-def _reader(workdir: str | os.PathLike) -> tuple[ocp.CheckpointManager, Path]:
-    directory = Path(workdir).absolute() / FOLDER
-    if not directory.is_dir():
-        raise UserError(
-            f"{workdir} has no checkpoints (looked for {directory}). Give the workdir of a "
-            "training run that has saved one."
-        )
-    # Without its read_only, which warns at every opening; nothing here writes.
-    options = ocp.CheckpointManagerOptions(
-        create=False, save_root_metadata=False, multiprocessing_options=_all_processes()
-    )
-    return _manager(directory, options), directory
 
 
 def saved_steps(workdir: str | os.PathLike) -> list[int]:
@@ -302,62 +247,47 @@ def saved_steps(workdir: str | os.PathLike) -> list[int]:
     Raises:
         UserError: the directory has no checkpoints folder.
     """
-    manager, _ = _reader(workdir)
-    try:
-        return sorted(manager.all_steps())
-    finally:
-        manager.close()
+    directory = Path(workdir).absolute() / FOLDER
+    if not directory.is_dir():
+        raise UserError(
+            f"{workdir} has no checkpoints (looked for {directory}). Give the workdir of a "
+            "training run that has saved one."
+        )
+    # One that is not complete has a name beside its number.
+    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal())
 
 
 def open_for_reading(
-    workdir: str | os.PathLike,
-    step: int | None = None,
-    *,
-    like: SavedWeights | None = None,
-    say: Say = print,
+    workdir: str | os.PathLike, step: int | None = None
 ) -> tuple[int, SavedWeights]:
     """The weights of a checkpoint, without touching the run (it may be training).
 
     Args:
         workdir: the run's directory.
         step: which checkpoint; None: the newest that can be read.
-        like: shapes with shardings to restore onto; None: numpy arrays.
-        say: where to tell of checkpoints that could not be read.
 
     Returns:
-        (step, weights), for `state.ema_variables` and `state.raw_variables`.
+        (step, weights), numpy arrays, for `state.ema_variables` and `state.raw_variables`.
 
     Raises:
-        UserError: there is no such checkpoint, or it is of another network than `like`.
+        UserError: there is no such checkpoint.
     """
-    manager, directory = _reader(workdir)
-    try:
-        steps = processes.from_leader("listing checkpoints", lambda: sorted(manager.all_steps()))
-        if not steps or (step is not None and step not in steps):
-            raise UserError(
-                f"{directory} has no checkpoint{'' if step is None else f' {step}'}; there are: "
-                f"{', '.join(map(str, steps)) or 'none yet'}."
-            )
-        parts = None if like is None else {"weights": _weights_part(like)}
-        chosen = steps if step is None else [step]
-        (step, restored), _ = _newest_readable(manager, parts, say, directory, chosen)
-        weights = restored["weights"]
-        return step, SavedWeights(**{name: weights.get(name, {}) for name in _FIELDS})
-    finally:
-        manager.close()
+    _silence_orbax()
+    steps = processes.from_leader("listing checkpoints", lambda: saved_steps(workdir))
+    directory = Path(workdir).absolute() / FOLDER
+    if not steps or (step is not None and step not in steps):
+        raise UserError(
+            f"{directory} has no checkpoint{'' if step is None else f' {step}'}; there are: "
+            f"{', '.join(map(str, steps)) or 'none yet'}."
+        )
+    step, parts, _ = _read_newest(directory, steps if step is None else [step], None)
+    return step, SavedWeights(**{name: parts["weights"].get(name, {}) for name in WEIGHTS})
 
 
-_FIELDS = ("params", "frozen", "buffers", "ema")
-
-
-def _weights_part(weights: Any) -> dict[str, PyTree]:
-    return {name: getattr(weights, name) for name in _FIELDS}
-
-
-def to_parts(state: Any, metrics: PyTree) -> dict[str, PyTree]:
+def to_parts(state: TrainState, metrics: PyTree) -> dict[str, PyTree]:
     """A training state and its running metrics as plain nested dictionaries, part by part."""
     fields = flax.serialization.to_state_dict(state)
-    weights = {name: fields.pop(name) for name in _FIELDS}
+    weights = {name: fields.pop(name) for name in WEIGHTS}
     return {
         "weights": weights,
         "optimizer": fields,
@@ -365,7 +295,7 @@ def to_parts(state: Any, metrics: PyTree) -> dict[str, PyTree]:
     }
 
 
-def from_parts(parts: Parts, state: Any, metrics: PyTree) -> tuple[Any, PyTree]:
+def from_parts(parts: Parts, state: TrainState, metrics: PyTree) -> tuple[TrainState, PyTree]:
     """The inverse of `to_parts`; what `parts` lacks is taken from the state and metrics given."""
     present = {**flax.serialization.to_state_dict(state)}
     present |= parts.get("weights", {}) | parts.get("optimizer", {})
@@ -374,13 +304,13 @@ def from_parts(parts: Parts, state: Any, metrics: PyTree) -> tuple[Any, PyTree]:
     return flax.serialization.from_state_dict(state, present), metrics
 
 
-def save_weights(workdir: str | os.PathLike, weights: Any, step: int = 0) -> None:
+def save_weights(workdir: str | os.PathLike, weights: SavedWeights, step: int = 0) -> None:
     """Writes a checkpoint of weights alone, which sampling reads and training starts from.
 
     Args:
         workdir: the run's directory.
-        weights: anything with params, frozen, buffers and ema.
+        weights: the arrays.
         step: its number.
     """
     with Checkpoints(workdir) as checkpoints:
-        checkpoints.save(step, {"weights": _weights_part(weights)})
+        checkpoints.save(step, {"weights": flax.serialization.to_state_dict(weights)})

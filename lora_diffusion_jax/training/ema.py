@@ -1,7 +1,6 @@
 """Exponential moving average of the weights, its memory stated as a half-life in images."""
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ class Ema:
 
     After every step of B images, ema <- net + beta (ema - net) with beta = 0.5 ** (B / h) and
     h = min(halflife, rampup_ratio * images seen before the step). The first step has h = 0 and so
-    beta = 0: the average starts as the network after it, and forgets its youth quickly.
+    beta = 0: the average starts as the network after it, and quickly discounts early iterates.
     """
 
     halflife_images: float  # > 0
@@ -42,10 +41,3 @@ class Ema:
         """The average after a step that led to `params`; images_seen counts those before it."""
         beta = self.beta(images_seen, batch_size)
         return jax.tree.map(lambda e, p: p + beta.astype(p.dtype) * (e - p), ema, params)
-
-
-def halflife_of_rate(rate: float, batch_size: int) -> float:
-    """Half-life in images of an average that keeps `rate` of itself per step (0.9999, say)."""
-    if not 0 < rate < 1:
-        raise UserError(f"ema rate {rate}; it must lie between 0 and 1.")
-    return batch_size * math.log(2) / -math.log(rate)

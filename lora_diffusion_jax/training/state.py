@@ -1,7 +1,6 @@
-"""All that a training step reads and writes, and the variables for a network that it holds."""
+"""What a training step reads and writes, and the network variables in it."""
 
-from collections.abc import Callable, Iterable
-from typing import Protocol
+from collections.abc import Callable
 
 import flax
 import jax
@@ -9,12 +8,10 @@ import jax.numpy as jnp
 from flax import traverse_util
 from jaxtyping import Array, Bool, Float, Int
 
-from lora_diffusion_jax.array_types import Key, PyTree, Variables
+from lora_diffusion_jax.array_types import PyTree, Variables
 from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.paths import split
 from lora_diffusion_jax.training.optimizer import Optimizer
-
-# Purposes of random numbers in training; a purpose never changes its number.
-INIT, TRAIN = 0, 1
 
 
 @flax.struct.dataclass
@@ -32,7 +29,7 @@ class TrainState:
     ema: PyTree  # average of params
     nonfinite_grads: Float[Array, ""]  # gradient entries replaced so far
     skipped_steps: Int[Array, ""]  # steps without update so far: their loss was not finite
-    bad_in_row: Int[Array, ""]  # of these, the last ones in a row
+    bad_in_row: Int[Array, ""]  # consecutive ones among these, up to the last step
     halted: Bool[Array, ""]  # too many in a row: nothing changes any more
 
     def images_seen(self, batch_size: int) -> Float[Array, ""]:
@@ -40,8 +37,9 @@ class TrainState:
         return self.step.astype(jnp.float32) * batch_size
 
 
-class Weights(Protocol):
-    """What a network can be assembled from: a TrainState, or a checkpoint opened for reading."""
+@flax.struct.dataclass
+class SavedWeights:
+    """What a checkpoint holds of a network: trained, frozen and constant arrays, and the average."""
 
     params: PyTree
     frozen: PyTree
@@ -85,14 +83,6 @@ def create_state(
     )
 
 
-def split(params: PyTree, chosen: Callable[[str], bool]) -> tuple[PyTree, PyTree]:
-    """Splits nested dictionaries into the leaves whose path 'a/b/c' is chosen, and the rest."""
-    flat = traverse_util.flatten_dict(params)
-    first = {path: leaf for path, leaf in flat.items() if chosen("/".join(path))}
-    rest = {path: leaf for path, leaf in flat.items() if path not in first}
-    return traverse_util.unflatten_dict(first), traverse_util.unflatten_dict(rest)
-
-
 def assemble(params: PyTree, frozen: PyTree, buffers: PyTree) -> Variables:
     """The inverse of `split`, as variables for `apply`."""
     merged = {**traverse_util.flatten_dict(frozen), **traverse_util.flatten_dict(params)}
@@ -100,21 +90,11 @@ def assemble(params: PyTree, frozen: PyTree, buffers: PyTree) -> Variables:
     return {**variables, "buffers": buffers} if buffers else variables
 
 
-def raw_variables(weights: Weights) -> Variables:
+def raw_variables(weights: TrainState | SavedWeights) -> Variables:
     """The network as the last step left it."""
     return assemble(weights.params, weights.frozen, weights.buffers)
 
 
-def ema_variables(weights: Weights) -> Variables:
+def ema_variables(weights: TrainState | SavedWeights) -> Variables:
     """The averaged network: the average of what is trained beside the frozen rest."""
     return assemble(weights.ema, weights.frozen, weights.buffers)
-
-
-def purpose_key(seed: int, purpose: int) -> Key:
-    """The key of one purpose; the key of step k is fold_in of it with k."""
-    return jax.random.fold_in(jax.random.key(seed), purpose)
-
-
-def has_adapters(paths: Iterable[str]) -> bool:
-    """Whether one of the paths belongs to an adapter: 'lora' is one of its parts."""
-    return any("lora" in path.split("/") for path in paths)

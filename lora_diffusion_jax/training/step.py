@@ -1,14 +1,13 @@
 """One training step as a pure function of state, batch and key."""
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from lora_diffusion_jax.array_types import (
     Images,
@@ -19,63 +18,51 @@ from lora_diffusion_jax.array_types import (
     PyTree,
     Variables,
 )
-from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.paths import is_adapter, split
 from lora_diffusion_jax.training.ema import Ema
-from lora_diffusion_jax.training.feed import take
 from lora_diffusion_jax.training.metrics import TrainMetrics
 from lora_diffusion_jax.training.optimizer import Optimizer
-from lora_diffusion_jax.training.sharding import (
-    Rules,
-    batch_sharding,
-    gathered,
-    path_of,
-    replicated,
-    tree_sharding,
-)
-from lora_diffusion_jax.training.state import TrainState, assemble, has_adapters
+from lora_diffusion_jax.training.sharding import check_batch_size, gathered
+from lora_diffusion_jax.training.state import TrainState, assemble
 
 Batch = Mapping[str, Array]  # 'image' uint8 or [-1, 1] float [B, H, W, C]; 'label' ids or float
-# Sums of gradient, loss per image and sigma [B]
-Gradient = tuple[PyTree, Float[Array, " B"], Float[Array, " B"]]
+StepFn = Callable[[TrainState, Batch, Key], tuple[TrainState, TrainMetrics]]
+# Fields of the state that a skipped step leaves alone
+UPDATED = ("params", "opt_state", "ema", "nonfinite_grads")
+NORMS = ("grad_norm", "lora_grad_norm", "update_norm", "param_norm")
+# (params, part of a batch) -> (gradient, loss per image)
+Gradient = Callable[[PyTree, PyTree], tuple[PyTree, Float[Array, " b"]]]
 
 
-class LossFn(Protocol):
-    """The objective of some images.
+class Objective(Protocol):
+    """A training loss in two parts: what it draws at random, and its value given the draws."""
 
-    Args of the call: variables; images [B, H, W, C] in [-1, 1]; labels [B, num_classes] or None;
-    `random`, what `draw` gave for these images (without `draw`: one key); train, True here.
-    Returns (loss per pixel [B, H, W, C], sigma [B] or []).
-    """
+    def draw(self, key: Key, shape: tuple[int, ...]) -> Mapping[str, PyTree]:
+        """Draws for images of a shape: 'sigma' [B], other arrays with a row per image, keys."""
+        ...
 
-    def __call__(
+    def loss(
         self,
         variables: Variables,
         images: Images,
         labels: Labels | None,
-        random: PyTree,
+        draws: Mapping[str, PyTree],
         train: bool,
-    ) -> tuple[Float[Array, "B H W C"], Float[Array, " B"]]: ...
-
-
-# (key, shape of the images) -> arrays with one row per image (sigma, noise, augmentation) and keys
-Draw = Callable[[Key, tuple[int, ...]], PyTree]
-# What `_sums` adds up
-SUMS = ("nonfinite", "grad", "update", "param", "adapter_grad")
-StepFn = Callable[[TrainState, Batch, Key], tuple[TrainState, TrainMetrics]]
+    ) -> Float[Array, "B H W C"]:
+        """The loss per pixel of images in [-1, 1]."""
+        ...
 
 
 def make_train_step(
-    loss_fn: LossFn,
+    objective: Objective,
     optimizer: Optimizer,
     *,
     ema: Ema,
     batch_size: int,
+    mesh: Mesh,
     num_classes: int = 0,
     microbatch: int | None = None,
-    draw: Draw | None = None,
-    max_bad_steps: int = 10,
-    mesh: Mesh | None = None,
-    unroll: bool | None = None,
+    max_bad_steps: int = 20,
 ) -> StepFn:
     """Builds (state, batch, key) -> (state, metrics).
 
@@ -84,56 +71,73 @@ def make_train_step(
     the counters; after max_bad_steps of them in a row nothing changes any more, and the loop stops.
 
     Args:
-        loss_fn: the objective.
+        objective: what to minimise.
         optimizer: direction and rate.
         ema: average of the trained parameters.
         batch_size: images of a step over all devices.
+        mesh: the devices the step will run on.
         num_classes: integer labels become one-hot of this width; 0: the loss gets no labels.
         microbatch: images of one forward and backward pass over all devices; gradients are
-            accumulated. With `draw` the result is the full batch's up to rounding (dropout apart).
-            None: the batch.
-        draw: makes the random numbers of the whole batch before it is cut into microbatches: arrays
-            are cut with the images, keys are folded with the microbatch's number. None: loss_fn
-            gets the key.
+            accumulated. Draws are made for the whole batch, so the result is the full batch's up to
+            rounding (dropout apart). None: the batch.
         max_bad_steps: see above.
-        mesh: the devices the step will run on, if they are not jax.devices() or split parameters.
-        unroll: accumulate in a Python loop instead of a scan. None: on CPU only, where XLA runs the
-            gradient of convolutions inside a loop some 20 times slower.
 
     Raises:
-        UserError: the microbatch does not divide the batch.
+        UserError: batch or microbatch do not divide evenly.
     """
-    if microbatch is not None and (microbatch < 1 or batch_size % microbatch):
-        raise UserError(
-            f"microbatch {microbatch} does not divide batch_size {batch_size}; take one of "
-            f"{[m for m in range(1, batch_size + 1) if batch_size % m == 0]}."
-        )
-    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    unroll = platform == "cpu" if unroll is None else unroll
+    check_batch_size(batch_size, mesh, microbatch)
     chunks = batch_size // (microbatch or batch_size)
-
-    def gradient(state: TrainState, part: PyTree) -> Gradient:
-        def objective(params: PyTree) -> tuple[Float[Array, ""], tuple]:
-            variables = gathered(assemble(params, state.frozen, state.buffers), mesh)
-            pixels, sigma = loss_fn(variables, part["image"], part["label"], part["random"], True)
-            total = pixels.astype(jnp.float32).sum() / batch_size
-            sigma = jnp.broadcast_to(sigma, pixels.shape[:1])
-            return total, (pixels.mean(axis=(1, 2, 3), dtype=jnp.float32), sigma)
-
-        grads, (image_loss, sigma) = jax.grad(objective, has_aux=True)(state.params)
-        return grads, image_loss, sigma
+    # XLA on CPU runs the gradient of convolutions inside a loop some 20 times slower.
+    unroll = mesh.devices.flat[0].platform == "cpu"
 
     def step(state: TrainState, batch: Batch, key: Key) -> tuple[TrainState, TrainMetrics]:
-        images = to_float(batch["image"])
-        whole = {
-            "image": images,
-            "label": to_labels(batch.get("label"), num_classes),
-            "random": key if draw is None else draw(key, images.shape),
-        }
-        grads, image_loss, sigma = accumulate(
-            functools.partial(gradient, state), whole, chunks=chunks, unroll=unroll
+        images, seen = to_float(batch["image"]), state.images_seen(batch_size)
+        labels = to_labels(batch.get("label"), num_classes)
+        draws = objective.draw(key, images.shape)
+
+        def loss(params: PyTree, part: PyTree) -> tuple[Float[Array, ""], Float[Array, " B"]]:
+            variables = gathered(assemble(params, state.frozen, state.buffers), mesh)
+            pixels = objective.loss(variables, *part, True)
+            per_image = pixels.mean(axis=(1, 2, 3), dtype=jnp.float32)
+            return pixels.astype(jnp.float32).sum() / batch_size, per_image
+
+        gradient, whole = jax.grad(loss, has_aux=True), (images, labels, draws)
+        if chunks == 1:
+            grads, image_loss = gradient(state.params, whole)
+        else:
+            grads, image_loss = accumulate(gradient, state.params, whole, chunks, unroll)
+        good = jnp.isfinite(image_loss.mean()) & ~state.halted
+
+        def update() -> tuple[dict[str, PyTree], dict[str, Array]]:
+            finite = clean(grads)
+            updates, opt_state = optimizer.update(finite, state.opt_state, state.params, seen)
+            params = optax.apply_updates(state.params, updates)
+            average = ema.update(state.ema, params, seen, batch_size)
+            replaced = state.nonfinite_grads + count_nonfinite(grads)
+            after = dict(zip(UPDATED, (params, opt_state, average, replaced), strict=True))
+            return after, norms(finite, updates, params)
+
+        def skip() -> tuple[dict[str, PyTree], dict[str, Array]]:
+            unknown = dict.fromkeys(NORMS, jnp.float32(0))  # masked below
+            return {name: getattr(state, name) for name in UPDATED}, unknown
+
+        # Two branches rather than a choice per array: XLA then makes half as many kernels.
+        after, measured = jax.lax.cond(good, update, skip)
+        bad_in_row = jnp.where(good, 0, state.bad_in_row + ~state.halted)
+        scalars = {**measured, "loss": image_loss.mean(), "learning_rate": optimizer.rate(seen)}
+        metrics = TrainMetrics.single_from_model_output(
+            mask=good[None],
+            image_loss=image_loss,
+            sigma=draws["sigma"],
+            **{name: value[None] for name, value in scalars.items()},
         )
-        return _apply(state, grads, image_loss, sigma, optimizer, ema, batch_size, max_bad_steps)
+        return state.replace(
+            **after,
+            step=state.step + 1,
+            skipped_steps=state.skipped_steps + ~good,
+            bad_in_row=bad_in_row,
+            halted=bad_in_row >= max_bad_steps,
+        ), metrics
 
     return step
 
@@ -155,35 +159,38 @@ def to_labels(labels: LabelIds | Labels | None, num_classes: int) -> Labels | No
 
 
 def accumulate(
-    gradient: Callable[[PyTree], Gradient], whole: PyTree, *, chunks: int, unroll: bool
-) -> Gradient:
-    """Adds up the gradients of `chunks` equal parts of a batch.
+    gradient: Gradient, params: PyTree, whole: PyTree, chunks: int, unroll: bool
+) -> tuple[PyTree, Float[Array, " B"]]:
+    """Adds up the gradients of equal parts of a batch.
 
     Part i takes rows i, i + chunks, ...: every device then finds its share of each part among its
     own rows.
+
+    Args:
+        gradient: (params, part) -> (gradient, loss per image of the part).
+        params: the parameters.
+        whole: arrays with a row per image, which are cut, and keys, which are folded with the part's
+            number.
+        chunks: the number of parts.
+        unroll: whether to repeat the program instead of looping in it.
+
+    Returns:
+        The sum of the gradients, and the loss per image in the order of the batch.
     """
-    if chunks == 1:
-        return gradient(whole)
 
     def cut(leaf: Array) -> Array:  # [B, ...] -> [chunks, B / chunks, ...]; a key -> chunks keys
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             return jax.vmap(jax.random.fold_in, (None, 0))(leaf, jnp.arange(chunks))
         return jnp.moveaxis(leaf.reshape(-1, chunks, *leaf.shape[1:]), 1, 0)
 
+    def body(total: PyTree, part: PyTree) -> tuple[PyTree, Float[Array, " b"]]:
+        grads, image_loss = gradient(params, part)
+        return jax.tree.map(jnp.add, total, grads), image_loss
+
+    zeros = jax.tree.map(jnp.zeros_like, params)
     parts = jax.tree.map(cut, whole)
-    if unroll:
-        results = [gradient(jax.tree.map(lambda p, i=i: p[i], parts)) for i in range(chunks)]
-        grads = jax.tree.map(lambda *g: sum(g), *[r[0] for r in results])
-        return grads, *(jnp.concatenate([r[j] for r in results]) for j in (1, 2))
-
-    def body(total: PyTree, part: PyTree) -> tuple[PyTree, tuple]:
-        grads, *rows = gradient(part)
-        return jax.tree.map(jnp.add, total, grads), rows
-
-    shapes = jax.eval_shape(gradient, jax.tree.map(lambda p: p[0], parts))[0]
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    grads, rows = jax.lax.scan(body, zeros, parts)
-    return grads, *(row.reshape(-1) for row in rows)
+    grads, image_loss = jax.lax.scan(body, zeros, parts, unroll=chunks if unroll else 1)
+    return grads, image_loss.T.reshape(-1)
 
 
 def clean(grads: PyTree) -> PyTree:
@@ -191,143 +198,17 @@ def clean(grads: PyTree) -> PyTree:
     return jax.tree.map(lambda g: jnp.nan_to_num(g, nan=0.0, posinf=1e5, neginf=-1e5), grads)
 
 
-def _apply(
-    state: TrainState,
-    grads: PyTree,
-    image_loss: Float[Array, " B"],
-    sigma: Float[Array, " B"],
-    optimizer: Optimizer,
-    ema: Ema,
-    batch_size: int,
-    max_bad_steps: int,
-) -> tuple[TrainState, TrainMetrics]:
-    """The state after an update with these gradients, or as it was where the loss is not finite."""
-    loss, seen = image_loss.mean(), state.images_seen(batch_size)
-    good = jnp.isfinite(loss) & ~state.halted
-    # Two branches rather than a choice per array: XLA then makes half as many kernels.
-    params, opt_state, average, rate, sums = jax.lax.cond(
-        good,
-        lambda: _moved(state, grads, seen, optimizer, ema, batch_size),
-        lambda: _unmoved(state, optimizer.rate(seen)),
+def count_nonfinite(grads: PyTree) -> Float[Array, ""]:
+    """The number of entries that are NaN or infinite."""
+    counts = [jnp.sum(~jnp.isfinite(g), dtype=jnp.float32) for g in jax.tree.leaves(grads)]
+    return jnp.stack(counts).sum()
+
+
+def norms(grads: PyTree, updates: PyTree, params: PyTree) -> dict[str, Float[Array, ""]]:
+    """NORMS: global norms over all arrays; the adapters' is NaN, not logged, when there are none."""
+    adapters, _ = split(grads, is_adapter)
+    trees = dict(zip(NORMS, (grads, adapters, updates, params), strict=True))
+    values = {name: optax.tree.norm(tree) for name, tree in trees.items()}
+    return (
+        values if jax.tree.leaves(adapters) else {**values, "lora_grad_norm": jnp.float32(jnp.nan)}
     )
-    measured = TrainMetrics.single_from_model_output(
-        mask=good[None],
-        loss=loss[None],
-        image_loss=image_loss,
-        sigma=sigma,
-        grad_norm=jnp.sqrt(sums["grad"])[None],
-        lora_grad_norm=jnp.sqrt(sums["adapter_grad"])[None],
-        param_norm=jnp.sqrt(sums["param"])[None],
-        update_norm=jnp.sqrt(sums["update"])[None],
-        learning_rate=rate[None],
-    )
-    state = _count(state, good, sums["nonfinite"], max_bad_steps)
-    return state.replace(params=params, opt_state=opt_state, ema=average), measured
-
-
-# Parameters, moments, average, rate, sums
-Outcome = tuple[PyTree, PyTree, PyTree, Float[Array, ""], dict[str, Array]]
-
-
-def _moved(
-    state: TrainState,
-    grads: PyTree,
-    seen: Float[Array, ""],
-    optimizer: Optimizer,
-    ema: Ema,
-    batch_size: int,
-) -> Outcome:
-    """What an update with these gradients leads to."""
-    finite = clean(grads)
-    updates, opt_state, rate = optimizer.update(finite, state.opt_state, state.params, seen)
-    params = optax.apply_updates(state.params, updates)
-    average = ema.update(state.ema, params, seen, batch_size)
-    return params, opt_state, average, rate, _sums(grads, finite, updates, params)
-
-
-def _unmoved(state: TrainState, rate: Float[Array, ""]) -> Outcome:
-    """The same of a step that is skipped."""
-    sums = dict.fromkeys(SUMS, jnp.float32(0))  # masked, all but the next
-    sums["param"] = jnp.square(optax.tree.norm(state.params))
-    return state.params, state.opt_state, state.ema, rate, sums
-
-
-def _count(
-    state: TrainState, good: Bool[Array, ""], replaced: Float[Array, ""], max_bad_steps: int
-) -> TrainState:
-    """The state with its counters moved on by one step."""
-    row = jnp.where(good, 0, state.bad_in_row + 1)
-    row = jnp.where(state.halted, state.bad_in_row, row)
-    return state.replace(
-        step=state.step + 1,
-        nonfinite_grads=state.nonfinite_grads + jnp.where(good, replaced, 0),
-        skipped_steps=state.skipped_steps + (~good),
-        bad_in_row=row,
-        halted=row >= max_bad_steps,
-    )
-
-
-def _sums(raw: PyTree, grads: PyTree, updates: PyTree, params: PyTree) -> dict[str, Array]:
-    """Entries of `raw` that are not finite, and sums of squares of the rest, over all arrays.
-
-    The adapters' gradients are summed once more; NaN, which is not logged, when there are none.
-    One reduction with four results per array, instead of four.
-    """
-    total = dict.fromkeys(SUMS[:4], jnp.float32(0))
-    adapters = []
-    trees = [jax.tree.leaves(tree) for tree in (grads, updates, params)]
-    for (path, g), *squared in zip(jax.tree_util.tree_leaves_with_path(raw), *trees, strict=True):
-        bad = (~jnp.isfinite(g)).astype(jnp.float32)
-        terms = (bad, *(jnp.square(x.astype(jnp.float32)) for x in squared))
-        sums = jax.lax.reduce(terms, (jnp.float32(0),) * 4, _add_each, range(g.ndim))
-        total = {name: total[name] + s for name, s in zip(total, sums, strict=True)}
-        if has_adapters([path_of(path)]):
-            adapters.append(sums[1])
-    return total | {"adapter_grad": sum(adapters) if adapters else jnp.float32(jnp.nan)}
-
-
-def _add_each(one: Sequence[Array], other: Sequence[Array]) -> tuple[Array, ...]:
-    return tuple(a + b for a, b in zip(one, other, strict=True))
-
-
-def lower_step(
-    step_fn: StepFn,
-    state: TrainState,
-    interval: TrainMetrics,
-    data: PyTree,
-    item: PyTree,
-    key: Key,
-    mesh: Mesh,
-    rules: Rules = (),
-) -> jax.stages.Lowered:
-    """Lowers (state, interval, data, item, key) -> (state, interval, status [4]); shapes will do.
-
-    One program gathers the batch, folds the step into the key, steps, and adds to the metrics; the
-    first two arguments are donated. The item holds besides the batch `stop`, int32 [devices]: the
-    signals that processes were told to stop by, or 0. status: loss of the step (NaN if skipped),
-    bad steps in a row, halted, the greatest signal; so all processes learn of it at the same step,
-    and no communication is spent on it.
-    """
-
-    def one(state: TrainState, interval: TrainMetrics, data: PyTree, item: PyTree, key: Key):
-        batch = {name: rows for name, rows in item.items() if name != "stop"}
-        batch = take(data, batch)
-        state, measured = step_fn(state, batch, jax.random.fold_in(key, state.step))
-        status = jnp.stack(
-            [
-                measured.loss.compute(),
-                state.bad_in_row.astype(jnp.float32),
-                state.halted.astype(jnp.float32),
-                item["stop"].max().astype(jnp.float32),
-            ]
-        )
-        return state, interval.merge(measured), status
-
-    layout, whole = tree_sharding(state, mesh, rules), replicated(mesh)
-    jitted = jax.jit(
-        one,
-        in_shardings=(layout, whole, whole, batch_sharding(mesh), whole),
-        out_shardings=(layout, whole, whole),
-        donate_argnums=(0, 1),
-    )
-    return jitted.lower(state, interval, data, item, key)

@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, TensorBoard events, and a line of progress."""
+"""Where a run logs: metrics.jsonl, TensorBoard events, standard output and a progress bar."""
 
 import json
 import math
@@ -15,12 +15,11 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tqdm import tqdm
 
-from lora_diffusion_jax import processes
+from lora_diffusion_jax import files, processes
 from lora_diffusion_jax.training.metrics import check_names
-from lora_diffusion_jax.training.workdir import gone, plain_disk_errors, write_atomically
 
 METRICS = "metrics.jsonl"
-QUIET_SECONDS = 10.0  # where there is no terminal, say something at least this often
+PROGRESS_SECONDS = 10.0  # between lines of progress where there is no terminal
 
 
 class Writers:
@@ -32,19 +31,19 @@ class Writers:
 
     Args:
         directory: the workdir.
-        step: the step that the run goes on from.
-        images: images seen by then.
+        batch_size: images per step.
+        step: the step that the run starts or resumes from.
     """
 
-    def __init__(self, directory: Path, step: int, images: int):
-        self.path = directory / METRICS
+    def __init__(self, directory: Path, batch_size: int, step: int):
+        self.path, self.batch_size = directory / METRICS, batch_size
         self.lines, self.events = None, None
         if not processes.is_leader():
             return
-        with plain_disk_errors(directory):
+        with files.disk_errors(directory):
             _drop_after(self.path, step)
-            self.lines = self.path.open("ab", buffering=0)  # nothing is left over for closing
-            self.events = _Events(directory, purge_from=images + 1)
+            self.lines = self.path.open("ab", buffering=0)  # closing has nothing left to write
+            self.events = _Events(directory, purge_from=step * batch_size + 1)
 
     def __enter__(self) -> "Writers":
         return self
@@ -56,30 +55,29 @@ class Writers:
         try:
             self.events.close()
         except OSError:
-            if kind is None:  # else the error on its way says it
+            if kind is None:  # else the error being raised already says it
                 raise
 
-    def write(
-        self, step: int, images: int, values: Mapping[str, Any], callback: str | None = None
-    ) -> None:
+    def write(self, step: int, values: Mapping[str, Any], callback: str | None = None) -> None:
         """Writes one line; numbers go to both, pictures (uint8 [H, W, 3]) to TensorBoard alone.
 
         Raises:
             ValueError: a name outside the vocabulary.
-            UserError: the disk takes no more, or the file is gone.
+            UserError: the disk is full, or the file has disappeared.
         """
         check_names(values)
         if self.lines is None:
             return
         scalars = {name: float(v) for name, v in values.items() if np.ndim(v) == 0}
+        images = step * self.batch_size
         line = {"step": step, "images": images, "time": round(time.time(), 3)}
         if callback is not None:
             line["callback"] = callback
         # JSON has no NaN or infinity.
         line |= {name: v if math.isfinite(v) else None for name, v in scalars.items()}
         if not self.path.exists():
-            raise gone(self.path)
-        with plain_disk_errors(self.path):
+            raise files.disappeared(self.path)
+        with files.disk_errors(self.path):
             self.lines.write((json.dumps(line) + "\n").encode())
             parts = [summary.scalar(name, value) for name, value in scalars.items()]
             parts += [
@@ -90,14 +88,14 @@ class Writers:
 
 
 class _Events:
-    """A TensorBoard event file, written at once.
+    """A TensorBoard event file, written synchronously.
 
-    tensorboardX's SummaryWriter writes in a thread, whose death on a full disk it does not notice:
-    its queue fills, and the program waits for ever.
+    tensorboardX's SummaryWriter writes in a thread, and does not notice when that dies on a full
+    disk: its queue fills, and the program waits forever.
 
     Args:
-        directory: where the file is made.
-        purge_from: events of an earlier file from this place of the axis on are void.
+        directory: where the file is created.
+        purge_from: events of earlier files from this point of the axis on are void.
     """
 
     def __init__(self, directory: Path, purge_from: int):
@@ -108,7 +106,7 @@ class _Events:
         self.file.flush()
 
     def write(self, step: int, summaries: Sequence[Any]) -> None:
-        """Writes summaries (of tensorboardX.summary) at a place of the axis."""
+        """Writes summaries (of tensorboardX.summary) at a point of the axis."""
         for values in summaries:
             self.file.write_event(Event(step=step, wall_time=time.time(), summary=values))
         self.file.flush()
@@ -145,32 +143,30 @@ def _drop_after(path: Path, step: int) -> None:
     """Cuts metrics.jsonl back to what belongs to the first `step` steps."""
     kept = [json.dumps(line) + "\n" for line in read_metrics(path.parent) if line["step"] <= step]
     if path.exists() and path.read_text() != "".join(kept):
-        write_atomically(path, "".join(kept))
+        files.write_text(path, "".join(kept))
 
 
-def say(text: str) -> None:
-    """Prints a line in process 0, above a bar where there is one."""
+def log(text: str) -> None:
+    """Prints a line in process 0, above the progress bar if there is one."""
     if processes.is_leader():
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
 
 
 class Progress:
-    """A tqdm bar on a terminal; elsewhere a plain line every few seconds. Silent but in process 0.
+    """A tqdm bar on a terminal; elsewhere a line every few seconds. Does nothing but in process 0.
 
     Args:
         total: images of the run.
         done: images seen before.
-        quiet: say nothing at all.
     """
 
-    def __init__(self, total: int, done: int = 0, quiet: bool = False):
-        self.silent = quiet or not processes.is_leader()
+    def __init__(self, total: int, done: int = 0):
         self.total, self.done, self.first = total, done, done
         self.started: float | None = None  # when the first step was done
-        self.spoke = time.monotonic()
+        self.printed = time.monotonic()
         self.bar = None
-        if not self.silent and sys.stderr.isatty():
+        if processes.is_leader() and sys.stderr.isatty():
             self.bar = tqdm(total=total, initial=done, unit="img", unit_scale=True, leave=False)
 
     def __enter__(self) -> "Progress":
@@ -182,25 +178,21 @@ class Progress:
 
     def update(self, images: int, loss: float) -> None:
         """Shows that this many images are done, and the loss of the last step known."""
-        if self.started is None:  # compiling and the first step say nothing of the rate
-            self.first, self.started = images, time.monotonic()
-        fresh, self.done = images - self.done, images
+        now = time.monotonic()
+        if self.started is None:  # compiling and the first step do not count in the rate
+            self.first, self.started = images, now
+        new, self.done = images - self.done, images
         if self.bar is not None:
             self.bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-            self.bar.update(fresh)
-        elif not self.silent and time.monotonic() - self.spoke > QUIET_SECONDS:
-            rate = (images - self.first) / max(time.monotonic() - self.started, 1e-9)
+            self.bar.update(new)
+        elif now - self.printed > PROGRESS_SECONDS:
+            self.printed = now
+            rate = (images - self.first) / max(now - self.started, 1e-9)
             left = duration((self.total - images) / max(rate, 1e-9))
-            self.say(
+            log(
                 f"{images:,} of {self.total:,} img | loss {loss:.4f} | {rate:.1f} img/s | "
                 f"{left} left"
             )
-
-    def say(self, text: str) -> None:
-        """Prints a line, above the bar, unless this is a silent one."""
-        self.spoke = time.monotonic()
-        if not self.silent:
-            say(text)
 
 
 def duration(seconds: float) -> str:

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 from scipy import stats
 
-from lora_diffusion_jax.data.pipeline import Batches, check_image_size, decode_all, epoch_order
+from lora_diffusion_jax.data.pipeline import READ_AHEAD, Batches, epoch_order
 from lora_diffusion_jax.data.sources import open_source
 from lora_diffusion_jax.errors import UserError
 
@@ -16,12 +16,12 @@ N = 23
 class Numbered:
     """A source by the protocol alone; image i is filled with i and has class i % 3."""
 
-    image_shape = (2, 4, 1)
     num_classes = 3
     class_names = ("a", "b", "c")
 
-    def __init__(self, size=N):
+    def __init__(self, size=N, image_shape=(2, 4, 1)):
         self.size = size
+        self.image_shape = image_shape
         self.reads = 0
 
     def __len__(self):
@@ -29,7 +29,10 @@ class Numbered:
 
     def __getitem__(self, index):
         self.reads += 1
-        return {"image": np.full((2, 4, 1), index % 256, np.uint8), "label": np.int32(index % 3)}
+        return {
+            "image": np.full(self.image_shape, index % 256, np.uint8),
+            "label": np.int32(index % 3),
+        }
 
 
 @pytest.fixture
@@ -89,7 +92,7 @@ def test_batches_run_through_epochs_and_drop_nothing(batch_size):
 @pytest.mark.parametrize("memory_limit", [0, 2**30])
 @pytest.mark.parametrize("start", [0, 9])
 def test_iterating_gives_the_batches_of_each_step(memory_limit, start):
-    batches = Batches(Numbered(), 4, seed=1, memory_limit=memory_limit, num_threads=3)
+    batches = Batches(Numbered(), 4, seed=1, memory_limit=memory_limit)
     assert (batches.images is None) == (memory_limit == 0)
     for k, batch in enumerate(take(batches.iterate(start), 15), start):
         np.testing.assert_array_equal(batch["image"][:, 1, 3, 0], batches.indices(k))
@@ -129,9 +132,13 @@ def test_small_data_set_is_decoded_once_in_order(folder):
     np.testing.assert_array_equal(batches.images[:, 0, 0, 0], np.arange(N))
     assert batches.images.shape == (N, 4, 4, 1)
     np.testing.assert_array_equal(batches.labels, np.zeros(N))
-    images, labels = decode_all(Numbered(600), num_threads=4, progress=False)  # several chunks
-    np.testing.assert_array_equal(images[:, 0, 0, 0], np.arange(600) % 256)
-    np.testing.assert_array_equal(labels, np.arange(600) % 3)
+
+
+def test_large_images_are_decoded_in_threads_and_in_order():
+    source = Numbered(600, (96, 96, 3))  # three chunks
+    batches = Batches(source, 4, 0)
+    np.testing.assert_array_equal(batches.images[:, 5, 0, 2], np.arange(600) % 256)
+    np.testing.assert_array_equal(batches.labels, np.arange(600) % 3)
 
 
 @pytest.mark.parametrize("memory_limit", [0, 2**30])
@@ -140,7 +147,7 @@ def test_broken_image_is_named_while_training(folder, memory_limit):
     data = (folder / "07.png").read_bytes()
     (folder / "07.png").write_bytes(data[: len(data) - 20])
     with pytest.raises(UserError, match=r"07\.png cannot be read"):
-        take(Batches(source, 4, 0, memory_limit=memory_limit, progress=False).iterate(), 7)
+        take(Batches(source, 4, 0, memory_limit=memory_limit).iterate(), 7)
 
 
 def test_waiting_is_measured():
@@ -149,22 +156,22 @@ def test_waiting_is_measured():
             time.sleep(0.02)
             return super().__getitem__(index)
 
-    batches = Batches(Slow(), 2, 0, memory_limit=0, read_ahead=1, num_threads=1)
+    batches = Batches(Slow(), 2, 0, memory_limit=0)
     assert batches.wait_seconds == 0
     take(batches.iterate(), 5)
     assert 0.1 < batches.wait_seconds < 2  # ten sleeps of 0.02 s, less what is read ahead
 
 
 def test_reading_ahead_hides_the_reading():
-    batches = Batches(Numbered(), 2, 0, memory_limit=0, read_ahead=4)
+    batches = Batches(Numbered(), 2, 0, memory_limit=0)
     iterator = batches.iterate()
     next(iterator)
     time.sleep(0.2)
     reads = batches.source.reads
-    assert reads >= 2 * 4  # the batch taken and those kept ready
+    assert reads >= 2 * READ_AHEAD  # the batch taken and those kept ready
     iterator.close()
     time.sleep(0.1)
-    assert batches.source.reads <= reads + 4  # and it stops
+    assert batches.source.reads <= reads + 2 * READ_AHEAD  # and it stops
 
 
 def test_worker_processes_give_the_same_batches(folder):
@@ -185,25 +192,3 @@ def test_worker_processes_give_the_same_batches(folder):
 def test_sizes_that_do_not_fit(arguments, message):
     with pytest.raises(UserError, match=message):
         Batches(**{"source": Numbered(), "batch_size": 4, "seed": 0, **arguments})
-
-
-@pytest.mark.parametrize(
-    ("shape", "factor", "message"),
-    [
-        (
-            (30, 30, 3),
-            4,
-            r"30x30.*3 levels halve them 2 times: .* multiples of 4, such as 28 or 32\.",
-        ),
-        ((8, 6, 1), 8, r"8x6.*multiples of 8, such as 8 or 16"),
-        ((3, 3, 1), 4, "such as 4"),
-    ],
-)
-def test_image_sizes_that_a_network_cannot_take(shape, factor, message):
-    with pytest.raises(UserError, match=message):
-        check_image_size(shape, factor)
-
-
-def test_image_sizes_that_a_network_can_take():
-    for shape, factor in (((32, 32, 3), 8), ((8, 8, 1), 1), ((28, 28, 1), 4), ((16, 64, 3), 16)):
-        check_image_size(shape, factor)

@@ -1,4 +1,4 @@
-"""Losses against the formulas in numpy, draws against their distributions."""
+"""Preconditioning, losses and objective against the formulas in numpy, draws against their laws."""
 
 import flax.linen as nn
 import jax
@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from lora_diffusion_jax.diffusion import losses
+from lora_diffusion_jax.diffusion.objective import Augmentation, Objective
 from lora_diffusion_jax.diffusion.precond import EDM, IDDPM, VE, VP, Denoiser
 from lora_diffusion_jax.errors import UserError
 
@@ -46,14 +47,29 @@ def test_draws_follow_their_laws():
     log = np.log(losses.edm_sigma(jax.random.key(0), count))
     assert log.mean() == pytest.approx(-1.2, abs=0.05)
     assert log.std() == pytest.approx(1.2, abs=0.05)
-    uniform = np.log(losses.ve_sigma(jax.random.key(1), count) / 0.02) / np.log(100 / 0.02)
-    np.testing.assert_allclose(
-        np.quantile(uniform, [0.0, 0.25, 0.5, 1.0]), [0, 0.25, 0.5, 1], atol=0.02
-    )
-    time = VP().time(losses.vp_sigma(jax.random.key(2), count))
-    np.testing.assert_allclose(
-        np.quantile(time, [0.0, 0.25, 0.5, 1.0]), [0, 0.25, 0.5, 1], atol=0.02
-    )
+    narrow = np.log(EDM(p_mean=-0.4, p_std=0.5).draw_sigma(jax.random.key(0), count))
+    np.testing.assert_allclose(narrow, -0.4 + 0.5 / 1.2 * (log + 1.2), atol=1e-5)
+    for pre in (VP(), VE(), IDDPM()):
+        sigma = pre.draw_sigma(jax.random.key(1), count)
+        assert pre.sigma_min * (1 - 1e-6) <= sigma.min() <= sigma.max() <= pre.sigma_max
+        time = pre.time(pre.coefficients(sigma).noise)
+        np.testing.assert_allclose(
+            np.quantile(time, [0.0, 0.25, 0.5, 1.0]), [0, 0.25, 0.5, 1], atol=0.02
+        )
+
+
+def test_time_runs_from_0_to_1_with_the_noise_level():
+    middle = {
+        EDM(): 0.4,
+        VP(): VP().schedule.sigma(0.5),
+        VE(): 2**0.5,
+        IDDPM(): IDDPM().levels()[500],
+    }
+    for pre, level in middle.items():
+        low, high = max(pre.sigma_min, 0.002), min(pre.sigma_max, 80.0 if pre == EDM() else 1e9)
+        sigma = jnp.array([low, level, high, 1e5], jnp.float32)
+        time = pre.time(pre.coefficients(sigma).noise)
+        np.testing.assert_allclose(time, [0, 0.5, 1, 1], atol=1e-3)
 
 
 @pytest.mark.parametrize("pre", [EDM(), VP(), VE(), IDDPM()], ids=lambda p: type(p).__name__)
@@ -87,10 +103,13 @@ def test_preconditioning_is_table_1(pre):
         noise = 999 - np.abs(s[:, None] - pre.levels()[None]).argmin(1)
     column = lambda v: np.asarray(v)[:, None, None, None]  # noqa: E731
     expected = column(skip) * x + column(out) * (2 * column(scale) * x + column(noise))
-    got = Denoiser(Raw(), pre).apply({}, x, s)
-    np.testing.assert_allclose(
-        got, expected, rtol=2e-4, atol=1e-4
-    )  # c_noise reaches 999 in float32
+    got, raw = Denoiser(Raw(), pre).apply({}, x, s, with_raw=True)
+    # c_noise reaches 999 in float32
+    np.testing.assert_allclose(got, expected, rtol=2e-4, atol=1e-4)
+    np.testing.assert_array_equal(got, Denoiser(Raw(), pre).apply({}, x, s))
+    assert raw.shape == (3, 2, 2, pre.out_factor)
+    inner = (got - column(skip) * x) / column(out)
+    np.testing.assert_allclose(raw[..., :1], inner, rtol=2e-3, atol=2e-3)
 
 
 def test_edm_preconditioning_gives_unit_variance():
@@ -99,6 +118,45 @@ def test_edm_preconditioning_gives_unit_variance():
     c = EDM().coefficients(sigma)
     np.testing.assert_allclose(c.input**2 * (0.25 + sigma**2), 1, rtol=1e-6)
     np.testing.assert_allclose(c.skip**2 * sigma**2 + (1 - c.skip) ** 2 * 0.25, c.out**2, rtol=1e-4)
+
+
+class Noisy(nn.Module):
+    """F = c_noise + mean of the labels, with noise where dropout is on."""
+
+    @nn.compact
+    def __call__(self, x, noise, labels, augment, train):
+        extra = 0.0 if augment is None else augment.mean(-1)[:, None, None, None]
+        dropped = nn.Dropout(0.5, deterministic=not train)(jnp.ones_like(x))
+        return (noise[:, None, None, None] + extra) * dropped
+
+
+def double(images, draws):
+    return 2 * images, jnp.stack([draws, draws], -1)
+
+
+@pytest.mark.parametrize("pre", [EDM(), VP(), VE()], ids=lambda p: type(p).__name__)
+def test_objective_augments_then_weights_the_error(pre):
+    augmentation = Augmentation(lambda key, n: jax.random.normal(key, (n,)), double)
+    objective = Objective(Denoiser(Noisy(), pre), augmentation)
+    draws = objective.draw(jax.random.key(0), IMAGES.shape)
+    pixels, sigma = objective.loss({}, IMAGES, None, draws, train=False)
+    np.testing.assert_array_equal(sigma, draws["sigma"])
+    column = lambda v: np.asarray(v, np.float64)[:, None, None, None]  # noqa: E731
+    c = pre.coefficients(sigma)
+    noisy = 2 * IMAGES + column(sigma) * draws["noise"]
+    denoised = column(c.skip) * noisy + column(c.out) * (column(c.noise) + column(draws["augment"]))
+    expected = column(pre.weight(sigma)) * (denoised - 2 * IMAGES) ** 2
+    np.testing.assert_allclose(pixels, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_objective_without_augmentation_or_dropout():
+    objective = Objective(Denoiser(Noisy()), dropout=False)
+    draws = objective.draw(jax.random.key(0), IMAGES.shape)
+    assert set(draws) == {"sigma", "noise", "dropout"}
+    quiet = objective.loss({}, IMAGES, None, draws, train=True)[0]
+    np.testing.assert_array_equal(quiet, objective.loss({}, IMAGES, None, draws, train=False)[0])
+    loud = objective._replace(dropout=True).loss({}, IMAGES, None, draws, train=True)[0]
+    assert np.abs(loud - quiet).max() > 0.1
 
 
 def test_iddpm_levels_decrease_to_zero_and_round():

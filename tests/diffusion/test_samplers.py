@@ -1,25 +1,37 @@
-"""Samplers against closed forms of a Gaussian data set, and against a plain loop in float64."""
+"""Samplers against closed forms of a Gaussian data set, a plain loop in float64, and the authors' grids."""
 
 import functools
+import json
+from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from lora_diffusion_jax.diffusion import schedules
+from lora_diffusion_jax.diffusion.precond import EDM, IDDPM, PRECONDS, VE, Denoiser
 from lora_diffusion_jax.diffusion.samplers import (
+    SAMPLERS,
+    BoundDenoiser,
     Churn,
+    Plan,
     ablation_sampler,
+    bind,
     edm_sampler,
     make_plan,
-    step_noise,
+    run_plan,
+    table,
     to_uint8,
 )
+from lora_diffusion_jax.diffusion.samplers.plan import stack, step_noise
 from lora_diffusion_jax.errors import UserError
 
 MEAN, STD = 0.3, 0.5
 SHAPE = (3, 2, 2, 1)
+GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "samplers.npz")
+RUNS = json.loads(str(GOLDEN["meta"]))
 
 
 def gaussian(x, sigma):
@@ -38,13 +50,19 @@ def exact(latents, sigma_max):
     return MEAN + (start - MEAN) * STD / np.sqrt(STD**2 + sigma_max**2)
 
 
-SAMPLERS = {
-    "edm": functools.partial(edm_sampler, num_steps=200),
+FINE = {  # sampler with many steps, and the order of its method
+    "edm": (functools.partial(edm_sampler, num_steps=200), 2),
+    "heun": (functools.partial(SAMPLERS["heun"], num_steps=200), 2),
+    "dpmpp_2m": (functools.partial(SAMPLERS["dpmpp_2m"], num_steps=200), 2),
+    "euler": (functools.partial(SAMPLERS["euler"], num_steps=900), 1),
     **{
-        f"{solver}-{name}": functools.partial(
-            ablation_sampler, num_steps=200 if solver == "heun" else 900, solver=solver, **kwargs
+        f"{solver}-{name}": (
+            functools.partial(
+                ablation_sampler, num_steps=200 if order == 2 else 900, solver=solver, **kwargs
+            ),
+            order,
         )
-        for solver in ("euler", "heun")
+        for solver, order in (("euler", 1), ("heun", 2))
         for name, kwargs in {
             "vp": {"discretization": "vp", "schedule": "vp", "scaling": "vp", "sigma_max": 80.0},
             "ve": {"discretization": "ve", "schedule": "ve", "sigma_max": 80.0},
@@ -56,20 +74,58 @@ SAMPLERS = {
 }
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", FINE)
 def test_every_sampler_solves_the_flow_of_gaussian_data(latents, name):
-    got = SAMPLERS[name](gaussian, latents)
+    sample, order = FINE[name]
     # Remaining discretization error: second order with 200 steps, first order with 900.
-    tolerance = 2e-2 if name.startswith("euler") else 4e-3
-    np.testing.assert_allclose(got, exact(latents, 80.0), atol=tolerance)
+    tolerance = 2e-2 if order == 1 else 4e-3
+    np.testing.assert_allclose(sample(gaussian, latents), exact(latents, 80.0), atol=tolerance)
 
 
-def test_heun_converges_with_second_order(latents):
-    error = [
-        np.abs(edm_sampler(gaussian, latents, num_steps=n) - exact(latents, 80.0)).max()
-        for n in (20, 40)
-    ]
-    assert error[0] / error[1] > 3.3  # four would be the limit; euler gives two
+def order_of(sample, latents):
+    """log2 of how much twice the steps reduce the error."""
+    error = [np.abs(sample(n) - exact(latents, 80.0)).max() for n in (20, 40)]
+    return np.log2(error[0] / error[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "order"), [("euler", 1), ("heun", 2), ("edm", 2), ("dpmpp_2m", 2)]
+)
+def test_samplers_converge_with_their_order(latents, name, order):
+    got = order_of(lambda n: SAMPLERS[name](gaussian, latents, num_steps=n), latents)
+    assert order - 0.3 < got < order + 0.5
+
+
+def test_a_multistep_plan_with_carry_converges_with_second_order(latents):
+    """DPM-Solver++(2M) with the state x itself, which each step first multiplies by s_{i+1} / s_i."""
+
+    def sample(num_steps):
+        sigmas = schedules.edm_grid(num_steps, 0.002, 80.0)
+        ratio = sigmas[1:] / sigmas[:-1]
+        h = -np.log(ratio)
+        carry = [sigmas[0], *ratio]
+        dt = [*(1 / ratio - 1), -1.0]
+        back = [0.0, *(h[1:] / (2 * h[:-1])), 0.0]
+        last = num_steps - 1
+        rows = [
+            Plan(
+                sigma=sigma,
+                scale=1.0,
+                drift=float(i == last),
+                pull=1.0 if i == last else -1.0,
+                dt=dt[i],
+                carry=carry[i],
+                now=1 + back[i],
+                before=-back[i],
+                step=i,
+            )
+            for i, sigma in enumerate(sigmas)
+        ]
+        return run_plan(gaussian, latents, stack(rows))
+
+    assert order_of(sample, latents) > 1.7
+    other = SAMPLERS["dpmpp_2m"](gaussian, latents, num_steps=12)
+    np.testing.assert_allclose(sample(12), other, atol=1e-5)
 
 
 def reference_heun(denoise, latents, sigmas, churn, noise):
@@ -163,9 +219,7 @@ def test_grids_decrease_between_the_ends(grid):
         "edm": lambda: schedules.edm_grid(10, 0.02, 50.0),
         "vp": lambda: schedules.vp_grid(10, 0.02, 50.0, 1e-3),
         "ve": lambda: schedules.ve_grid(10, 0.02, 50.0),
-        "iddpm": lambda: schedules.iddpm_grid(
-            10, 0.02, 50.0, schedules.iddpm_levels(0.001, 0.008, 1000)
-        ),
+        "iddpm": lambda: schedules.iddpm_grid(10, 0.02, 50.0),
     }[grid]()
     assert sigmas.shape == (10,)
     assert (np.diff(sigmas) < 0).all()
@@ -181,10 +235,69 @@ def test_schedules_know_derivative_and_inverse(schedule):
     np.testing.assert_allclose(schedule.derivative(t), slope, rtol=1e-6)
 
 
+class Whole(EDM):
+    """A network that knows whole noise levels and 0.1."""
+
+    def round_sigma(self, sigma):
+        return np.maximum(np.round(sigma), 0.1)
+
+
 def test_plan_rounds_noise_levels_to_what_the_network_knows():
-    plan, initial = make_plan(np.array([3.2, 1.1]), round_sigma=np.round)
+    plan = make_plan(np.array([3.2, 1.1]), precond=Whole())
     np.testing.assert_array_equal(plan.sigma, [3, 1, 1])
-    assert initial == 3.0
+    np.testing.assert_array_equal(plan.carry, [3, 1, 1])  # the latents' standard deviation at first
+
+
+def plan_of(monkeypatch, sample, denoise):
+    """The plan that a sampler runs, in float64."""
+    plans = []
+    monkeypatch.setattr(table, "run_plan", lambda d, x, plan, **noise: plans.append(plan))
+    sample(denoise, np.zeros(SHAPE, np.float32), key=jax.random.key(0))
+    return plans[0]
+
+
+def bound(pre):
+    """A network of this preconditioning, bound as samplers take it."""
+    return bind(Denoiser(nn.Dense(1), pre), {})
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_defaults_give_the_noise_levels_of_the_authors_code(monkeypatch, name):
+    run = RUNS[name]
+    sample = functools.partial(SAMPLERS[run["sampler"]], **run["settings"])
+    plan = plan_of(monkeypatch, sample, bound(PRECONDS[run["precond"]]()))
+    golden = {k: GOLDEN[f"{name}/{k}"] for k in ("t_steps", "net_sigmas", "sigma_min", "sigma_max")}
+    # The authors' iddpm levels come from PyTorch's float32 sine.
+    tolerance = 2e-5 if "iddpm" in name else 1e-9
+    np.testing.assert_allclose(plan.sigma, golden["net_sigmas"], rtol=tolerance)
+    if "s_churn" not in run["settings"]:
+        steps = plan.dt[plan.first] / run["settings"].get("alpha", 1)
+        steps[-1] = plan.dt[plan.first][-1]  # Euler's
+        times = -np.cumsum(steps[::-1])[::-1]
+        np.testing.assert_allclose(times, golden["t_steps"][:-1], rtol=tolerance, atol=1e-12)
+        if "iddpm" not in name:  # whose levels need not include the range's ends
+            ends = golden["sigma_max"], golden["sigma_min"]
+            np.testing.assert_allclose(plan.sigma[[0, -1]], ends, rtol=1e-9)
+
+
+def test_iddpm_levels_are_the_authors_up_to_their_sine():
+    levels = schedules.iddpm_levels(0.001, 0.008, 1000)
+    np.testing.assert_allclose(levels[:-1], GOLDEN["iddpm_u"][:-1], rtol=1.5e-5)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_samplers_keep_to_the_levels_of_the_network(monkeypatch, name):
+    sample = functools.partial(SAMPLERS[name], num_steps=6, sigma_min=1e-3, sigma_max=500.0)
+    plan = plan_of(monkeypatch, sample, bound(VE()))
+    assert plan.sigma.min() == pytest.approx(0.02)
+    assert plan.sigma.max() == pytest.approx(100.0)
+    plan = plan_of(monkeypatch, sample, bound(IDDPM()))
+    assert np.isin(plan.sigma, IDDPM().levels()).all()
+
+
+def test_rounding_to_few_levels_leaves_the_multistep_sampler_finite(latents):
+    got = SAMPLERS["dpmpp_2m"](BoundDenoiser(gaussian, Whole()), latents, num_steps=40)
+    np.testing.assert_allclose(got, exact(latents, 80.0), atol=0.3)
 
 
 @pytest.mark.parametrize(

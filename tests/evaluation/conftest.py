@@ -21,10 +21,16 @@ def digits():
 @pytest.fixture(scope="session")
 def detector(digits, tmp_path_factory):
     """The classifier's features of digits, trained for two thirds of the default's time."""
-    train, heldout = digits
-    folder = tmp_path_factory.mktemp("cache")
+    train, _ = digits
     settings = classifier.default_settings(train.image_shape)
     settings = dataclasses.replace(settings, total_images=40_000)
-    return classifier.fit(
-        train, test_source=heldout, settings=settings, cache_dir=folder, progress=False
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LORA_DIFFUSION_CACHE", str(tmp_path_factory.mktemp("cache")))
+        return classifier.fit(train, settings=settings)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache folder."""
+    monkeypatch.setenv("LORA_DIFFUSION_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from lora_diffusion_jax.evaluation import classifier
 from lora_diffusion_jax.evaluation.features import extract, tree_hash
 from lora_diffusion_jax.evaluation.metrics import frechet_distance
-from lora_diffusion_jax.evaluation.statistics import moments_of
+from lora_diffusion_jax.evaluation.statistics import Moments
 
 rng = np.random.default_rng(0)
 images = [rng.integers(0, 256, (100, 16, 16, 3), np.uint8) // (1 + k) for k in range(2)]
@@ -28,7 +28,9 @@ detector = classifier.rebuild(recipe, {"params": params})
 for count in (1, 4):
     mesh = Mesh(np.array(jax.devices()[:count]).reshape(-1, max(1, count // 2)), ("data", "fsdp"))
     rows = [np.concatenate([f for f, _ in extract(detector, [x], mesh=mesh)]) for x in images]
-    value = frechet_distance(*(m for r in rows for m in moments_of([r], 16).result()))
+    sums = [Moments(16) for _ in rows]
+    [s.add(r) for s, r in zip(sums, rows)]
+    value = frechet_distance(*(m for s in sums for m in s.result()))
     print(json.dumps({"devices": count, "hash": tree_hash(rows), "value": value}))
 """
 

@@ -11,7 +11,9 @@ import pytest
 from PIL import Image
 
 from lora_diffusion_jax.errors import UserError
-from lora_diffusion_jax.evaluation import dinov2
+from lora_diffusion_jax.evaluation import dinov2, resize
+
+from . import random_weights
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "dinov2_torch.npz"
 SHAPES = ((8, 8, 1), (32, 32, 3), (224, 224, 3), (300, 260, 3))  # in the order they were drawn
@@ -19,7 +21,7 @@ SHAPES = ((8, 8, 1), (32, 32, 3), (224, 224, 3), (300, 260, 3))  # in the order 
 
 @pytest.fixture(scope="module")
 def weights():
-    return dinov2.random_state_dict(width=128, depth=3)
+    return random_weights.dinov2_state_dict(width=128, depth=3)
 
 
 def test_features_equal_pytorchs(weights):
@@ -39,8 +41,13 @@ def test_features_equal_pytorchs(weights):
 def test_resize_is_pillows_bicubic(size):
     image = np.random.default_rng(size).uniform(0, 255, (size, size)).astype(np.float32)
     expected = np.asarray(Image.fromarray(image).resize((224, 224), Image.Resampling.BICUBIC))
-    matrix = dinov2.bicubic_weights(size).astype(np.float64)
+    matrix = resize.bicubic_weights(size).astype(np.float64)
     np.testing.assert_allclose(matrix @ image @ matrix.T, expected, atol=1e-3)
+
+
+def test_names_and_shapes_are_the_official_ones():
+    expected = random_weights.dinov2_shapes(128, 2, 1370)
+    assert dinov2.expected_shapes(128, 2, 1370) == expected
 
 
 def test_other_networks_are_plain_errors(weights):

@@ -16,11 +16,14 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 import eval_fid
-from lora_diffusion_jax import factory, judging
+from lora_diffusion_jax import factory
 from lora_diffusion_jax.default_config import base
-from lora_diffusion_jax.evaluation import classifier, collect
-from lora_diffusion_jax.evaluation.references import make_reference
-from lora_diffusion_jax.evaluation.statistics import load_reference, save_reference
+from lora_diffusion_jax.evaluation import classifier, collect, runs
+from lora_diffusion_jax.evaluation.references import (
+    load_reference,
+    make_reference,
+    save_reference,
+)
 from lora_diffusion_jax.training import checkpoint, workdir
 
 SETTINGS = classifier.Settings(widths=(8, 16), feature_dim=16, total_images=500)
@@ -48,7 +51,7 @@ def write_run(folder, steps=(10,), total_images=640):
     config.train.update(batch_size=64, total_images=total_images)
     config.sampler.update(num_steps=3, batch_size=32)
     folder.mkdir(parents=True)
-    workdir.reconcile_config(folder, config.to_dict(), (), lambda text: None)
+    workdir.reconcile_config(folder, config.to_dict())
     denoiser = factory.build_denoiser(config)
     for step in steps:
         params = jax.device_get(
@@ -66,7 +69,7 @@ def run(tmp_path_factory):
 
 
 def call(capsys, *argv):
-    """Runs a verb; returns (status, results, what was said)."""
+    """Runs a verb; returns (status, results, text on stderr)."""
     capsys.readouterr()
     status = eval_fid.main([str(a) for a in argv])
     out = capsys.readouterr()
@@ -106,8 +109,7 @@ def test_folder_zip_and_npz_give_one_number(capsys, digits, reference, tmp_path)
     assert values[0] == values[1] == values[2] > 0
 
 
-def test_ref_writes_what_calc_reads(capsys, digits, reference, tmp_path, monkeypatch):
-    monkeypatch.setenv("LORA_DIFFUSION_CACHE", str(tmp_path / "cache"))
+def test_ref_writes_what_calc_reads(capsys, digits, reference, tmp_path, monkeypatch, cache):
     monkeypatch.setattr(classifier, "default_settings", lambda shape: SETTINGS)
     np.savez(tmp_path / "train.npz", images=digits[0].images[:300])
     dest = tmp_path / "ref.npz"
@@ -122,6 +124,20 @@ def test_ref_writes_what_calc_reads(capsys, digits, reference, tmp_path, monkeyp
     assert (found["precision"], found["recall"], found["coverage"]) == (1, 1, 1)
     assert found["memorised"] == 1
     assert rows[0]["reference_hash"] == made["reference_hash"]
+
+
+def test_folders_are_classes_if_asked(capsys, digits, cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(classifier, "default_settings", lambda shape: SETTINGS)
+    for i in range(60):
+        folder = tmp_path / "data" / str(digits[0].labels[i] % 2)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{i}.png").write_bytes(png(digits[0].images[i]))
+    command = ("ref", f"--data={tmp_path / 'data'}", f"--dest={tmp_path / 'ref.npz'}")
+    _, (made,), _ = call(capsys, *command)
+    assert made["features"] == "rotation"
+    _, (made,), _ = call(capsys, *command, "--class_folders")
+    assert made["features"] == "classifier"
+    assert made["detector_details"]["classes"] == 2
 
 
 def test_gen_is_labelled_and_independent_of_the_batch_size(capsys, reference, run):
@@ -222,21 +238,21 @@ def test_a_signal_saves_and_the_same_command_goes_on(
 def test_two_processes_do_not_mix_their_sums(tmp_path):
     code = (
         "import sys; from pathlib import Path; from lora_diffusion_jax.evaluation import collect\n"
-        "with collect._locked(Path(sys.argv[1])): pass"
+        "with collect.Partial(Path(sys.argv[1]), {}).lock(): pass"
     )
     root = str(Path(__file__).parents[2])
     environment = {**os.environ, "PYTHONPATH": root}
 
     def other():
-        command = [sys.executable, "-c", code, str(tmp_path / "sums")]
+        command = [sys.executable, "-c", code, str(tmp_path)]
         return subprocess.run(command, capture_output=True, text=True, env=environment)
 
-    with collect._locked(tmp_path / "sums"):
+    with collect.Partial(tmp_path, {}).lock():
         assert "Another process is computing" in other().stderr
     assert other().returncode == 0
 
 
-def test_all_judges_each_checkpoint_once(capsys, reference, tmp_path, monkeypatch):
+def test_all_evaluates_each_checkpoint_once(capsys, reference, tmp_path, monkeypatch):
     root = tmp_path / "sweep"
     write_run(root / "a", steps=(5, 10))
     write_run(root / "b", steps=(10,))
@@ -248,12 +264,12 @@ def test_all_judges_each_checkpoint_once(capsys, reference, tmp_path, monkeypatc
     assert (root / "evaluation" / "fd_classifier_20.png").stat().st_size > 5000
 
     def never(*args):
-        raise AssertionError("a finished checkpoint was judged again")
+        raise AssertionError("a finished checkpoint was evaluated again")
 
-    monkeypatch.setattr(judging, "judge", never)
+    monkeypatch.setattr(runs, "evaluate", never)
     assert call(capsys, *common)[1] == rows
     assert call(capsys, *common, "--follow")[1] == rows  # all runs are finished: it ends
-    with pytest.raises(AssertionError, match="judged again"):  # other images of the same weights
+    with pytest.raises(AssertionError, match="evaluated again"):  # other images of the same weights
         call(capsys, *common, "--config.dtype=bfloat16")
 
 
@@ -266,7 +282,7 @@ def test_follow_waits_for_new_checkpoints(capsys, reference, tmp_path, monkeypat
         other = write_run(tmp_path / "later", steps=(10,))
         (other / "checkpoints" / "10").rename(run / "checkpoints" / "10")
 
-    monkeypatch.setattr(judging, "sleep", train_on)
+    monkeypatch.setattr(runs, "sleep", train_on)
     common = ("all", f"--workdir={run}", f"--ref={reference}", "--num=20", "--follow")
     _, rows, _ = call(capsys, *common)
     assert [row["step"] for row in rows] == [5, 10]
@@ -275,55 +291,64 @@ def test_follow_waits_for_new_checkpoints(capsys, reference, tmp_path, monkeypat
 CALC, GEN = "calc --ref={ref} --images=", "gen --workdir={run} --ref={ref} "
 JUDGE, WITH = "calc --images={npz} --ref=", CALC + "{npz} --features=edm --inception="
 BAD = {
-    "fewer images than asked": (CALC + "{npz} --num=300", "fewer than the 300"),
+    "fewer images than asked": (CALC + "{npz} --num=300", "297 images, but --num=300"),
     "more images than asked": (CALC + "{npz} --num=100", "but --num=100"),
-    "a negative number": (CALC + "{npz} --num=-3", "at least 2"),
+    "a negative number": (CALC + "{npz} --num=-3", "but --num=-3"),
     "corrupt PNG in a ZIP": (CALC + "{broken}", "00003.png"),
     "empty folder": (CALC + "{empty}", "no PNG or JPEG"),
     "no such folder": (CALC + "{empty}/x", "empty/x"),
-    "no images named": (CALC, "No images are named"),
+    "no images named": (CALC, "--images is empty"),
     "neither file nor data set": (CALC + "sampels", "no file or folder sampels"),
-    "NaN images": (CALC + "{nan}", "1 of them with NaN"),
-    "channels first": (CALC + "{first}", "images.transpose(0, 2, 3, 1)"),
-    "integers": (CALC + "{ints}", "images.astype(numpy.uint8)"),
-    "an array alone": (CALC + "{npy}", "a single .npy array"),
-    "another size": (CALC + "{large}", "is of (8, 8, 1)"),
-    "one image to judge": (CALC + "{one}", "at least 2"),
+    "NaN images": (CALC + "{nan}", "clip(x * 127.5 + 128, 0, 255)"),
+    "channels first": (CALC + "{first}", "transpose(0, 2, 3, 1)"),
+    "integers": (CALC + "{ints}", "integers 0-255 with astype(uint8)"),
+    "an array alone": (CALC + "{npy}", "NUMPY"),
+    "another size": (CALC + "{large}", "has (8, 8, 1)"),
+    "one image to evaluate": (CALC + "{one}", "at least 2"),
     "images as reference": (JUDGE + "{npz}", "no reference statistics"),
     "reference as images": (CALC + "{ref}", "Pass it with --ref"),
     "reference of another size": (JUDGE + "{other}", "100 features"),
     "missing reference": (JUDGE + "{empty}/no.npz", "no reference file"),
-    "reference cut short": (JUDGE + "{cut}", "cut short"),
+    "reference cut short": (JUDGE + "{cut}", "not a whole npz"),
     "negative covariance": (JUDGE + "{negative}", "positive semi-definite"),
     "lopsided covariance": (JUDGE + "{lopsided}", "symmetric"),
     "words as mean": (JUDGE + "{words}", "expected real numbers"),
     "damaged description": (JUDGE + "{meta}", "not a JSON object"),
     "damaged recipe": (JUDGE + "{recipe}", "is damaged (KeyError"),
-    "unknown metric": (CALC + "{npz} --metrics=fid,foo", "choose some of"),
-    "no rows for kid": (JUDGE + "{bare} --metrics=kid", "--keep_features"),
-    "too few for kid": (CALC + "{npz} --metrics=fid,kid", "at least 1000 images; there are 297"),
-    "other features": (CALC + "{npz} --features=rotation", "made with classif"),
+    "unknown metric": (CALC + "{npz} --metrics=fid,foo", "choose from fid,kid"),
+    "no rows for kid": (JUDGE + "{bare} --metrics=pr", "--keep_features"),
+    "too few for kid": (CALC + "{npz} --metrics=fid,kid", "at least 1000 images; {npz} has 297"),
+    "other features": (CALC + "{npz} --features=rotation", "named classifier, which"),
     "no weights": (CALC + "{npz} --features=edm --inception=/no", "6726825d"),
     "weights of another network": (WITH + "{foreign}", "472 of its 472 tensors are missing"),
     "weights in an npz": (WITH + "{npz}", "not one that torch.save wrote"),
     "weights that are a web page": (WITH + "{page}", "a web page"),
     "no dinov2": (CALC + "{npz} --features=dinov2", "--dinov2=PATH"),
     "turns are no classes": (JUDGE + "{turns} --metrics=is", "needs classes"),
-    "seeds and num": (GEN + "--num=9 --seeds=0-7", "8 seeds"),
-    "a seed twice": (GEN + "--seeds=1,1", "twice"),
+    "seeds and num": (GEN + "--num=9 --seeds=0-7", "8 seeds, but --num=9"),
+    "a seed twice": (GEN + "--seeds=1,1", "repeats a seed"),
     "one sample": (GEN + "--num=1", "at least 2"),
     "no repeats": (GEN + "--num=9 --repeats=0", "choose 1 to 100"),
-    "repeats beyond the last seed": (GEN + "--seeds=4294967290-4294967294 --repeats=2", "the last"),
-    "too few samples": (GEN + "--num=9 --metrics=fid,kid", "at least 1000 images; there are 9"),
+    "repeats beyond the last seed": (
+        GEN + "--seeds=4294967290-4294967294 --repeats=2",
+        "largest seed",
+    ),
+    "too few samples": (GEN + "--num=9 --metrics=fid,kid", "at least 1000 images; {run} has 9"),
     "no run": ("gen --workdir={empty} --ref={ref} --num=9", "is not a run"),
-    "a sweep": ("gen --workdir={run}/.. --ref={ref} --num=9", "is no run but holds some"),
+    "a sweep": ("gen --workdir={run}/.. --ref={ref} --num=9", "is not a run but contains some"),
     "no network": ("gen --workdir={page} --ref={ref} --num=9", "a web page"),
     "a step of a file": ("gen --workdir={page} --step=3 --ref={ref} --num=9", "no steps"),
     "no step": (GEN + "--num=9 --step=3", "no checkpoint 3"),
     "no field": (GEN + "--num=9 --config.sampler.x=3", "no field samp"),
     "no float": (GEN + "--num=9 --config.sampler.rho=x", "type float"),
     "no option": (CALC + "{npz} --foo=3", "--foo=3 is not an option"),
-    "no runs": ("all --workdir={empty} --ref={ref} --num=9", "holds none"),
+    "no runs": ("all --workdir={empty} --ref={ref} --num=9", "contains none"),
+    "a split of a file": (CALC + "{npz} --split=test", "--split and --data_dir apply to TFDS"),
+    "class folders of TFDS": (CALC + "digits --class_folders", "--class_folders needs --images"),
+    "class folders without any": (
+        "ref --data={flat} --dest={empty}/r.npz --class_folders",
+        "but --class_folders takes",
+    ),
     "no classes": ("ref --data={npz} --dest={empty}/r.npz --features=classifier", "no classes"),
     "no data": ("ref --data={empty}/x.zip --dest={empty}/r.npz", "x.zip"),
     "no npz": ("ref --data={npz} --dest={empty}/r.txt", "ends in .npz"),
@@ -363,6 +388,8 @@ def inputs(digits, reference, run, tmp_path_factory):
     (root / "page.pth").write_text("<!DOCTYPE html><html>404</html>")
     write_zip(root / "broken.zip", images[:9], broken=3)
     (root / "empty").mkdir()
+    (root / "flat").mkdir()
+    (root / "flat" / "0.png").write_bytes(png(images[0]))
     return {path.stem: path for path in root.iterdir()} | {"ref": reference, "run": run}
 
 
@@ -374,6 +401,6 @@ def test_bad_input_is_a_plain_error(capsys, case, inputs, tmp_path, monkeypatch)
     status, rows, said = call(capsys, *command.format(**inputs).split(" "))
     assert (status, rows) == (2, [])
     assert said.startswith("error: ")
-    assert expected in said
+    assert expected.format(**inputs) in said
     assert "Traceback" not in said
     assert sorted(path for path in inputs["npz"].parent.rglob("*")) == before

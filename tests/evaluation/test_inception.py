@@ -17,6 +17,8 @@ from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.evaluation import inception, resize
 from lora_diffusion_jax.evaluation.inception import load_inception
 
+from . import random_weights
+
 GOLDEN = Path(__file__).parents[1] / "golden" / "inception_pytorch_fid.npz"
 
 
@@ -30,7 +32,7 @@ def images_of(shape):
 
 @pytest.fixture(scope="module")
 def weights():
-    return inception.random_state_dict(0)
+    return random_weights.inception_state_dict()
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +130,8 @@ def test_weight_count_is_the_published_networks():
     shapes = inception.expected_shapes()
     learned = sum(int(np.prod(s)) for n, s in shapes.items() if "running" not in n)
     assert learned == 27_161_264 - 3_326_696 + 8 * 2_049
-    assert len(inception.convolutions()) == 94
+    assert sum(name.endswith("conv.weight") for name in shapes) == 94
+    assert shapes == random_weights.inception_shapes()
 
 
 def test_safetensors_round_trip_keeps_the_source(weights, weights_file, tmp_path):
@@ -171,7 +174,7 @@ def test_wrong_weights_are_plain_errors(weights, tmp_path):
     )
     meta = inception.metadata_of(less, "0" * 64)
     save_file(weights, tmp_path / "changed.safetensors", metadata=meta)
-    wrong("are not those that it was written with", tmp_path / "changed.safetensors")
+    wrong("was changed or damaged after", tmp_path / "changed.safetensors")
     broken = weights | {"fc.weight": np.full((1008, 2048), np.nan, np.float32)}
     write_safetensors(tmp_path / "nan.safetensors", broken, "0" * 64)
     wrong("fc.weight holds NaN", tmp_path / "nan.safetensors")

@@ -103,8 +103,6 @@ def test_kernel_distance_is_unbiased_and_grows_with_a_shift():
     assert kernel_distance(real, same, subsets=5, subset_size=200) == kernel_distance(
         real, same, subsets=5, subset_size=200
     )
-    with pytest.raises(UserError, match="subsets of 1000 images, but one set has 600"):
-        kernel_distance(real, same)
 
 
 def test_inception_score_closed_forms():
@@ -118,5 +116,3 @@ def test_inception_score_closed_forms():
     assert score == pytest.approx(np.exp(kl), rel=1e-12)
     # sorted files do not matter: the parts are dealt at random
     assert inception_score(np.repeat(np.eye(5) * 50.0, 200, axis=0), splits=5)[0] > 4.9
-    with pytest.raises(UserError, match="only 4"):
-        inception_score(np.zeros((4, 3)))

@@ -2,19 +2,21 @@ import numpy as np
 import pytest
 
 from lora_diffusion_jax.errors import UserError
-from lora_diffusion_jax.evaluation.statistics import (
-    Moments,
-    Reference,
-    load_reference,
-    moments_of,
-    save_reference,
-)
+from lora_diffusion_jax.evaluation.references import Reference, load_reference, save_reference
+from lora_diffusion_jax.evaluation.statistics import Moments
 
 
 @pytest.fixture(scope="module")
 def rows():
     rng = np.random.default_rng(0)
     return (rng.normal(size=(1733, 12)) @ rng.normal(size=(12, 12)) + 5).astype(np.float32)
+
+
+def moments_of(batches, dim):
+    moments = Moments(dim)
+    for batch in batches:
+        moments.add(batch)
+    return moments
 
 
 def batches(rows, size):
@@ -55,8 +57,6 @@ def test_bad_rows_are_named(rows):
     broken[3, 5] = np.nan
     with pytest.raises(UserError, match="image 13 are not finite"):
         moments.add(broken)
-    with pytest.raises(UserError, match="hold"):
-        moments.add(rows[:, :5])
     with pytest.raises(UserError, match="at least 2"):
         moments_of([rows[:1]], 12).result()
 
@@ -78,7 +78,7 @@ def test_broken_reference_files_are_plain_errors(tmp_path):
     with pytest.raises(UserError, match="no reference file"):
         load_reference(tmp_path / "none.npz")
     (tmp_path / "text.npz").write_text("not a zip")
-    with pytest.raises(UserError, match="is not an npz file"):
+    with pytest.raises(UserError, match="is not a whole npz file"):
         load_reference(tmp_path / "text.npz")
     np.savez(tmp_path / "images.npz", images=np.zeros(3))
     with pytest.raises(UserError, match="--images"):

@@ -1,15 +1,19 @@
-"""Running main.py as a user does: a process, a small network, the digits."""
+"""Running the commands as a user types them: a small network, the digits."""
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+from lora_diffusion_jax.modes import main
+
 ROOT = Path(__file__).resolve().parents[2]
 # The programs run for milliseconds: compiling them well is not worth it.
 FAST_COMPILE = "--xla_backend_optimization_level=0"
 TINY = [
-    "--config=configs/digits.py",
+    "--config=digits",
     "--config.model.channels=8",
     "--config.model.channel_mult=(1,)",
     "--config.model.attn_resolutions=(8,)",
@@ -24,25 +28,19 @@ TINY = [
 ]
 
 
-def run(*arguments, ok=True, program="main.py"):
-    """Runs main.py (or eval_fid.py); returns (status, everything it printed)."""
-    done = subprocess.run(
-        [sys.executable, program, *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": FAST_COMPILE},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    text = done.stdout + done.stderr
-    assert (done.returncode == 0) == ok, text
-    return done.returncode, text
+def run(*arguments, status=0, program=main.main):
+    """Runs a command in this process; returns everything it printed."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        found = program([str(argument) for argument in arguments])
+    assert found == status, printed.getvalue()
+    return printed.getvalue()
 
 
-def start(*arguments, program="main.py"):
-    """Starts main.py; returns the process, whose standard output holds all it prints."""
+def start(*arguments):
+    """Starts main.py as a program; returns the process, whose standard output holds all it prints."""
     return subprocess.Popen(
-        [sys.executable, program, *map(str, arguments)],
+        [sys.executable, "main.py", *map(str, arguments)],
         cwd=ROOT,
         env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": FAST_COMPILE},
         stdout=subprocess.PIPE,
@@ -51,7 +49,7 @@ def start(*arguments, program="main.py"):
     )
 
 
-def train(path, data_dir, images, *more, ok=True):
+def train(path, data_dir, images, *more, status=0):
     return run(
         "--mode=train",
         *TINY,
@@ -59,5 +57,5 @@ def train(path, data_dir, images, *more, ok=True):
         f"--config.data.data_dir={data_dir}",
         f"--config.train.total_images={images}",
         *more,
-        ok=ok,
+        status=status,
     )

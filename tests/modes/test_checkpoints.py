@@ -4,8 +4,10 @@ import re
 
 import jax
 import numpy as np
+import pytest
 
-from lora_diffusion_jax import factory, lora
+from lora_diffusion_jax import lora
+from lora_diffusion_jax.factory.pretrained import load_workdir
 from tests.modes.running import run, train
 
 
@@ -17,12 +19,8 @@ def test_export_and_import_keep_every_bit(workdir, tmp_path):
     small = tmp_path / "adapters.safetensors"
     run("--mode=export", f"--workdir={workdir}", f"--out={small}", "--adapters_only")
     assert small.stat().st_size < out.stat().st_size
-    run(
-        "--mode=import",
-        f"--source={small}",
-        f"--base={out}",
-        f"--workdir={tmp_path / 'joined'}",
-    )
+    joined = f"--workdir={tmp_path / 'joined'}"
+    run("--mode=import", f"--source={small}", f"--base={out}", joined)
     images = []
     for name in (workdir, tmp_path / "again", tmp_path / "joined"):
         file = tmp_path / "x.npz"
@@ -39,9 +37,25 @@ def test_adapters_train_alone_on_an_exported_base(workdir, data_dir, tmp_path):
     train(base, data_dir, 32, "--config.lora.mode=baseline")
     tuned = tmp_path / "tuned"
     freeze = "--config.train.freeze_base=True"
-    _, text = train(tuned, data_dir, 32, freeze, f"--config.init_from={base}")
+    text = train(tuned, data_dir, 32, freeze, f"--config.init_from={base}")
     counts = [int(n.replace(",", "")) for n in re.findall(r" parameters: ([\d,]+)", text)]
     assert counts[0] < counts[1]  # trained, frozen
-    before = factory.load_workdir(base).variables["params"]
-    after = lora.split(factory.load_workdir(tuned).variables["params"])[0]
+    before = load_workdir(base).variables["params"]
+    after = lora.split(load_workdir(tuned).variables["params"])[0]
     jax.tree.map(np.testing.assert_array_equal, before, after)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--mode=import", "--source={run}/config.json", "--workdir={new}"], "config.json"),
+        (["--mode=import", "--source=x", "--workdir={run}"], "already holds a run"),
+        (["--mode=import", "--source=x"], "--mode=import needs --workdir"),
+        (["--mode=import", "--source=x", "--workdir={new}", "--config.dtype=x"], "no config"),
+        (["--mode=export", "--workdir={run}"], "--mode=export needs --out"),
+    ],
+)
+def test_mistakes_are_plain_errors(workdir, tmp_path, arguments, words):
+    arguments = [a.format(run=workdir, new=tmp_path / "new") for a in arguments]
+    assert words in run(*arguments, status=2)
+    assert not (tmp_path / "new").exists()

@@ -1,4 +1,4 @@
-"""A tiny network, data set and run in the place of the real ones; also a program: see `main`."""
+"""A tiny network, data set and run that stand in for the real ones; also a program: see `main`."""
 
 import argparse
 import functools
@@ -19,11 +19,12 @@ from lora_diffusion_jax import processes
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.training import sharding
 from lora_diffusion_jax.training.ema import Ema
-from lora_diffusion_jax.training.loop import Schedule, train
+from lora_diffusion_jax.training.loop import Cadence, train
 from lora_diffusion_jax.training.optimizer import adam
 from lora_diffusion_jax.training.sharding import local_rows, make_mesh
 from lora_diffusion_jax.training.state import create_state
 from lora_diffusion_jax.training.step import make_train_step
+from lora_diffusion_jax.training.workdir import open_workdir
 
 BATCH, SIZE, CLASSES = 16, 4, 3
 
@@ -76,21 +77,21 @@ class ArrayBatches:
             step += 1
 
 
-def draw(key, shape):
-    """Noise levels and noise of a whole batch."""
-    level, noise = jax.random.split(key)
-    # Uniform: a normal draw doubles the time to compile.
-    return {
-        "sigma": jnp.exp(jax.random.uniform(level, shape[:1], minval=-3, maxval=3)),
-        "noise": jax.random.uniform(noise, shape, minval=-1.7, maxval=1.7),
-    }
-
-
-def loss_fn(variables, images, labels, random, train):
+class Objective:
     """Squared error of the denoised image."""
-    sigma = random["sigma"]
-    noisy = images + sigma[:, None, None, None] * random["noise"]
-    return jnp.square(Net().apply(variables, noisy, sigma, labels) - images), sigma
+
+    def draw(self, key, shape):
+        level, noise = jax.random.split(key)
+        # Uniform: a normal draw doubles the time to compile.
+        return {
+            "sigma": jnp.exp(jax.random.uniform(level, shape[:1], minval=-3, maxval=3)),
+            "noise": jax.random.uniform(noise, shape, minval=-1.7, maxval=1.7),
+        }
+
+    def loss(self, variables, images, labels, draws, train):
+        sigma = draws["sigma"]
+        noisy = images + sigma[:, None, None, None] * draws["noise"]
+        return jnp.square(Net().apply(variables, noisy, sigma, labels) - images)
 
 
 def make_data(count=64):
@@ -99,14 +100,14 @@ def make_data(count=64):
     return images, rng.integers(0, CLASSES, count).astype(np.int32)
 
 
-def make_step(optimizer, **options):
+def make_step(optimizer, objective=None, **options):
     options = {
         "ema": Ema(200.0),
         "batch_size": BATCH,
         "num_classes": CLASSES,
-        "draw": draw,
     } | options
-    return make_train_step(options.pop("loss_fn", loss_fn), optimizer, **options)
+    mesh = options.pop("mesh", None) or make_mesh()
+    return make_train_step(objective or Objective(), optimizer, mesh=mesh, **options)
 
 
 def init_variables():
@@ -122,26 +123,34 @@ def init_variables():
 
 
 def make_run(workdir, *, total=40, mesh=None, callbacks=None, step_options=None, **options):
-    """The arguments of `train` for a run of `total` steps."""
+    """The arguments of `run` for a run of `total` steps."""
     optimizer = adam(2e-3, rampup_images=100)
-    cadence = {"log_every": 7 * BATCH, "checkpoint_every": 5 * BATCH}
-    schedule = Schedule(total_images=total * BATCH, **cadence | options.pop("schedule", {}))
+    cadence = {"log_every": 7 * BATCH, "checkpoint_every": 5 * BATCH} | options.pop("cadence", {})
     in_memory = options.pop("in_memory", True)
     mesh = mesh or make_mesh()
     rows = local_rows(BATCH, mesh)
     arguments = {
         "config": {"train": {"batch_size": BATCH, "total_images": total * BATCH}, "model": "net"},
-        "harmless": ("train.total_images", "train.*_every"),
         "init": lambda: create_state(init_variables(), optimizer),
         "step_fn": make_step(optimizer, mesh=mesh, **(step_options or {})),
         "batches": ArrayBatches(*make_data(), BATCH, in_memory=in_memory, rows=rows),
         "mesh": mesh,
-        "schedule": schedule,
+        "cadence": Cadence(total_images=total * BATCH, **cadence),
         "seed": 3,
         "callbacks": callbacks,
-        "quiet": True,
     }
     return {"workdir": workdir} | arguments | options
+
+
+def run(workdir, config, **arguments):
+    """Opens the workdir and trains."""
+    with open_workdir(workdir, config, ("train.total_images", "train.*_every")) as directory:
+        return train(directory, **arguments)
+
+
+def fast_jit(function):
+    """jax.jit without XLA's optimisations: for values, not for speed or bits."""
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def fast_compile_env(flags=""):
@@ -178,18 +187,16 @@ def main():
     parser.add_argument("--pause", type=float, default=0.0, help="seconds per batch")
     parser.add_argument("--die-at", type=int, help="kill -9 when this step's batch is asked for")
     parser.add_argument("--break-at", type=int, help="a UserError when this step's batch is due")
-    parser.add_argument("--hold-at", type=int, help="a long sleep when this step's batch is due")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--process", type=int, default=0)
     parser.add_argument("--address")
-    parser.add_argument("--limit", type=float, default=60.0)
     parser.add_argument("--width", type=int, default=BATCH, help="batch size the config names")
     options = parser.parse_args()
     sharding.FSDP_MIN_SIZE = 512  # the network's layers are small
     try:
         if options.processes > 1:
             count, index = options.processes, options.process
-            processes.join(options.address, count, index, limit=options.limit)
+            processes.join(options.address, count, index, limit=60, heartbeat_timeout_seconds=6)
         with processes.ending_together():
             sys.exit(go(options))
     except UserError as error:
@@ -199,14 +206,13 @@ def main():
 
 def go(options):
     """Trains; returns the exit code."""
-    run = make_run(
+    arguments = make_run(
         options.workdir,
         total=options.total,
         mesh=make_mesh(options.data, options.fsdp),
-        schedule={"log_every": options.log_every * BATCH},
-        quiet=False,
+        cadence={"log_every": options.log_every * BATCH},
     )
-    indices = run["batches"].indices
+    indices = arguments["batches"].indices
 
     def slow(step):
         print(f"batch {step}", flush=True)
@@ -214,17 +220,15 @@ def go(options):
             os.kill(os.getpid(), signal.SIGKILL)
         if step == options.break_at:
             raise UserError(f"batch {step} cannot be read")
-        if step == options.hold_at:
-            time.sleep(600)
         time.sleep(options.pause if step > 0 else 0)
         return indices(step)
 
-    run["batches"].indices = slow
-    run["config"]["train"]["batch_size"] = options.width
-    result = train(**run)
-    told = {"digest": digest(result.state), "step": result.step, "devices": jax.device_count()}
+    arguments["batches"].indices = slow
+    arguments["config"]["train"]["batch_size"] = options.width
+    result = run(**arguments)
+    about = {"digest": digest(result.state), "step": result.step, "devices": jax.device_count()}
     if processes.is_leader():
-        Path(f"{options.workdir}.json").write_text(json.dumps(told))
+        Path(f"{options.workdir}.json").write_text(json.dumps(about))
     return result.exit_code
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lora_diffusion_jax.errors import UserError
-from lora_diffusion_jax.training.ema import Ema, halflife_of_rate
+from lora_diffusion_jax.training.ema import Ema
 
 
 def test_first_step_takes_the_network_over():
@@ -34,16 +34,7 @@ def test_ramp_up_limits_the_halflife(seen):
     assert float(beta) == pytest.approx(expected, rel=1e-6, abs=1e-30)
 
 
-def test_rate_and_halflife_are_the_same_average():
-    halflife = halflife_of_rate(0.9999, batch_size=128)
-    beta = Ema(halflife, rampup_ratio=None).beta(jnp.float32(0), 128)
-    assert float(beta) == pytest.approx(0.9999, rel=1e-7)
-    assert halflife == pytest.approx(128 * 6931.1, rel=1e-4)
-
-
-@pytest.mark.parametrize(
-    "make", [lambda: Ema(0), lambda: Ema(10, 0), lambda: halflife_of_rate(1, 2)]
-)
+@pytest.mark.parametrize("make", [lambda: Ema(0), lambda: Ema(10, 0)])
 def test_senseless_settings_are_refused(make):
     with pytest.raises(UserError):
         make()

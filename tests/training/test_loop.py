@@ -10,25 +10,28 @@ import numpy as np
 import pytest
 
 from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.keys import TRAIN, purpose_key
 from lora_diffusion_jax.training import writers
 from lora_diffusion_jax.training.checkpoint import SavedWeights, save_weights, saved_steps
 from lora_diffusion_jax.training.feed import Feed, take
-from lora_diffusion_jax.training.loop import DivergedError, Schedule, train
+from lora_diffusion_jax.training.loop import Cadence, DivergedError
 from lora_diffusion_jax.training.metrics import to_scalars
 from lora_diffusion_jax.training.optimizer import adam
 from lora_diffusion_jax.training.sharding import make_mesh
-from lora_diffusion_jax.training.state import TRAIN, create_state, purpose_key
+from lora_diffusion_jax.training.state import create_state
 from lora_diffusion_jax.training.writers import read_metrics
 from tests.training.stand_in import (
     BATCH,
     CLASSES,
     SIZE,
+    ArrayBatches,
+    Objective,
     digest,
-    draw,
     init_variables,
-    loss_fn,
+    make_data,
     make_run,
     make_step,
+    run,
 )
 
 
@@ -49,13 +52,13 @@ def run_by_hand(arguments, steps):
 def straight(tmp_path_factory):
     """A run of 17 steps without disturbance."""
     arguments = make_run(tmp_path_factory.mktemp("straight"), total=17, flops_per_image=1e9)
-    return arguments, train(**arguments)
+    return arguments, run(**arguments)
 
 
 def test_the_loop_is_its_contract(straight):
     arguments, result = straight
     state, losses = run_by_hand(arguments, 17)
-    assert (result.step, result.images, result.exit_code) == (17, 17 * BATCH, 0)
+    assert (result.step, result.exit_code) == (17, 0)
     # Compiled with the gather, the step may be fused otherwise: float32's rounding.
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), result.state, state
@@ -79,7 +82,7 @@ def test_speed_is_logged(straight):
 
 
 def test_streamed_batches_train_the_same(straight, tmp_path):
-    result = train(**make_run(tmp_path, total=17, in_memory=False))
+    result = run(**make_run(tmp_path, total=17, in_memory=False))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
         result.state.params,
@@ -88,8 +91,8 @@ def test_streamed_batches_train_the_same(straight, tmp_path):
 
 
 def test_a_longer_run_goes_on_where_a_shorter_ended(straight, tmp_path, capsys):
-    train(**make_run(tmp_path, total=9))
-    result = train(**make_run(tmp_path, total=17, quiet=False))
+    run(**make_run(tmp_path, total=9))
+    result = run(**make_run(tmp_path, total=17))
     assert digest(result.state) == digest(straight[1].state)
     out = capsys.readouterr().out
     assert "resuming from the checkpoint of step 9" in out
@@ -99,7 +102,7 @@ def test_a_longer_run_goes_on_where_a_shorter_ended(straight, tmp_path, capsys):
 
 def test_a_finished_run_has_nothing_left(straight, capsys):
     arguments, result = straight
-    again = train(**arguments | {"quiet": False})
+    again = run(**arguments)
     assert "nothing is left to train" in capsys.readouterr().out
     assert digest(again.state) == digest(result.state)
 
@@ -116,9 +119,9 @@ def test_callbacks_get_the_state_of_their_step_and_their_values_are_logged(tmp_p
         seen.append(("eval", step))
         return {"eval/norm": float(jnp.abs(state.ema["mid"]["kernel"]).sum())}
 
-    schedule = {"sample_every": 4 * BATCH, "eval_every": 5 * BATCH + 1}
+    cadence = {"sample_every": 4 * BATCH, "eval_every": 5 * BATCH + 1}
     callbacks = {"samples": sample, "eval": evaluate}
-    train(**make_run(tmp_path, total=11, callbacks=callbacks, schedule=schedule))
+    run(**make_run(tmp_path, total=11, callbacks=callbacks, cadence=cadence))
     assert seen == [("samples", 4), ("eval", 6), ("samples", 8), ("samples", 11), ("eval", 11)]
     lines = [line for line in read_metrics(tmp_path) if "callback" in line]
     assert [(line["callback"], line["step"]) for line in lines] == seen
@@ -134,14 +137,14 @@ def test_a_callback_that_fails_ends_the_run_and_is_repeated(tmp_path):
             raise RuntimeError("no room for features")
         return
 
-    options = {"callbacks": {"eval": evaluate}, "schedule": {"eval_every": 3 * BATCH}, "total": 7}
-    options["schedule"]["checkpoint_every"] = 3 * BATCH
+    options = {"callbacks": {"eval": evaluate}, "cadence": {"eval_every": 3 * BATCH}, "total": 7}
+    options["cadence"]["checkpoint_every"] = 3 * BATCH
     with pytest.raises(RuntimeError, match="no room for features"):
-        train(**make_run(tmp_path, **options))
+        run(**make_run(tmp_path, **options))
     assert saved_steps(tmp_path) == [3, 6]
-    train(**make_run(tmp_path, **options))
+    run(**make_run(tmp_path, **options))
     assert calls == [3, 6, 6, 7]
-    train(**make_run(tmp_path, **options))
+    run(**make_run(tmp_path, **options))
     assert calls == [3, 6, 6, 7]
 
 
@@ -155,11 +158,11 @@ def test_a_signal_cuts_a_callback_short_and_resuming_repeats_it(tmp_path):
             time.sleep(0)  # the signal is handled here at the latest
             after.append(step)
 
-    options = {"callbacks": {"eval": evaluate}, "schedule": {"eval_every": 3 * BATCH}, "total": 5}
-    result = train(**make_run(tmp_path, **options))
+    options = {"callbacks": {"eval": evaluate}, "cadence": {"eval_every": 3 * BATCH}, "total": 5}
+    result = run(**make_run(tmp_path, **options))
     assert (result.step, result.exit_code) == (3, 128 + signal.SIGTERM)
     assert saved_steps(tmp_path) == [3]
-    result = train(**make_run(tmp_path, **options))
+    result = run(**make_run(tmp_path, **options))
     assert (result.step, result.exit_code, calls, after) == (5, 0, [3, 3, 5], [])
 
 
@@ -167,36 +170,42 @@ def test_another_config_is_refused_and_the_run_stays(straight):
     arguments = straight[0]
     other = {"train": {"batch_size": 99}, "model": "net"}
     with pytest.raises(UserError, match="train.batch_size: 16 there, 99 now"):
-        train(**arguments | {"config": other})
+        run(**arguments | {"config": other})
 
 
 def test_a_workdir_that_vanishes_ends_the_run(tmp_path):
     workdir = tmp_path / "run"
     arguments = make_run(workdir, callbacks={"eval": lambda state, step: shutil.rmtree(workdir)})
-    schedule = dataclasses.replace(arguments["schedule"], eval_every=BATCH)
-    with pytest.raises(UserError, match="run/metrics.jsonl is gone"):
-        train(**arguments | {"schedule": schedule})
+    cadence = dataclasses.replace(arguments["cadence"], eval_every=BATCH)
+    with pytest.raises(UserError, match="run/metrics.jsonl has disappeared"):
+        run(**arguments | {"cadence": cadence})
     assert not workdir.exists()
 
 
-def poisoned(variables, images, labels, random, train):
-    pixels, sigma = loss_fn(variables, images, labels, random, train)
-    return jnp.where(random["step"][:, None, None, None] >= 6, jnp.nan, pixels), sigma
+class NanFromStep6(Objective):
+    """The step is found again in its key."""
 
-
-def test_a_loss_that_stays_nan_stops_with_the_step(tmp_path):
-    """Steps 7, 8, 9 (from the seventh on) are bad: the run ends there, with step 5 as last checkpoint."""
-
-    def draw_with_step(key, shape):
+    def draw(self, key, shape):
         steps = jnp.arange(20)
         keys = jax.vmap(lambda k: jax.random.fold_in(purpose_key(3, TRAIN), k))(steps)
         here = (jax.random.key_data(keys) == jax.random.key_data(key)).all(axis=-1)
-        return {**draw(key, shape), "step": jnp.full(shape[0], jnp.argmax(here))}
+        return {**super().draw(key, shape), "step": jnp.full(shape[0], jnp.argmax(here))}
 
-    options = {"loss_fn": poisoned, "draw": draw_with_step, "max_bad_steps": 3}
-    with pytest.raises(DivergedError, match="3 steps in a row, from step 7 to 9.*is of step 5"):
-        train(**make_run(tmp_path, total=20, step_options=options))
-    assert saved_steps(tmp_path) == [5]
+    def loss(self, variables, images, labels, draws, train):
+        pixels = super().loss(variables, images, labels, draws, train)
+        return jnp.where(draws["step"][:, None, None, None] >= 6, jnp.nan, pixels)
+
+
+@pytest.mark.parametrize(("every", "last"), [(5, "of step 5"), (50, "missing")])
+def test_a_loss_that_stays_nan_stops_with_the_step(tmp_path, every, last):
+    """Steps 7, 8, 9 (from the seventh on) are bad: the run ends there."""
+    options = {"objective": NanFromStep6(), "max_bad_steps": 3}
+    cadence = {"checkpoint_every": every * BATCH}
+    with pytest.raises(
+        DivergedError, match=f"3 steps in a row, from step 7 to 9.*last checkpoint is {last}"
+    ):
+        run(**make_run(tmp_path, total=20, step_options=options, cadence=cadence))
+    assert saved_steps(tmp_path) == ([5] if every == 5 else [])
 
 
 def test_imported_weights_are_what_training_begins_with(tmp_path):
@@ -205,35 +214,28 @@ def test_imported_weights_are_what_training_begins_with(tmp_path):
     params = jax.tree.map(lambda p: p + 3, state.params)
     save_weights(tmp_path, SavedWeights(params, {}, {}, params))
     options = {"init": state, "step_fn": make_step(optimizer)}  # a state, not a function
-    result = train(**make_run(tmp_path, total=2, **options))
+    result = run(**make_run(tmp_path, total=2, **options))
     jax.tree.map(np.testing.assert_array_equal, result.state.params, params)
     assert not state.params["mid"]["kernel"].is_deleted()  # the caller's arrays are not donated
     assert saved_steps(tmp_path) == [0, 2]
 
 
-def test_a_batch_that_the_mesh_cannot_split_is_refused_before_anything_is_made(tmp_path):
-    arguments = make_run(tmp_path / "run")
-    arguments["batches"].batch_size = 0
-    with pytest.raises(UserError, match="batch_size 0"):
-        train(**arguments)
-    assert not (tmp_path / "run").exists()
-
-
 @pytest.mark.parametrize("field", ["total_images", "log_every", "checkpoint_every", "keep"])
-def test_a_schedule_without_an_end_or_a_cadence_is_refused(field):
+def test_a_cadence_that_never_comes_is_refused(field):
     good = {"total_images": 100, "log_every": 10, "checkpoint_every": 10}
     with pytest.raises(UserError, match=f"train.{field} is 0"):
-        Schedule(**good | {field: 0})
+        Cadence(**good | {field: 0})
 
 
-@pytest.mark.parametrize("device_bytes", [0, 2**20])
-def test_feed_gives_batch_k_either_way(device_bytes):
-    batches = make_run("unused")["batches"]
-    with Feed(batches, make_mesh(), start=5, device_bytes=device_bytes) as feed:
-        assert bool(feed.data) == bool(device_bytes)
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_feed_gives_batch_k_either_way(in_memory):
+    batches = ArrayBatches(*make_data(), BATCH, in_memory=in_memory)
+    with Feed(batches, make_mesh(), start=5) as feed:
+        assert bool(feed.data) == in_memory
         for step in (5, 6):
             batch = take(feed.data, feed.next())
             index = batches.indices(step)
+            assert batch.keys() == batches.source.keys()
             for name, rows in batches.source.items():
                 np.testing.assert_array_equal(batch[name], rows[index])
     assert feed.waited > 0
@@ -243,7 +245,7 @@ def test_feed_gives_batch_k_either_way(device_bytes):
 
 def test_a_signal_while_resuming_is_not_forgotten(tmp_path, monkeypatch):
     """It comes while the run looks for what is done; nothing is trained, and all is kept."""
-    train(**make_run(tmp_path / "run", total=5))
+    run(**make_run(tmp_path / "run", total=5))
     looked = writers.callbacks_done
 
     def interrupted(*arguments):
@@ -251,5 +253,20 @@ def test_a_signal_while_resuming_is_not_forgotten(tmp_path, monkeypatch):
         return looked(*arguments)
 
     monkeypatch.setattr(writers, "callbacks_done", interrupted)
-    result = train(**make_run(tmp_path / "run", total=10))
+    result = run(**make_run(tmp_path / "run", total=10))
     assert (result.step, result.exit_code) == (5, 128 + signal.SIGTERM)
+
+
+def test_an_event_is_due_at_the_first_step_that_reaches_its_multiple():
+    cadence = Cadence(total_images=100, log_every=30, checkpoint_every=64, sample_every=50)
+    due = {step: cadence.due(step, batch_size=16) for step in range(cadence.steps(16) + 1)}
+    assert due == {
+        0: set(),
+        1: set(),
+        2: {"log"},  # 32 images
+        3: set(),
+        4: {"log", "checkpoint", "samples"},  # 64
+        5: set(),
+        6: {"log"},  # 96
+        7: {"log", "checkpoint", "samples"},  # the last; evaluation never
+    }

@@ -34,7 +34,7 @@ def test_a_mesh_of_all_devices():
 
 
 @pytest.mark.parametrize("sizes", [(3, 1), (-1, 2), (0, 1), (1, 0), (-2, 1), (1, 2)])
-def test_a_mesh_that_does_not_fit_is_told(sizes):
+def test_a_mesh_that_does_not_fit_is_an_error(sizes):
     with pytest.raises(UserError, match="mesh"):
         make_mesh(*sizes, devices=jax.devices()[:1])
 
@@ -52,18 +52,11 @@ def test_a_mesh_that_does_not_fit_is_told(sizes):
     ],
 )
 def test_large_parameters_are_split_along_their_largest_axis(shape, spec):
-    assert leaf_spec("params/w", shape, FakeMesh(2, 4)) == spec
-    assert leaf_spec("params/w", shape, FakeMesh(8, 1)) == P()
+    assert leaf_spec(shape, FakeMesh(2, 4)) == spec
+    assert leaf_spec(shape, FakeMesh(8, 1)) == P()
 
 
-def test_rules_come_first():
-    rules = [("lora", P()), (r"qkv/kernel$", P("fsdp"))]
-    mesh = FakeMesh(1, 4)
-    assert leaf_spec("params/a/lora/down/kernel", (512, 512), mesh, rules) == P()
-    assert leaf_spec("opt_state/0/mu/a/qkv/kernel", (512, 1024), mesh, rules) == P("fsdp")
-
-
-def test_batches_that_do_not_divide_are_told_with_numbers():
+def test_batches_that_do_not_divide_are_errors_with_numbers():
     mesh = FakeMesh(4, 2)
     check_batch_size(64, mesh, microbatch=16)
     with pytest.raises(UserError, match="batch_size 60 .* 8 devices .*; take 56 or 64"):
@@ -77,7 +70,7 @@ def test_batches_that_do_not_divide_are_told_with_numbers():
 def test_arrays_reach_the_devices_unchanged():
     mesh = make_mesh()
     rows = {"image": np.arange(48, dtype=np.uint8).reshape(16, 3), "label": np.arange(16)}
-    batch = put_batch(rows, local_rows(16, mesh), 16, mesh)
+    batch = put_batch(rows, mesh)
     for name, array in batch.items():
         assert array.sharding == batch_sharding(mesh)
         np.testing.assert_array_equal(array, rows[name])
@@ -90,17 +83,17 @@ def test_arrays_reach_the_devices_unchanged():
 MESHES = """
 import json, sys
 import jax, numpy as np
-from lora_diffusion_jax.training import loop, sharding
-from tests.training.stand_in import draw, make_run, train_lines
+from lora_diffusion_jax.training import sharding
+from tests.training import stand_in
 
 sharding.FSDP_MIN_SIZE = 512  # the stand-in's layers are small
 devices, out, states = jax.devices(), {}, {}
 
 def run(name, devices, data, fsdp, total=50, **options):
     mesh = sharding.make_mesh(data, fsdp, devices)
-    options = make_run(f"{sys.argv[1]}/{name}", mesh=mesh, total=total, **options)
-    states[name] = loop.train(**options).state
-    losses = [line["train/loss"] for line in train_lines(options["workdir"])]
+    options = stand_in.make_run(f"{sys.argv[1]}/{name}", mesh=mesh, total=total, **options)
+    states[name] = stand_in.run(**options).state
+    losses = [line["train/loss"] for line in stand_in.train_lines(options["workdir"])]
     kernel = states[name].ema["mid"]["kernel"]
     out[name] = {
         "losses": losses,
@@ -108,7 +101,7 @@ def run(name, devices, data, fsdp, total=50, **options):
         "moments": str(states[name].opt_state[0].mu["mid"]["kernel"].sharding.spec),
     }
 
-every = {"schedule": {"log_every": 16}}
+every = {"cadence": {"log_every": 16}}
 parts = {**every, "step_options": {"microbatch": 8}}
 run("1x1", devices[:1], 1, 1, **every)
 run("8x1", devices, 8, 1, **every)

@@ -5,22 +5,18 @@ import optax
 import pytest
 
 from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.paths import is_adapter, path_of, split
 from lora_diffusion_jax.training.ema import Ema
 from lora_diffusion_jax.training.metrics import to_scalars
 from lora_diffusion_jax.training.optimizer import Optimizer, adam
-from lora_diffusion_jax.training.state import (
-    create_state,
-    ema_variables,
-    raw_variables,
-    split,
-)
-from lora_diffusion_jax.training.step import to_float, to_labels
+from lora_diffusion_jax.training.state import create_state, ema_variables, raw_variables
+from lora_diffusion_jax.training.step import accumulate, to_float, to_labels
 from tests.training.stand_in import (
     BATCH,
     CLASSES,
-    draw,
+    Objective,
+    fast_jit,
     init_variables,
-    loss_fn,
     make_data,
     make_step,
 )
@@ -46,13 +42,13 @@ def test_gradient_is_of_the_sum_over_pixels_divided_by_the_batch(variables):
     descent = Optimizer(optax.identity(), lambda seen: jnp.float32(1.0))
     state = create_state(variables, descent)
     key, data = jax.random.key(4), batch()
-    after, metrics = jax.jit(make_step(descent))(state, data, key)
+    after, metrics = fast_jit(make_step(descent))(state, data, key)
     images = np.asarray(data["image"]) / np.float32(127.5) - 1
     labels = np.eye(CLASSES, dtype=np.float32)[np.asarray(data["label"])]
-    random = draw(key, images.shape)
+    draws = Objective().draw(key, images.shape)
 
     def mean_loss(params):
-        return loss_fn({"params": params}, images, labels, random, True)[0].mean()
+        return Objective().loss({"params": params}, images, labels, draws, True).mean()
 
     pixels = np.prod(images.shape[1:])
     value, grads = jax.jit(jax.value_and_grad(mean_loss))(state.params)
@@ -64,56 +60,130 @@ def test_gradient_is_of_the_sum_over_pixels_divided_by_the_batch(variables):
     )
 
 
-@pytest.mark.parametrize(("chunks", "unroll"), [(4, True), (2, False)])
-def test_accumulated_gradients_equal_the_full_batch(variables, chunks, unroll):
+class NanAt(Objective):
+    """A loss that is not finite in some steps: the test's keys are key(step)."""
+
+    def __init__(self, *steps, value=jnp.nan):
+        self.steps, self.value = jnp.array(steps), value
+
+    def draw(self, key, shape):
+        bad = jnp.isin(jax.random.key_data(key)[-1], self.steps)
+        return {**super().draw(key, shape), "bad": jnp.full(shape[0], bad)}
+
+    def loss(self, variables, images, labels, draws, train):
+        pixels = super().loss(variables, images, labels, draws, train)
+        return jnp.where(draws["bad"][:, None, None, None], self.value, pixels)
+
+
+def test_steps_equal_a_plain_loop_in_float64(variables):
+    """Adam, average, norms and counters by hand, with ramp-up; the third loss of five is NaN."""
+    optimizer, halflife = adam(1e-2, rampup_images=40), 50.0
+    step = fast_jit(make_step(optimizer, NanAt(2), ema=Ema(halflife)))
+    state = create_state(variables, optimizer)
+
+    @fast_jit
+    def gradient(params, data, key):
+        images, labels = to_float(data["image"]), to_labels(data["label"], CLASSES)
+        draws = Objective().draw(key, images.shape)
+        pixels = lambda p: Objective().loss({"params": p}, images, labels, draws, True)  # noqa: E731
+        return jax.grad(lambda p: pixels(p).sum() / BATCH)(params)
+
+    def flat(tree):
+        return {path_of(k): np.float64(v) for k, v in jax.tree_util.tree_leaves_with_path(tree)}
+
+    def norm(tree, chosen=lambda path: True):
+        return np.sqrt(sum(np.square(v).sum() for k, v in tree.items() if chosen(k)))
+
+    x = flat(state.params)
+    average, m, v = dict(x), dict.fromkeys(x, 0.0), dict.fromkeys(x, 0.0)
+    updates = 0
+    for k in range(5):
+        before, seen, key = state.params, BATCH * k, jax.random.key(k)
+        state, metrics = step(state, batch(k), key)
+        if k == 2:
+            assert same(before, state.params)
+            continue
+        updates += 1
+        g = flat(gradient(before, batch(k), key))
+        rate, beta = (
+            1e-2 * min(seen / 40, 1),
+            0.5 ** (BATCH / max(min(halflife, 0.05 * seen), 1e-8)),
+        )
+        moved = {}
+        for name in x:
+            m[name] = 0.9 * m[name] + 0.1 * g[name]
+            v[name] = 0.999 * v[name] + 0.001 * g[name] ** 2
+            root = np.sqrt(v[name] / (1 - 0.999**updates)) + 1e-8
+            moved[name] = -rate * m[name] / (1 - 0.9**updates) / root
+            x[name] = x[name] + moved[name]
+            average[name] = x[name] + beta * (average[name] - x[name])
+        expected = {
+            "train/grad_norm": norm(g),
+            "train/lora_grad_norm": norm(g, is_adapter),
+            "train/update_norm": norm(moved),
+            "train/param_norm": norm(x),
+            "train/learning_rate": rate,
+        }
+        scalars = to_scalars(metrics)
+        assert {name: scalars[name] for name in expected} == pytest.approx(expected, rel=1e-4)
+    # Adam divides by the root of the second moment, which magnifies the rounding of tiny gradients.
+    for tree, exact in ((state.params, x), (state.ema, average)):
+        for name, value in flat(tree).items():
+            np.testing.assert_allclose(value, exact[name], rtol=1e-4, atol=1e-5, err_msg=name)
+    assert (int(state.step), int(state.skipped_steps), int(state.bad_in_row)) == (5, 1, 0)
+
+
+def test_microbatches_train_like_the_full_batch(variables):
     optimizer = adam(1e-3)
     state = create_state(variables, optimizer)
-    full = jax.jit(make_step(optimizer))
-    parts = jax.jit(make_step(optimizer, microbatch=BATCH // chunks, unroll=unroll))
-    a = b = state
-    for step in range(3):
-        key = jax.random.key(step)
-        (a, measured_a), (b, measured_b) = full(a, batch(step), key), parts(b, batch(step), key)
-    first = full(state, batch(0), jax.random.key(0))[0]
-    second = parts(state, batch(0), jax.random.key(0))[0]
-    mu = [s.opt_state[0].mu for s in (first, second)]
-    scale = max(float(jnp.abs(m).max()) for m in jax.tree.leaves(mu[0]))
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-6 * scale), *mu)
-    # Adam divides by the root of the second moment, which magnifies the rounding of tiny gradients.
-    jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-5), a.params, b.params
+    key = jax.random.key(0)
+    (a, measured_a), (b, measured_b) = (
+        fast_jit(make_step(optimizer, microbatch=size))(state, batch(), key)
+        for size in (None, BATCH // 4)
     )
-    for name, value in to_scalars(measured_a).items():
+    scale = max(float(jnp.abs(m).max()) for m in jax.tree.leaves(a.opt_state[0].mu))
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-6 * scale),
+        a.opt_state[0].mu,
+        b.opt_state[0].mu,
+    )
+    for name, value in to_scalars(measured_a).items():  # the loss by noise level too
         assert to_scalars(measured_b)[name] == pytest.approx(value, rel=1e-4)
 
 
-@pytest.mark.parametrize("microbatch", [0, 3, 32])
+@pytest.mark.parametrize("unroll", [False, True])
+def test_parts_of_a_batch_add_up(unroll):
+    """Rows are cut and come back in their order; a key is folded with the part's number."""
+    rows, key = jnp.arange(12.0), jax.random.key(3)
+
+    def gradient(params, part):
+        x, key = part
+        return {"w": (params["w"] * x).sum(), "drawn": jax.random.uniform(key)}, 2 * x
+
+    params = {"w": jnp.float32(0.5), "drawn": jnp.float32(0)}
+    grads, image_loss = accumulate(gradient, params, (rows, key), 3, unroll)
+    drawn = [jax.random.uniform(jax.random.fold_in(key, part)) for part in range(3)]
+    np.testing.assert_allclose(grads["w"], 33)
+    np.testing.assert_allclose(grads["drawn"], sum(drawn), rtol=1e-6)
+    np.testing.assert_array_equal(image_loss, 2 * rows)
+
+
+@pytest.mark.parametrize("microbatch", [-1, 3, 32])
 def test_a_microbatch_that_does_not_divide_is_refused(microbatch):
     with pytest.raises(UserError, match=rf"microbatch {microbatch} .*\[1, 2, 4, 8, 16\]"):
         make_step(adam(1e-3), microbatch=microbatch)
 
 
-def test_microbatches_without_draw_get_keys_of_their_own(variables):
-    seen = []
-
-    def spy(variables, images, labels, key, train):
-        jax.debug.callback(lambda k: seen.append(k.tobytes()), jax.random.key_data(key))
-        return jnp.square(images) * variables["params"]["out"]["bias"], jnp.ones(())
-
-    optimizer = adam(1e-3)
-    step = make_step(optimizer, loss_fn=spy, draw=None, microbatch=BATCH // 4)
-    jax.block_until_ready(
-        jax.jit(step)(create_state(variables, optimizer), batch(), jax.random.key(0))
-    )
-    jax.effects_barrier()
-    assert len(set(seen)) == 4
+def test_a_batch_that_the_mesh_cannot_split_is_refused():
+    with pytest.raises(UserError, match="batch_size 0"):
+        make_step(adam(1e-3), batch_size=0)
 
 
 def test_frozen_weights_have_neither_moments_nor_average_and_stay(variables):
     optimizer = adam(1e-2)
     variables = {**variables, "buffers": {"freqs": jnp.arange(3.0)}}
-    state = create_state(variables, optimizer, lambda path: "lora" in path.split("/"))
-    step = jax.jit(make_step(optimizer))
+    state = create_state(variables, optimizer, is_adapter)
+    step = fast_jit(make_step(optimizer))
     after, metrics = step(state, batch(), jax.random.key(0))
     trained = {"lora": {"down": {"kernel": 0}, "up": {"kernel": 0}}}
     for tree in (after.params, after.ema, after.opt_state[0].mu):
@@ -137,25 +207,9 @@ def test_split_and_nothing_to_train(variables):
         create_state({**variables, "batch_stats": {}}, adam(1e-3))
 
 
-def poisoned(bad_from, bad_to, value=jnp.nan):
-    """A loss that is not finite while the weights' own step count says so: labels carry it."""
-
-    def loss(variables, images, labels, random, train):
-        pixels, sigma = loss_fn(variables, images, labels, random, train)
-        bad = (random["step"] >= bad_from) & (random["step"] < bad_to)
-        return jnp.where(bad[:, None, None, None], value, pixels), sigma
-
-    return loss
-
-
-def draw_with_step(key, shape):
-    # The test's keys are key(step): the step is read back out of the key.
-    return {**draw(key, shape), "step": jnp.full(shape[0], jax.random.key_data(key)[-1])}
-
-
 def test_a_bad_loss_changes_nothing_but_the_counters(variables):
     optimizer = adam(1e-2)
-    step = jax.jit(make_step(optimizer, loss_fn=poisoned(1, 3, jnp.inf), draw=draw_with_step))
+    step = fast_jit(make_step(optimizer, NanAt(1, 2, value=jnp.inf)))
     states = [create_state(variables, optimizer)]
     for k in range(4):
         state, metrics = step(states[-1], batch(), jax.random.key(k))
@@ -171,8 +225,7 @@ def test_a_bad_loss_changes_nothing_but_the_counters(variables):
 
 def test_too_many_bad_steps_in_a_row_halt_for_good(variables):
     optimizer = adam(1e-2)
-    loss = poisoned(1, 3)
-    step = jax.jit(make_step(optimizer, loss_fn=loss, draw=draw_with_step, max_bad_steps=2))
+    step = fast_jit(make_step(optimizer, NanAt(1, 2), max_bad_steps=2))
     state = create_state(variables, optimizer)
     states = [state := step(state, batch(), jax.random.key(k))[0] for k in range(5)]
     assert [bool(s.halted) for s in states] == [False, False, True, True, True]
@@ -183,14 +236,14 @@ def test_too_many_bad_steps_in_a_row_halt_for_good(variables):
 def test_nonfinite_gradients_are_replaced_and_counted():
     """sqrt at 0 has an infinite derivative: the loss is finite, the gradient is not."""
 
-    def loss(variables, images, labels, random, train):
-        bias = variables["params"]["out"]["bias"]  # zeros here
-        nan = bias[0] * jnp.where(bias[0] == 0, jnp.sqrt(bias[0]) * 0, 1)
-        pixels = jnp.square(images) * 0 + bias[1] + jnp.sqrt(bias[2]) + nan
-        return pixels, jnp.ones(())
+    class Roots(Objective):
+        def loss(self, variables, images, labels, draws, train):
+            bias = variables["params"]["out"]["bias"]  # zeros here
+            nan = bias[0] * jnp.where(bias[0] == 0, jnp.sqrt(bias[0]) * 0, 1)
+            return jnp.square(images) * 0 + bias[1] + jnp.sqrt(bias[2]) + nan
 
     optimizer = adam(1.0)
-    step = jax.jit(make_step(optimizer, loss_fn=loss, ema=Ema(10.0)))
+    step = fast_jit(make_step(optimizer, Roots(), ema=Ema(10.0)))
     variables = {"params": {"out": {"bias": jnp.zeros(3)}}}
     after, metrics = step(create_state(variables, optimizer), batch(), jax.random.key(0))
     assert float(after.nonfinite_grads) == 2

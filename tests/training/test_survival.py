@@ -1,4 +1,4 @@
-"""A run that is killed, asked to stop, killed again, and ends as if nothing had been."""
+"""A run that is killed, asked to stop, and killed again ends with the same bits."""
 
 import json
 import signal
@@ -56,7 +56,7 @@ def test_killed_stopped_and_resumed_it_ends_with_the_same_bits(tmp_path, undistu
     # kill -9 from within, while the checkpoint of step 10 is being written or just was
     run = Run(workdir, "--die-at", 11)
     assert run.end() == -signal.SIGKILL
-    (step,) = cache.glob("jit_one-*-cache")
+    (step,) = cache.glob("jit_train_step-*-cache")
     written = step.stat().st_mtime_ns
 
     # SIGTERM: the step is finished and saved
@@ -86,7 +86,7 @@ def test_killed_stopped_and_resumed_it_ends_with_the_same_bits(tmp_path, undistu
     reference, told = undisturbed
     assert json.loads((tmp_path / "run.json").read_text()) == told
     assert train_lines(workdir) == train_lines(reference)
-    assert [path.stat().st_mtime_ns for path in cache.glob("jit_one-*-cache")] == [written]
+    assert [path.stat().st_mtime_ns for path in cache.glob("jit_train_step-*-cache")] == [written]
 
 
 def test_a_second_interrupt_ends_at_once(tmp_path):

@@ -33,9 +33,9 @@ def read_events(directory):
 
 def test_lines_and_events_hold_the_same_numbers(tmp_path):
     picture = np.full((4, 6, 3), 200, np.uint8)
-    with Writers(tmp_path, 0, 0) as writers:
-        writers.write(5, 80, {"train/loss": np.float32(0.5), "perf/eta_sec": 3})
-        writers.write(5, 80, {"samples/grid": picture, "eval/fd": float("inf")}, callback="samples")
+    with Writers(tmp_path, 16, 0) as writers:
+        writers.write(5, {"train/loss": np.float32(0.5), "perf/eta_sec": 3})
+        writers.write(5, {"samples/grid": picture, "eval/fd": float("inf")}, callback="samples")
     first, second = read_metrics(tmp_path)
     assert (first["step"], first["images"], first["train/loss"]) == (5, 80, 0.5)
     assert second["callback"] == "samples"
@@ -57,8 +57,8 @@ def test_reopening_drops_what_came_after_the_restored_step(tmp_path):
     lines = [{"step": 10, "x": 1.5}, {"step": 20, "callback": "eval"}, {"step": 30}]
     whole = "".join(json.dumps(line) + "\n" for line in lines)
     path.write_text(whole + '{"step": 40, "trai')
-    with Writers(tmp_path, 20, 320) as writers:
-        writers.write(30, 480, {"train/loss": 2.0})
+    with Writers(tmp_path, 16, 20) as writers:
+        writers.write(30, {"train/loss": 2.0})
     kept = read_metrics(tmp_path)
     assert kept[:2] == lines[:2]
     assert [line["step"] for line in kept] == [10, 20, 30]
@@ -67,24 +67,24 @@ def test_reopening_drops_what_came_after_the_restored_step(tmp_path):
 
 
 def test_an_unknown_name_is_refused_before_anything_is_written(tmp_path):
-    with Writers(tmp_path, 0, 0) as writers, pytest.raises(ValueError, match="loss"):
-        writers.write(1, 16, {"loss": 1.0})
+    with Writers(tmp_path, 16, 0) as writers, pytest.raises(ValueError, match="loss"):
+        writers.write(1, {"loss": 1.0})
     assert read_metrics(tmp_path) == []
 
 
 def test_a_full_disk_is_a_plain_error(tmp_path):
-    with Writers(tmp_path, 0, 0) as writers, Path("/dev/full").open("ab", buffering=0) as full:
+    with Writers(tmp_path, 16, 0) as writers, Path("/dev/full").open("ab", buffering=0) as full:
         writers.lines.close()
         writers.lines = full
         with pytest.raises(UserError, match="no space left on device"):
-            writers.write(1, 16, {"train/loss": 1.0})
+            writers.write(1, {"train/loss": 1.0})
 
 
-def test_progress_speaks_now_and_then_without_a_terminal(capsys):
+def test_progress_is_printed_now_and_then_without_a_terminal(capsys):
     progress = Progress(1000, done=100)
     progress.update(200, 0.5)
     assert capsys.readouterr().out == ""
-    progress.spoke -= 60
+    progress.printed -= 60
     progress.started -= 10
     progress.update(300, 0.25)
     out = capsys.readouterr().out
@@ -109,10 +109,10 @@ from pathlib import Path
 from lora_diffusion_jax.training.writers import Writers
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-writers = Writers(Path(sys.argv[1]), 0, 0)
+writers = Writers(Path(sys.argv[1]), 1, 0)
 picture = np.random.default_rng(0).integers(0, 256, (300, 300, 3), np.uint8)
 for step in range(1, 40):
-    writers.write(step, step, {"samples/grid": picture})
+    writers.write(step, {"samples/grid": picture})
 """
 
 

@@ -1,0 +1,135 @@
+"""A sampling run as a table with one row per evaluation of the network, and the scan that executes it.
+
+The table is written on the host in float64. One `lax.scan` over its rows traces the network once, though
+Heun's method calls it at two places, and gives it a scalar noise level shared by all images.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_diffusion_jax.array_types import Denoise, Images, Key, Labels, Sigma, Variables
+from lora_diffusion_jax.diffusion.precond import ALL_LEVELS, Denoiser, Precond
+from lora_diffusion_jax.errors import UserError
+
+
+class BoundDenoiser(NamedTuple):
+    """denoise(x, sigma) with the preconditioning of its network.
+
+    Samplers take any function of x and sigma. If it has an attribute `precond`, they stay within the range
+    of noise levels that it supports and round each level to one that it knows.
+    """
+
+    function: Denoise
+    precond: Precond
+
+    def __call__(self, x: Images, sigma: Sigma) -> Images:
+        return self.function(x, sigma)
+
+
+def bind(
+    denoiser: Denoiser, variables: Variables, class_labels: Labels | None = None
+) -> BoundDenoiser:
+    """D(x; sigma) of a network with its weights and labels, for a sampler."""
+    return BoundDenoiser(
+        lambda x, sigma: denoiser.apply(variables, x, sigma, class_labels), denoiser.precond
+    )
+
+
+def precond_of(denoise: Denoise) -> Precond:
+    """The preconditioning whose noise levels a sampler keeps to."""
+    return getattr(denoise, "precond", ALL_LEVELS)
+
+
+class Plan(NamedTuple):
+    """The rows of a run, each field [E] for E evaluations (or one row, of scalars).
+
+    With y the state entering a row (unit normal latents at the first), z unit normal noise, d0 the slope of
+    the previous row and y0 the state at the last row that was a step's first:
+        y  <- carry y + churn z
+        d  =  drift y - pull D(y / scale; sigma)
+        y  <- base + dt (now d + before d0)             base = y in a step's first row, else y0
+    """
+
+    sigma: Any  # noise level that the network is given
+    scale: Any  # s: the state is s times a noisy image
+    drift: Any
+    pull: Any
+    dt: Any
+    carry: Any = 1.0
+    churn: Any = 0.0
+    now: Any = 1.0
+    before: Any = 0.0
+    first: Any = True
+    step: Any = 0  # number of the step, of which each draws noise of its own
+
+
+def stack(rows: Sequence[Plan]) -> Plan:
+    """Rows of scalars as a plan of columns."""
+    return Plan(*(np.asarray(column) for column in zip(*rows, strict=True)))
+
+
+def run_plan(
+    denoise: Denoise,
+    latents: Images,
+    plan: Plan,
+    *,
+    key: Key | None = None,
+    noise: jax.Array | None = None,
+) -> Images:
+    """Executes a plan in one scan, with a float32 state.
+
+    Args:
+        denoise: D(x; sigma), called with a scalar sigma.
+        latents: unit normal noise [B, H, W, C].
+        plan: from `make_plan`, `dpmpp_2m_plan` or written by hand.
+        key: one key, or one per image [B]; step i draws its noise with fold_in(key, i).
+        noise: unit normal noise [num_steps, B, H, W, C] to use instead.
+
+    Returns:
+        Images [B, H, W, C], approximately in [-1, 1].
+
+    Raises:
+        UserError: a plan that adds noise, without key and noise; or noise of the wrong shape.
+    """
+    latents = jnp.asarray(latents, jnp.float32)
+    stochastic = bool(np.any(plan.churn > 0))
+    if stochastic and key is None and noise is None:
+        raise UserError(
+            "A sampler with s_churn > 0 draws noise: pass key=jax.random.key(seed) or noise."
+        )
+    shape = (int(plan.step[-1]) + 1, *latents.shape)
+    if noise is not None and noise.shape != shape:
+        raise UserError(
+            f"noise has shape {noise.shape}; this run takes {shape}: [num_steps, *latents]."
+        )
+
+    def draw(step: jax.Array) -> Images:
+        if noise is not None:
+            return jnp.asarray(noise, jnp.float32)[step]
+        return step_noise(key, step, latents.shape)
+
+    def body(carry: tuple, row: Plan) -> tuple[tuple, None]:
+        y, base, d_before = carry
+        y = row.carry * y
+        if stochastic:  # a plan without noise draws none
+            y += row.churn * draw(row.step)
+        d = row.drift * y - row.pull * denoise(y / row.scale, row.sigma)
+        base = jnp.where(row.first, y, base)
+        y = base + row.dt * (row.now * d + row.before * d_before)
+        return (y, base, d), None
+
+    table = jax.tree.map(lambda c: c.astype(np.float32) if c.dtype == np.float64 else c, plan)
+    (y, _, _), _ = jax.lax.scan(body, (latents, latents, jnp.zeros_like(latents)), table)
+    return y
+
+
+def step_noise(key: Key, step: jax.Array | int, shape: tuple[int, ...]) -> Images:
+    """Unit normal noise of one step [B, H, W, C]; with a key per image, image by image."""
+    if key.shape:
+        keys = jax.vmap(jax.random.fold_in, (0, None))(key, step)
+        return jax.vmap(lambda k: jax.random.normal(k, shape[1:]))(keys)
+    return jax.random.normal(jax.random.fold_in(key, step), shape)

@@ -1,0 +1,177 @@
+"""The samplers by name. Keyword arguments with defaults are the fields of the config group `sampler`."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from lora_diffusion_jax.array_types import Denoise, Images, ImagesU8, Key
+from lora_diffusion_jax.diffusion import schedules
+from lora_diffusion_jax.diffusion.precond import VE, VP
+from lora_diffusion_jax.diffusion.samplers.plan import Plan, precond_of, run_plan
+from lora_diffusion_jax.diffusion.samplers.solvers import Churn, dpmpp_2m_plan, make_plan
+from lora_diffusion_jax.errors import UserError
+
+
+def edm_sampler(
+    denoise: Denoise,
+    latents: Images,
+    *,
+    num_steps: int = 18,
+    sigma_min: float = 0.002,
+    sigma_max: float = 80.0,
+    rho: float = 7.0,
+    s_churn: float = 0.0,
+    s_min: float = 0.0,
+    s_max: float = float("inf"),
+    s_noise: float = 1.0,
+    key: Key | None = None,
+    noise: jax.Array | None = None,
+) -> Images:
+    """EDM's sampler: Heun's method with optional churn (algorithm 2), 2 N - 1 evaluations.
+
+    sigma_i = (smax^(1/rho) + i/(N-1) (smin^(1/rho) - smax^(1/rho)))^rho, sigma_N = 0; the last
+    step is Euler's.
+
+    Args:
+        denoise: D(x; sigma). `bind` makes one of a network, weights and labels that keeps the sampler
+            to the noise levels the network supports.
+        latents: unit normal noise [B, H, W, C].
+        num_steps: N, at least 2.
+        sigma_min, sigma_max: range of noise levels.
+        rho: exponent of the grid.
+        s_churn, s_min, s_max, s_noise: stochasticity, see `Churn`.
+        key: one key, or one per image [B]; needed when s_churn > 0.
+        noise: [num_steps, B, H, W, C] unit normal noise that replaces the draws.
+
+    Returns:
+        Images [B, H, W, C] float32.
+
+    Raises:
+        UserError: settings that define no grid, or noise that is missing or misshapen.
+    """
+    precond = precond_of(denoise)
+    sigmas = schedules.edm_grid(num_steps, *precond.clip(sigma_min, sigma_max), rho)
+    plan = make_plan(sigmas, churn=Churn(s_churn, s_min, s_max, s_noise), precond=precond)
+    return run_plan(denoise, latents, plan, key=key, noise=noise)
+
+
+def ablation_sampler(
+    denoise: Denoise,
+    latents: Images,
+    *,
+    num_steps: int = 18,
+    solver: Literal["euler", "heun"] = "heun",
+    discretization: Literal["vp", "ve", "iddpm", "edm"] = "edm",
+    schedule: Literal["vp", "ve", "linear"] = "linear",
+    scaling: Literal["vp", "none"] = "none",
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+    rho: float = 7.0,
+    epsilon_s: float = 1e-3,
+    c_1: float = 0.001,
+    c_2: float = 0.008,
+    m: int = 1000,
+    alpha: float = 1.0,
+    s_churn: float = 0.0,
+    s_min: float = 0.0,
+    s_max: float = float("inf"),
+    s_noise: float = 1.0,
+    key: Key | None = None,
+    noise: jax.Array | None = None,
+) -> Images:
+    """The sampler of EDM's ablations: any solver, discretization, schedule and scaling (table 1).
+
+    Args:
+        denoise, latents, num_steps, rho, key, noise: as in `edm_sampler`.
+        solver: euler or heun.
+        discretization: where the noise levels lie.
+        schedule: sigma(t); vp has the betas that reach sigma_min at epsilon_s and sigma_max at 1.
+        scaling: s(t): vp 1 / sqrt(1 + sigma^2), or none.
+        sigma_min, sigma_max: None takes the discretization's own (vp: sigma(epsilon_s) and sigma(1) of
+            beta_d 19.9, beta_min 0.1; ve 0.02, 100; iddpm 0.002, 81; edm 0.002, 80).
+        epsilon_s: VP's least time.
+        c_1, c_2, m: iDDPM's constants and its number of levels.
+        alpha: second evaluation at t + alpha h, 0 < alpha <= 1.
+        s_churn, s_min, s_max, s_noise: stochasticity, see `Churn`.
+
+    Returns:
+        Images [B, H, W, C] float32.
+
+    Raises:
+        UserError: an unknown choice, or settings that define no grid.
+    """
+    if not 0 < alpha <= 1:
+        raise UserError(f"alpha is {alpha:g}; it must lie in (0, 1].")
+    vp, ve = VP(epsilon_t=epsilon_s), VE()
+    grids = {
+        "edm": (0.002, 80.0, functools.partial(schedules.edm_grid, rho=rho)),
+        "vp": (vp.sigma_min, vp.sigma_max, functools.partial(schedules.vp_grid, epsilon=epsilon_s)),
+        "ve": (ve.sigma_min, ve.sigma_max, schedules.ve_grid),
+        "iddpm": (0.002, 81.0, functools.partial(schedules.iddpm_grid, c_1=c_1, c_2=c_2, m=m)),
+    }
+    low, high, grid = _choose("discretization", discretization, grids)
+    precond = precond_of(denoise)
+    low, high = precond.clip(
+        low if sigma_min is None else sigma_min, high if sigma_max is None else sigma_max
+    )
+    sigmas = grid(num_steps, low, high)
+    sigma_of_t = {
+        "vp": schedules.vp_schedule(*schedules.vp_betas(low, high, epsilon_s)),
+        "ve": schedules.VE_SCHEDULE,
+        "linear": schedules.LINEAR_SCHEDULE,
+    }
+    chosen = _choose("schedule", schedule, sigma_of_t)
+    s_of_t = {"vp": schedules.vp_scaling(chosen), "none": schedules.NO_SCALING}
+    plan = make_plan(
+        sigmas,
+        second_order=_choose("solver", solver, {"euler": False, "heun": True}),
+        schedule=chosen,
+        scaling=_choose("scaling", scaling, s_of_t),
+        alpha=alpha,
+        churn=Churn(s_churn, s_min, s_max, s_noise),
+        precond=precond,
+    )
+    return run_plan(denoise, latents, plan, key=key, noise=noise)
+
+
+def _choose(setting: str, value: str, known: Mapping[str, Any]) -> Any:
+    if value not in known:
+        raise UserError(f"{setting} is {value!r}; it must be one of {', '.join(known)}.")
+    return known[value]
+
+
+def _ode_sampler(
+    make: Callable[..., Plan],
+    denoise: Denoise,
+    latents: Images,
+    *,
+    num_steps: int = 18,
+    sigma_min: float = 0.002,
+    sigma_max: float = 80.0,
+    rho: float = 7.0,
+    key: Key | None = None,
+) -> Images:
+    """A deterministic solver on EDM's grid; `make(sigmas, precond=...)` gives its plan.
+
+    Arguments as in `edm_sampler`; the key is not used.
+    """
+    precond = precond_of(denoise)
+    sigmas = schedules.edm_grid(num_steps, *precond.clip(sigma_min, sigma_max), rho)
+    return run_plan(denoise, latents, make(sigmas, precond=precond))
+
+
+SAMPLERS: dict[str, Callable[..., Images]] = {
+    "edm": edm_sampler,
+    "ablation": ablation_sampler,
+    "euler": functools.partial(_ode_sampler, functools.partial(make_plan, second_order=False)),
+    "heun": functools.partial(_ode_sampler, make_plan),
+    "dpmpp_2m": functools.partial(_ode_sampler, dpmpp_2m_plan),
+}
+
+
+def to_uint8(images: Images) -> ImagesU8:
+    """clip(127.5 x + 128, 0, 255), truncated: how the reference writes its samples."""
+    return jnp.clip(images * 127.5 + 128, 0, 255).astype(jnp.uint8)

@@ -1,0 +1,147 @@
+"""Results as JSON lines: their labels, the file that a run keeps them in, and notes beside them."""
+
+import functools
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_diffusion_jax import files
+
+Record = dict[str, Any]  # one JSON line
+FOLDER = "evaluation"  # inside a workdir
+FILE = "results.jsonl"
+HIGHER_IS_BETTER = ("is", "precision", "recall", "density", "coverage")
+# What makes two results the same measurement; the code version is not part of it.
+KEY = (
+    *("metric", "step", "weights", "seeds", "sampler", "lora", "dtype"),
+    *("detector_hash", "reference_hash", "repeats"),
+)
+
+
+def note(text: str) -> None:
+    """Prints to stderr what is not a result."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def to_line(record: Record) -> str:
+    """One line of strict JSON; infinity becomes a word."""
+    return json.dumps(_plain(record))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, np.generic):
+        return _plain(value.item())
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def seeds_text(seeds: Sequence[int]) -> str:
+    """[0, 1, 2, 5] -> '0-2,5'."""
+    parts: list[list[int]] = []
+    for seed in seeds:
+        if parts and seed == parts[-1][1] + 1:
+            parts[-1][1] = seed
+        else:
+            parts.append([seed, seed])
+    return ",".join(f"{low}-{high}" if high > low else str(low) for low, high in parts)
+
+
+def is_score(metric: str) -> bool:
+    """Whether higher is better in a metric named like 'recall_50k'."""
+    return metric.split("_")[0] in HIGHER_IS_BETTER
+
+
+def summary(rows: Sequence[Record]) -> Record:
+    """Summarises one metric over repeats with different seeds: the value is the best, as in papers.
+
+    That is the minimum of a distance and the maximum of a score. 'std' is the sample deviation
+    (n - 1) over the repeats.
+    """
+    values = [row["value"] for row in rows]
+    first = {k: v for k, v in rows[0].items() if k not in ("std", "seeds")}
+    return {
+        **first,
+        "value": max(values) if is_score(first["metric"]) else min(values),
+        "repeats": len(rows),
+        "min": min(values),
+        "max": max(values),
+        "mean": float(np.mean(values)),
+        "std": float(np.std(values, ddof=1)),
+        "values": values,
+        "seeds": [row["seeds"] for row in rows],
+    }
+
+
+# The file of a run.
+
+
+def results_file(workdir: str | os.PathLike[str]) -> Path:
+    """Where a run's results are appended."""
+    return Path(workdir) / FOLDER / FILE
+
+
+def append(path: Path, record: Record) -> None:
+    """Appends one result; a partial line left by a crash stays a line of its own."""
+    with files.disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torn = path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n")
+        with path.open("a") as file:
+            file.write(("\n" if torn else "") + to_line(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def read(path: Path) -> dict[str, Record]:
+    """Returns the results in a file by key; lines cut off by a crash are left out."""
+    found = {}
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
+        try:
+            record = json.loads(line)
+            found[key_of(record)] = record
+        except (json.JSONDecodeError, AttributeError):
+            continue  # not a result: that measurement will be repeated
+    return found
+
+
+def key_of(record: Record) -> str:
+    """What a record measures, as text that two records of the same measurement share."""
+    return to_line({name: record.get(name) for name in KEY})
+
+
+# The code.
+
+
+@functools.cache
+def source_hash() -> str:
+    """First 10 hex digits of a hash of the package's source."""
+    root = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(str(path.relative_to(root)).encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:10]
+
+
+@functools.cache
+def code_version() -> str:
+    """The commit, if there is one, and the hash of the source: 'a1b2c3d src-0123456789'."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+        commit = answer.stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        commit = ""
+    return f"{commit} src-{source_hash()}".strip()

@@ -1,0 +1,80 @@
+"""Results of several checkpoints and runs side by side: a table, and a plot of each metric."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from lora_diffusion_jax import files
+from lora_diffusion_jax.evaluation.results import Record, is_score
+
+Runs = Mapping[str, Sequence[Record]]  # results by the run's name, all metrics mixed
+_RIGHT = (1, 2, 4, 5)  # columns of numbers
+
+
+def table(runs: Runs) -> str:
+    """Lays out results by run and images seen; the best value of each metric is marked."""
+    best_ones = {id(record) for record in best(runs).values()}
+    rows = [("run", "images", "step", "metric", "value", "std", "weights", "")]
+    for name, results in runs.items():
+        rows += [
+            (
+                name,
+                f"{r.get('images_seen') or 0:,}",
+                f"{r.get('step') or 0:,}",
+                r["metric"],
+                f"{r['value']:.6g}",
+                f"{r['std']:.2g}" if "std" in r else "",
+                str(r.get("weights", "")),
+                "<- best" if id(r) in best_ones else "",
+            )
+            for r in results
+        ]
+    if len(rows) == 1:
+        return "no results"
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+
+    def line(row: Sequence[str]) -> str:
+        cells = zip(row, widths, strict=True)
+        padded = [c.rjust(w) if i in _RIGHT else c.ljust(w) for i, (c, w) in enumerate(cells)]
+        return "  ".join(padded).rstrip()
+
+    return "\n".join(map(line, rows))
+
+
+def best(runs: Runs) -> dict[str, Record]:
+    """Returns the best result of every metric: the highest of a score, the lowest of a distance."""
+    found: dict[str, Record] = {}
+    for record in (r for results in runs.values() for r in results):
+        name = record["metric"]
+        sign = -1 if is_score(name) else 1
+        if name not in found or sign * record["value"] < sign * found[name]["value"]:
+            found[name] = record
+    return found
+
+
+def plot(runs: Runs, metric: str, path: Path) -> None:
+    """Plots one metric against images seen, a line per run, the best marked; writes a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    def point(record: Record) -> tuple[float, float]:
+        return (record.get("images_seen") or 0) / 1e6, record["value"]
+
+    chosen = {n: [r for r in rows if r["metric"] == metric] for n, rows in runs.items()}
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for name, rows in chosen.items():
+        x, y = zip(*sorted(map(point, rows)), strict=True) if rows else ((), ())
+        axes.plot(x, y, marker="o", markersize=3, label=name)
+    if metric in (top := best(chosen)):
+        x, y = point(top[metric])
+        axes.plot([x], [y], "*", color="black", markersize=12)
+        text = f"best {y:.4g}\nat {x:.3g} M images"
+        axes.annotate(text, (x, y), (8, 8), textcoords="offset points")
+    axes.set_xlabel("million images seen")
+    axes.set_ylabel(metric)
+    axes.grid(alpha=0.3)
+    if len(chosen) > 1:
+        axes.legend(fontsize="small")
+    with files.atomic(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")

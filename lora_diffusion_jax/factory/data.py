@@ -1,0 +1,76 @@
+"""Data sets of a config, and the config completed with what its data set has."""
+
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from lora_diffusion_jax.data import image_source, pipeline, sources
+from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.factory.networks import num_classes
+from lora_diffusion_jax.models.unet import check_image_size
+from lora_diffusion_jax.training import sharding
+
+
+def open_source(config: ConfigDict) -> image_source.ImageSource:
+    """The training images of `config.data`.
+
+    Raises:
+        UserError: no data set is named, or it cannot be opened.
+    """
+    d = config.data
+    if not (d.name or d.path):
+        raise UserError(
+            "No data set is named: set --config.data.name (a TFDS data set) or --config.data.path "
+            "(a folder or ZIP of images)."
+        )
+    return sources.open_source(d.name, d.data_dir, d.path, d.split, class_folders=d.class_folders)
+
+
+def open_heldout(config: ConfigDict) -> image_source.ImageSource | None:
+    """Held-out images that training never sees; None for a folder or ZIP without data.eval_path."""
+    d = config.data
+    if d.name:
+        return sources.open_source(d.name, d.data_dir, "", d.eval_split)
+    if d.eval_path:
+        return sources.open_source(path=d.eval_path, class_folders=d.class_folders)
+    return None
+
+
+def complete(config: ConfigDict, source: image_source.ImageSource) -> ConfigDict:
+    """The config with the sizes and the fingerprint of its data set filled in.
+
+    Raises:
+        UserError: the config states another size than the data set has, the image size does not fit
+            the U-Net's levels, or class_conditional is set and the data set has no classes.
+    """
+    height, width, channels = source.image_shape
+    config = config.copy_and_resolve_references()
+    found = {"image_size": height, "image_width": width, "channels": channels}
+    if config.class_conditional:
+        found["num_classes"] = source.num_classes
+    with config.unlocked():
+        config.data.image_width = config.data.image_width or config.data.image_size  # 0: square
+        for field, value in found.items():
+            if config.data[field] not in (0, value):
+                raise UserError(
+                    f"The config says data.{field}={config.data[field]}, but {source.title} has "
+                    f"{value}. Set --config.data.{field}={value} or choose another data set."
+                )
+            config.data[field] = value
+        config.data.fingerprint = source.fingerprint()
+    num_classes(config)
+    check_image_size(height, width, len(config.model.channel_mult))
+    return config
+
+
+def build_batches(
+    config: ConfigDict, source: image_source.ImageSource, mesh: Mesh
+) -> pipeline.Batches:
+    """The training batches; each process reads the rows that its own devices hold."""
+    return pipeline.Batches(
+        source,
+        config.train.batch_size,
+        config.train.seed,
+        rows=sharding.local_rows(config.train.batch_size, mesh),
+        memory_limit=int(config.data.memory_limit_gib * 2**30),
+        num_workers=config.data.workers,
+    )

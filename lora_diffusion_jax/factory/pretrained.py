@@ -1,0 +1,182 @@
+"""Networks with their weights: saved runs opened again, their configs read and overridden."""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from ml_collections import ConfigDict
+
+from lora_diffusion_jax import default_config
+from lora_diffusion_jax.array_types import Variables
+from lora_diffusion_jax.diffusion.precond import Denoiser
+from lora_diffusion_jax.errors import UserError, printable
+from lora_diffusion_jax.factory.checks import choose
+from lora_diffusion_jax.factory.networks import build_denoiser, image_shape, num_classes
+from lora_diffusion_jax.paths import is_adapter
+from lora_diffusion_jax.training import checkpoint, state, workdir
+
+# Fields of `network_fields` that may change under the same weights: they act in training alone.
+_FREE = ("model.dropout", "model.label_dropout", "augment.p", "precond.p_mean", "precond.p_std")
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Pretrained:
+    """A network with its weights.
+
+    Attributes:
+        denoiser: `denoiser.apply(variables, x, sigma, class_labels, augment_labels)` is D(x; sigma, c).
+        variables: {'params', optional 'buffers'}, float32.
+        config: the ConfigDict that describes the network.
+        step: of the checkpoint, if it comes from a workdir.
+    """
+
+    denoiser: Denoiser
+    variables: Variables
+    config: ConfigDict
+    step: int | None = None
+
+
+def load_workdir(
+    path: str | os.PathLike, *, weights: str = "ema", at_step: int | None = None
+) -> Pretrained:
+    """The network of a run, with numpy variables.
+
+    Args:
+        path: the run's directory.
+        weights: `ema`, or `raw` for the weights as the optimizer left them.
+        at_step: the checkpoint's step; None: the newest.
+
+    Raises:
+        UserError: this is not a run, or it has no such checkpoint.
+    """
+    config = config_from_dict(workdir.read_config(path))
+    step_read, saved = checkpoint.open_for_reading(path, at_step)
+    assemble = choose("weights", weights, {"ema": state.ema_variables, "raw": state.raw_variables})
+    variables = assemble(saved)
+    # iDDPM's noise levels, which older versions kept beside the weights, follow from the config.
+    variables.get("buffers", {}).pop("u", None)
+    return Pretrained(build_denoiser(config), variables, config, step_read)
+
+
+def network_fields(config: ConfigDict) -> dict[str, Any]:
+    """The fields of a config that describe its network, for JSON; `config_from_dict` reads them."""
+    data = ("image_size", "image_width", "channels", "num_classes")
+    return {
+        "class_conditional": config.class_conditional,
+        "data": {field: config.data[field] for field in data},
+        **{group: config[group].to_dict() for group in ("model", "precond", "lora", "augment")},
+    }
+
+
+def with_config(loaded: Pretrained, config: ConfigDict) -> Pretrained:
+    """The same weights under a changed config: sampler, mesh, dtype, or LoRA off.
+
+    Raises:
+        UserError: a changed field describes other weights.
+    """
+    old, new = (_identity(c) for c in (loaded.config, config))
+    # The base alone: its weights are among these, unless it was trained without its scale-and-shift.
+    lora_off = config.lora.mode == "baseline" and loaded.config.lora.mode != "only_lora"
+    changed = [k for k in old if old[k] != new[k] and not (lora_off and k.startswith("lora."))]
+    if changed:
+        listed = ", ".join(f"{k} {old[k]!r}, now {new[k]!r}" for k in changed)
+        raise UserError(
+            f"The config describes another network than the one these weights belong to: {listed}. Remove "
+            "these overrides; only sampler, mesh and dtype can change, and lora.mode to baseline."
+        )
+    return dataclasses.replace(loaded, denoiser=build_denoiser(config), config=config)
+
+
+def _identity(config: ConfigDict) -> dict[str, Any]:
+    """The fields that decide which weights a network has and what they compute, by dotted name."""
+    fields = flatten_dict(network_fields(config), sep=".")
+    fields["data.image_width"] = image_shape(config)[1]  # 0 stands for square
+    fields["data.num_classes"] = num_classes(config)
+    return {k: v for k, v in fields.items() if k not in _FREE}
+
+
+def mismatch(found: Mapping[str, tuple], wanted: Mapping[str, tuple], limit: int = 8) -> str:
+    """How two sets of shapes by name differ, for a message; "" if they agree.
+
+    Args:
+        found: shapes that there are.
+        wanted: shapes that a network has.
+        limit: how many names of a kind are listed.
+    """
+    both = sorted(set(found) & set(wanted))
+    problems = {
+        "it lacks": sorted(set(wanted) - set(found)),
+        "left over": sorted(set(found) - set(wanted)),
+        "other shapes": [
+            f"{k} is {found[k]} there, {wanted[k]} here" for k in both if found[k] != wanted[k]
+        ],
+    }
+    listed = []
+    for problem, names in problems.items():
+        more = f" and {len(names) - limit} more" if len(names) > limit else ""
+        listed += [
+            f"{problem}: {', '.join(printable(n, 160) for n in names[:limit])}{more}"
+        ] * bool(names)
+    return "; ".join(listed)
+
+
+def overlay(fresh: Variables, loaded: Variables, origin: str) -> Variables:
+    """Fresh variables with the loaded ones in their places: a base under new adapters, or both.
+
+    Loaded variables may lack adapters, and the scale-and-shift layers (`affine`) of a base may be left
+    over (`only_lora` has none). Everything else must match.
+
+    Args:
+        fresh: the network's own variables.
+        loaded: those of a checkpoint.
+        origin: the checkpoint's name, for messages.
+
+    Raises:
+        UserError: other variables are missing, left over, or of other shapes.
+    """
+    new, old = (flatten_dict(v, sep="/") for v in (fresh, loaded))
+    if not any("/affine/" in name for name in new):
+        old = {name: v for name, v in old.items() if "/affine/" not in name}
+    may_lack = {name for name in new if is_adapter(name)} - old.keys()
+    problem = mismatch(
+        {name: v.shape for name, v in old.items()},
+        {name: v.shape for name, v in new.items() if name not in may_lack},
+    )
+    if problem:
+        raise UserError(
+            f"init_from={origin} does not match this network; {problem}. Use the config that it was "
+            "trained with (classes, widths, augmentation, LoRA sizes)."
+        )
+    merged = {k: np.asarray(old[k], v.dtype) if k in old else v for k, v in new.items()}
+    return unflatten_dict(merged, sep="/")
+
+
+def config_from_dict(saved: dict[str, Any]) -> ConfigDict:
+    """A config from its JSON form. Lists become tuples; fields newer than the file keep their defaults.
+
+    Raises:
+        UserError: a field is unknown to this version, or has a value of another type.
+    """
+    config = default_config.base()
+    if "sampler" in saved:
+        saved = {**saved, "sampler": default_config.adopt_sampler(saved["sampler"])}
+        config.sampler = default_config.sampler(saved["sampler"].get("name", "edm"))
+    fields = flatten_dict(saved, sep=".")
+    unknown = sorted(fields.keys() - flatten_dict(config.to_dict(), sep=".").keys())
+    if unknown:
+        raise UserError(
+            f"The saved config has fields that this version does not know: {', '.join(unknown)}. "
+            "Use the version that wrote it."
+        )
+    for name, value in fields.items():
+        value = tuple(value) if isinstance(value, list) else value
+        try:
+            config.update_from_flattened_dict({name: value})
+        except TypeError as error:
+            raise UserError(
+                f"The saved config has {name} = {printable(value)}, which has the wrong type."
+            ) from error
+    return config

@@ -1,0 +1,367 @@
+"""Reference statistics, and how close images or the samples of networks come to them.
+
+    python eval_fid.py ref  --data=NAME|FOLDER|ZIP|NPZ --dest=stats.npz
+    python eval_fid.py calc --images=FOLDER|ZIP|NPZ|NAME --ref=stats.npz
+    python eval_fid.py gen  --workdir=DIR|FILE --ref=stats.npz --num=50000 [--seeds=0-49999]
+    python eval_fid.py all  --workdir=DIR --ref=stats.npz [--follow]
+
+Prints one JSON line per result on stdout. `--help` after a verb lists its options;
+docs/evaluation.md explains the numbers.
+"""
+
+import argparse
+import dataclasses
+import functools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from lora_diffusion_jax import cli, factory, generate, interop, processes
+from lora_diffusion_jax.array_types import Source
+from lora_diffusion_jax.data.sources import open_source
+from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.evaluation import images, results, runs
+from lora_diffusion_jax.evaluation.collect import FeatureSet, collect_resumable
+from lora_diffusion_jax.evaluation.detectors import FEATURES, detector_for_source
+from lora_diffusion_jax.evaluation.evaluator import METRICS, Evaluator, open_evaluator
+from lora_diffusion_jax.evaluation.features import Detector, cache_folder
+from lora_diffusion_jax.evaluation.npz import check_target
+from lora_diffusion_jax.evaluation.references import make_reference, save_reference
+from lora_diffusion_jax.evaluation.results import Record
+from lora_diffusion_jax.interop.export import read_export
+from lora_diffusion_jax.readers.safetensors import is_safetensors
+from lora_diffusion_jax.training import checkpoint, workdir
+
+MAX_REPEATS = 100
+SMALL_BYTES = 64 * 2**20  # features up to this size go into a reference without --keep_features
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the program; returns its exit status."""
+    return cli.run(work, argv)
+
+
+def work(argv: list[str]) -> int:
+    """Runs a verb; returns the exit status."""
+    argv, name, overrides = cli.take_config(argv)
+    args = build_parser().parse_args(argv)
+    args.overrides = overrides
+    if name is not None:
+        raise UserError(f"--config={name}: a network keeps its config; override single fields.")
+    if overrides and args.verb in ("ref", "calc"):
+        raise UserError(f"{overrides[0]}: {args.verb} has no config, only gen and all have one.")
+    with cli.joined(args):
+        return cli.cut_short(functools.partial(VERBS[args.verb], args), "saving what is done")
+
+
+def build_parser() -> cli.Parser:
+    """The verbs and their flags."""
+    parser = cli.Parser(description=__doc__)
+    add = parser.add_subparsers(dest="verb", required=True, metavar="ref|calc|gen|all").add_parser
+    ref = add("ref", help="statistics of a data set, in EDM's npz format")
+    ref.add_argument("--data", required=True, help="TFDS name, folder, ZIP or npz of images")
+    ref.add_argument("--dest", required=True, help="the npz to write")
+    ref.add_argument("--keep_features", action="store_true", help="keep every image's features")
+    calc = add("calc", help="evaluate images in a folder, ZIP or npz")
+    calc.add_argument("--images", required=True, help="folder, ZIP or npz of images; TFDS name")
+    for verb in (ref, calc):
+        verb.add_argument("--data_dir", help="directory of TFDS data sets")
+        verb.add_argument("--split", help="TFDS split or slice; default: train")
+        verb.add_argument(
+            "--class_folders", action="store_true", help="an image's first folder is its class"
+        )
+    gen = add("gen", help="evaluate a network's samples without writing them")
+    every = add("all", help="evaluate every checkpoint of a run or a sweep")
+    for verb in (gen, every):
+        verb.add_argument("--workdir", required=True, help="a run (gen: or a checkpoint file)")
+        verb.add_argument("--seeds", help="one per image, for instance 0-49999")
+        verb.add_argument("--weights", choices=("ema", "raw"), help="default: ema")
+        verb.add_argument("--repeats", type=int, default=1, help="3: the official seed ranges")
+        verb.add_argument("--batch_size", type=int, help="images sampled at a time")
+    gen.add_argument("--step", type=int, help="checkpoint of this step; default: the newest")
+    every.add_argument("--follow", action="store_true", help="wait for new checkpoints")
+    for verb in (ref, calc, gen, every):
+        verb.add_argument("--num", type=int, help="number of images; another count is an error")
+        verb.add_argument("--features", choices=FEATURES, default="auto")
+        verb.add_argument("--inception", help="Inception weights file")
+        verb.add_argument("--dinov2", help="DINOv2 weights file")
+        verb.add_process_flags()
+    for verb in (calc, gen, every):
+        verb.add_argument("--ref", required=True, help="statistics written by ref, or EDM's")
+        verb.add_argument("--metrics", default="fid", help=",".join(METRICS))
+    return parser
+
+
+def emit(record: Record) -> None:
+    """Prints one result."""
+    print(results.to_line(record), flush=True)
+
+
+def run_ref(args: argparse.Namespace) -> None:
+    """Writes the statistics of a data set."""
+    check_target(args.dest)
+    source, where, identity = open_images(args, "data")
+    detector = detector_for_source(source, args.features, args.inception, args.dinov2)
+    small = 4 * len(source) * detector.feature_dim <= SMALL_BYTES
+    found = _features_of(detector, source, identity, args.keep_features or small)
+    if processes.is_leader():
+        about = {"data": where, "image_shape": list(source.image_shape)}
+        reference = make_reference(detector, found, about)
+        save_reference(args.dest, reference)
+        facts = {k: v for k, v in reference.meta.items() if k not in ("recipe", "n")}
+        emit({"reference": args.dest, "n": len(source), **facts, "reference_hash": reference.hash})
+        found.partial.remove()
+
+
+def run_calc(args: argparse.Namespace) -> None:
+    """Evaluates images in files."""
+    source, where, identity = open_images(args, "images")
+    evaluator = _open_evaluator(args)
+    evaluator.check(len(source), source.image_shape, where)
+    found = _features_of(evaluator.detector, source, identity, evaluator.needs_rows)
+    for record in evaluator.records(found, {"images": where}):
+        emit(record)
+    found.partial.remove()
+
+
+def run_gen(args: argparse.Namespace) -> None:
+    """Evaluates the samples of one network."""
+    choose = functools.partial(_choose_step, args.workdir, args.step)
+    step = processes.from_leader("choosing the checkpoint", choose)
+    repeats, run = repeat_seeds(args), _run_at(args, args.workdir)
+    evaluator = _open_evaluator(args)
+    evaluator.check(len(repeats[0]), None, args.workdir)
+    for record in runs.evaluate(run, step, repeats, evaluator):
+        if step is not None:
+            results.append(results.results_file(args.workdir), record)
+        emit(record)
+
+
+def run_all(args: argparse.Namespace) -> None:
+    """Evaluates every checkpoint of a run, or of all runs below a folder; skips known results."""
+    find = functools.partial(find_runs, args.workdir)
+    find()  # an error now if there are none
+    repeats, run_at = repeat_seeds(args), functools.partial(_run_at, args)
+    evaluator = _open_evaluator(args)
+    evaluator.check(len(repeats[0]), None, args.workdir)
+    for record in runs.evaluate_all(
+        Path(args.workdir), find, run_at, repeats, evaluator, follow=args.follow
+    ):
+        emit(record)
+
+
+VERBS = {"ref": run_ref, "calc": run_calc, "gen": run_gen, "all": run_all}
+
+
+def _open_evaluator(args: argparse.Namespace) -> Evaluator:
+    return open_evaluator(args.metrics, args.ref, args.features, args.inception, args.dinov2)
+
+
+def _features_of(
+    detector: Detector, source: Source, identity: Record, keep_rows: bool
+) -> FeatureSet:
+    return collect_resumable(
+        detector,
+        lambda done: images.source_batches(source, skip=done),
+        len(source),
+        cache_folder(),
+        identity,
+        keep_rows=keep_rows,
+    )
+
+
+# Images in files.
+
+
+def open_images(args: argparse.Namespace, flag: str) -> tuple[Source, str, Record]:
+    """Opens the images that --data or --images names.
+
+    Returns:
+        (the images, their name, JSON values that change when they do).
+
+    Raises:
+        UserError: they cannot be opened, or there are not exactly --num.
+    """
+    named = getattr(args, flag)
+    if not named:
+        raise UserError(f"--{flag} is empty; give a folder, a ZIP, an npz or a TFDS data set.")
+    path = Path(named).expanduser()
+    is_file = path.suffix in (".npz", ".zip") or path.exists() or named.startswith((".", "/", "~"))
+    if is_file and (args.split or args.data_dir):
+        raise UserError(
+            f"--split and --data_dir apply to TFDS data sets; {named} is read whole. Omit them."
+        )
+    split = args.split or "train"
+    try:
+        if path.suffix == ".npz":
+            source = images.ArraySource(images.open_npz(path))
+        elif is_file:
+            source = open_source(path=str(path), class_folders=args.class_folders)
+        else:
+            source = open_source(
+                named, args.data_dir or "", "", split, class_folders=args.class_folders
+            )
+    except UserError as error:
+        # The data's own messages speak of the config of main.py.
+        flags = {"name": flag, "path": flag}
+        text = re.sub(r"\bdata\.(\w+)", lambda m: f"--{flags.get(m[1], m[1])}", str(error))
+        unknown = "" if is_file else f"There is no file or folder {named}, and as a TFDS name: "
+        raise UserError(unknown + text) from error
+    where = str(path) if is_file else f"{named}[{split}]"
+    if len(source) < 2:
+        raise UserError(f"{where} holds {len(source)} images; a distance needs at least 2.")
+    if args.num not in (None, len(source)):
+        raise UserError(
+            f"{where} holds {len(source)} images, but --num={args.num}; a subset is never chosen "
+            "silently. Give exactly the images to evaluate, or omit --num."
+        )
+    changed = newest_change(path) if is_file else 0
+    return source, where, {"images": source.fingerprint(), "changed": changed}
+
+
+def newest_change(path: Path) -> int:
+    """When a file, or anything below a folder, last changed: nanoseconds since 1970."""
+    return max(p.lstat().st_mtime_ns for p in (path, *path.rglob("*")))  # links may be broken
+
+
+# Networks.
+
+
+def repeat_seeds(args: argparse.Namespace) -> list[list[int]]:
+    """The seeds of each of --repeats: --seeds or the first --num, then the ones that follow.
+
+    Raises:
+        UserError: options that contradict one another, a repeated seed, fewer than 2.
+    """
+    text, num, repeats = args.seeds, args.num, args.repeats
+    if not 1 <= repeats <= MAX_REPEATS:
+        raise UserError(f"--repeats={repeats}; choose 1 to {MAX_REPEATS} (papers use 3).")
+    if num is not None and num < 2:
+        raise UserError(f"--num={num}; a distance needs at least 2 images.")
+    text = text or f"0-{(num or 50_000) - 1}"
+    seeds = generate.parse_seeds(text)
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"--seeds={text} repeats a seed; its image would count twice.")
+    if num not in (None, len(seeds)):
+        raise UserError(
+            f"--seeds={text} has {len(seeds)} seeds, but --num={num}. Omit one of them."
+        )
+    stride = max(seeds) - min(seeds) + 1
+    last = max(seeds) + stride * (repeats - 1)
+    if last > generate.MAX_SEED:
+        raise UserError(
+            f"--repeats={repeats} of these seeds would reach {last}; the largest seed is "
+            f"{generate.MAX_SEED}. Choose lower seeds or fewer repeats."
+        )
+    return [[seed + stride * k for seed in seeds] for k in range(repeats)]
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedRun:
+    """A run's directory or a checkpoint file, as `evaluation.runs` wants it.
+
+    Attributes:
+        where: its path.
+        weights: ema or raw.
+        overrides: `--config.a.b=value` arguments.
+        batch_size: images sampled at a time; None: the config's.
+    """
+
+    where: str
+    weights: str
+    overrides: Sequence[str] = ()
+    batch_size: int | None = None
+
+    def steps(self) -> list[int]:
+        """The steps of its checkpoints, in order."""
+        return _saved_steps(self.where)
+
+    def is_complete(self) -> bool:
+        """Whether its last checkpoint exists; an imported network has step 0 alone."""
+        train, steps = self._config().train, self.steps()
+        return steps == [0] or bool(steps) and steps[-1] * train.batch_size >= train.total_images
+
+    def settings(self, step: int) -> Record:
+        """The labels of its results that come from its config."""
+        return _settings(self._config(), self.weights, step)
+
+    def _config(self) -> ConfigDict:
+        return cli.override(
+            factory.config_from_dict(workdir.read_config(self.where)), self.overrides
+        )
+
+    def open(self, step: int | None) -> runs.Network:
+        """The network of one checkpoint; None for a file."""
+        if step is None:
+            loaded = interop.load_pretrained(self.where)
+        else:
+            loaded = factory.load_workdir(self.where, weights=self.weights, at_step=step)
+        config = cli.override(loaded.config, self.overrides)
+        config.sampler.batch_size = self.batch_size or config.sampler.batch_size
+        loaded = factory.with_config(loaded, config)
+        generator = factory.build_generator(config, loaded.denoiser, factory.build_mesh(config))
+        seen = None if step is None else step * config.train.batch_size
+        labels = {**_settings(config, self.weights, step), "images_seen": seen}
+        return runs.Network(generator, loaded.variables, labels)
+
+
+def _settings(config: ConfigDict, weights: str, step: int | None) -> Record:
+    sampler = {k: v for k, v in config.sampler.to_dict().items() if k != "batch_size"}
+    how = {"sampler": sampler, "lora": config.lora.mode, "dtype": config.dtype}
+    return {"weights": weights, "step": step, **how}
+
+
+def _run_at(args: argparse.Namespace, where: str) -> SavedRun:
+    if args.batch_size is not None and args.batch_size < 1:
+        raise UserError(f"--batch_size={args.batch_size}; it must be at least 1.")
+    weights = args.weights or "ema"
+    if Path(where).is_file():  # a file holds one kind; snapshots are averages
+        weights = read_export(where).weights if is_safetensors(where) else "ema"
+        if args.weights not in (None, weights):
+            raise UserError(f"{where} holds {weights} weights; omit --weights={args.weights}.")
+    return SavedRun(where, weights, tuple(args.overrides), args.batch_size)
+
+
+def _choose_step(where: str, step: int | None) -> int | None:
+    """The step to evaluate: the one requested, else the newest; None for a checkpoint file.
+
+    Raises:
+        UserError: neither a run nor a file, no checkpoint, or a step of a file.
+    """
+    if not where or not Path(where).exists():
+        raise UserError(f"--workdir={where} does not exist; name a run or a checkpoint file.")
+    if Path(where).is_file():
+        if step is not None:
+            raise UserError(f"{where} is a file, which has no steps; omit --step={step}.")
+        return None
+    if not (Path(where) / workdir.CONFIG).is_file() and _runs_below(where):
+        raise UserError(
+            f"{where} is not a run but contains some. Evaluate one of them with gen, or all with: "
+            f"eval_fid.py all --workdir={where}"
+        )
+    workdir.read_config(where)  # a plain error if it is not a run
+    steps = _saved_steps(where)
+    if not steps:
+        raise UserError(f"{where} has no checkpoint yet.")
+    return steps[-1] if step is None else step
+
+
+def _saved_steps(run: str) -> list[int]:
+    exists = (Path(run) / checkpoint.FOLDER).is_dir()
+    return checkpoint.saved_steps(run) if exists else []
+
+
+def _runs_below(directory: str) -> list[str]:
+    return sorted(str(path.parent) for path in Path(directory).glob(f"*/**/{workdir.CONFIG}"))
+
+
+def find_runs(directory: str) -> list[str]:
+    """The run in a directory, or all runs below it; UserError if there are none."""
+    if (Path(directory) / workdir.CONFIG).is_file():
+        return [directory]
+    found = _runs_below(directory)
+    if not found:
+        raise UserError(f"{directory} is not a run and contains none: it has no {workdir.CONFIG}.")
+    return found

@@ -1,0 +1,46 @@
+"""What a config describes: parameters, LoRA sites, cost of an evaluation, data set."""
+
+import functools
+
+import jax
+from clu import parameter_overview
+from ml_collections import ConfigDict
+
+from lora_diffusion_jax import lora
+from lora_diffusion_jax.data.image_source import summarize
+from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.factory.checks import check
+from lora_diffusion_jax.factory.data import complete, open_source
+from lora_diffusion_jax.factory.networks import build_denoiser, forward_flops, init_variables
+
+
+def describe(config: ConfigDict) -> str:
+    """The table of parameters and what else there is to know, as lines of text.
+
+    Raises:
+        UserError: the config is invalid, or it leaves open sizes that only the data set could tell.
+    """
+    check(config)
+    try:
+        source = open_source(config)
+        config, data = complete(config, source), summarize(source)
+    except UserError as error:
+        data = f"data set: not opened. {error}"
+        if not (config.data.image_size and config.data.channels):
+            raise
+    denoiser = build_denoiser(config)
+    init = functools.partial(init_variables, config, denoiser)
+    params = jax.eval_shape(init, jax.random.key(0))["params"]
+    base, adapters = lora.split(params)
+    sites = lora.list_sites(params)
+    lines = [
+        parameter_overview.get_parameter_overview(params, include_stats=False),
+        f"LoRA sites ({config.lora.mode}): {len(sites)}",
+        *(f"  {site}" for site in sites),
+        data,
+        f"One evaluation: {forward_flops(config, denoiser) / 1e9:.4g} GFLOP per image",
+        f"Base parameters: {lora.count(base):,}",
+        f"Adapter parameters: {lora.count(adapters):,}",
+        f"Total parameters: {lora.count(params):,}",
+    ]
+    return "\n".join(lines)

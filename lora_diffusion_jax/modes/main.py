@@ -1,0 +1,160 @@
+"""Train, sample, describe, import and export diffusion networks with conditioned LoRA.
+
+    main.py --mode=train  --config=configs/digits.py --workdir=DIR [--config.a.b=value ...]
+    main.py --mode=sample --workdir=DIR --seeds=0-63 [--class_id=3|all] --out=FOLDER|FILE.npz|FILE.png
+    main.py --mode=info   --config=configs/cifar10_edm.py [--config.a.b=value ...]
+    main.py --mode=doctor [--config=FILE] [--workdir=DIR]
+    main.py --mode=import --source=FILE --workdir=DIR
+    main.py --mode=export --workdir=DIR --out=FILE.safetensors [--adapters_only]
+
+Without --config, the config of the run in --workdir is used; overrides apply to it as well.
+"""
+
+# Each mode imports what it needs: --help and mistakes in flags answer at once.
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from lora_diffusion_jax import cli, processes
+from lora_diffusion_jax.errors import UserError
+
+
+def build_parser() -> cli.Parser:
+    """The flags."""
+    parser = cli.Parser(description=__doc__)
+    add = parser.add_argument
+    add("--mode", required=True, choices=MODES, help="what to do")
+    add("--workdir", help="directory of the run")
+    add("--seeds", default="0-63", help="sample: one image per seed, such as 0-63 or 0,5,7-9")
+    add("--class_id", help="sample: a class number, or `all` for an even split")
+    add("--weights", default="ema", choices=("ema", "raw"), help="sample, export: which weights")
+    add("--step", type=int, help="sample, export: which checkpoint; default: the newest")
+    add("--out", help="sample: folder, .npz or .png (a grid); export: .safetensors")
+    add("--source", help="import: the checkpoint file")
+    add("--base", help="import: for a file of adapters alone, the base's file or workdir")
+    parser.add_switch("adapters_only", False, "export: leave the base out")
+    parser.add_config_help()
+    parser.add_process_flags()
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the program; returns its exit status."""
+    return cli.run(work, argv)
+
+
+def work(argv: list[str]) -> int:
+    """Does what --mode says; returns the exit status."""
+    argv, name, overrides = cli.take_config(argv)
+    args = build_parser().parse_args(argv)
+    mode, needed = MODES[args.mode]
+    missing = [f"--{flag}" for flag in needed if not getattr(args, flag)]
+    if missing:
+        raise UserError(f"--mode={args.mode} needs {' and '.join(missing)}.")
+    config = read_config(args, name)
+    if overrides:
+        if config is None:
+            raise UserError(f"{overrides[0]}: there is no config; give --config or --workdir.")
+        config = cli.override(config, overrides)
+    if mode is doctor:  # it must work where joining or the cache does not
+        return doctor(args, config)
+    with cli.joined(args, config):
+        if mode in (info, import_file, export_file) and not processes.alone():
+            raise processes.SharedError(f"--mode={args.mode} runs in a single process.")
+        return mode(args, config)
+
+
+def read_config(args: argparse.Namespace, name: str | None) -> ConfigDict | None:
+    """The config that --config names, else that of the run in --workdir; None without either."""
+    if name is not None:
+        return cli.load_config(name)[0]
+    if args.workdir is None or args.mode == "import":
+        return None
+    from lora_diffusion_jax.factory.pretrained import config_from_dict
+    from lora_diffusion_jax.training import workdir
+
+    try:
+        return config_from_dict(workdir.read_config(args.workdir))
+    except UserError as error:
+        if args.mode == "doctor":  # which reports it
+            return None
+        if args.mode == "train" and not (Path(args.workdir) / workdir.CONFIG).exists():
+            raise UserError(f"{args.workdir} holds no run; start one with --config.") from error
+        raise
+
+
+def train(args: argparse.Namespace, config: ConfigDict) -> int:
+    """Trains, or resumes a run; 128 + the signal's number when a signal stopped it."""
+    from lora_diffusion_jax.modes.train import train
+
+    return train(config, args.workdir).exit_code
+
+
+def sample(args: argparse.Namespace, config: ConfigDict) -> int:
+    """Writes samples, and prints what they are as a line of JSON."""
+    from lora_diffusion_jax import generate
+    from lora_diffusion_jax.factory.pretrained import load_workdir, with_config
+    from lora_diffusion_jax.modes.sample import describe, sample
+    from lora_diffusion_jax.training.writers import log
+
+    seeds = generate.parse_seeds(args.seeds)
+    run = load_workdir(args.workdir, weights=args.weights, at_step=args.step)
+    run = with_config(run, config)
+    about = describe(config, args.weights, run.step)
+    status = cli.cut_short(lambda: sample(run, seeds, args.class_id, args.out, about))
+    if status == 0:
+        log(json.dumps({"images": len(seeds), "out": args.out, **about}))
+    return status
+
+
+def info(args: argparse.Namespace, config: ConfigDict | None) -> int:
+    """Prints parameters, LoRA sites, cost and data set of a config."""
+    from lora_diffusion_jax.modes.info import describe
+
+    if config is None:
+        raise UserError("--mode=info needs --config=FILE or --workdir=DIR.")
+    print(describe(config))
+    return 0
+
+
+def import_file(args: argparse.Namespace, config: None) -> int:
+    """Turns a checkpoint file into a workdir."""
+    from lora_diffusion_jax.modes.checkpoints import import_checkpoint
+
+    count = import_checkpoint(args.source, args.workdir, args.base)
+    print(f"imported {count:,} parameters into {args.workdir}")
+    return 0
+
+
+def export_file(args: argparse.Namespace, config: ConfigDict) -> int:
+    """Writes a run's weights as safetensors."""
+    from lora_diffusion_jax.factory.pretrained import load_workdir, with_config
+    from lora_diffusion_jax.modes.checkpoints import export_checkpoint
+
+    run = load_workdir(args.workdir, weights=args.weights, at_step=args.step)
+    run = with_config(run, config)
+    export_checkpoint(run, args.out, weights=args.weights, adapters_only=args.adapters_only)
+    print(f"wrote the {args.weights} weights of step {run.step} to {args.out}")
+    return 0
+
+
+def doctor(args: argparse.Namespace, config: ConfigDict | None) -> int:
+    """Prints what is wrong with the machine, the data or a run; 1 if anything is."""
+    from lora_diffusion_jax.modes.doctor import examine
+
+    return examine(config, args.workdir)
+
+
+# Mode -> what it does, and the flags that it needs.
+MODES: dict[str, tuple[Callable[..., int], tuple[str, ...]]] = {
+    "train": (train, ("workdir",)),
+    "sample": (sample, ("workdir", "out")),
+    "info": (info, ()),
+    "import": (import_file, ("source", "workdir")),
+    "export": (export_file, ("workdir", "out")),
+    "doctor": (doctor, ()),
+}

@@ -1,0 +1,129 @@
+"""Samples of a trained network, written to a folder, an .npz or a picture."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from lora_diffusion_jax import files, generate, outputs, processes
+from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.evaluation.features import tree_hash
+from lora_diffusion_jax.factory.pretrained import Pretrained
+from lora_diffusion_jax.factory.training import build_generator, build_mesh
+from lora_diffusion_jax.processes.interrupts import pause_point
+from lora_diffusion_jax.training.writers import log
+
+FINISH_LIMIT = 3600.0  # seconds that other processes wait while process 0 compresses an .npz
+# Endings that would pass for a folder's name, and are not one.
+NOT_WRITTEN = (".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".zip", ".npy", ".pt", ".h5")
+
+
+def sample(
+    run: Pretrained,
+    seeds: Sequence[int],
+    class_id: str | None,
+    out: str | os.PathLike,
+    about: Mapping[str, Any],
+) -> None:
+    """Writes the images of some seeds. After an interruption, the same call continues.
+
+    Args:
+        run: the network, its weights and its config.
+        seeds: one per image.
+        class_id: a class for all images, `all` for an even split in class order, or None to draw each
+            image's class from its seed.
+        out: a folder, .npz or .png.
+        about: recorded beside the images.
+
+    Raises:
+        UserError: the seeds, the class or `out` are invalid, or `out` cannot be written.
+        Interrupted: by a signal, inside `with Interrupts()`.
+    """
+    generator = build_generator(run.config, run.denoiser, build_mesh(run.config))
+    classes = choose_classes(class_id, len(seeds), generator.num_classes)
+    seeds = generate.check_seeds(seeds)
+    labels = generator.choose_labels(seeds, classes)
+    out, rows = Path(out), generator.num_classes if class_id == "all" else 0
+    check_out(out, seeds, rows)
+    identity = json.dumps({**about, "of": tree_hash((run.variables, seeds, labels))})
+    opened: list[outputs.Output] = []  # in process 0 alone, which writes
+
+    def open_output() -> str:
+        with files.disk_errors(out):
+            columns = len(seeds) // rows if rows else 0
+            opened.append(outputs.Output(out, seeds, labels, identity, columns))
+        return np.packbits(opened[0].done).tobytes().hex()  # short, for millions of seeds
+
+    def finish() -> None:
+        with files.disk_errors(out):
+            opened[0].finish(about)
+
+    done = bytes.fromhex(processes.from_leader("opening --out", open_output))
+    left = np.unpackbits(np.frombuffer(done, np.uint8), count=len(seeds)) == 0
+    if not left.all():
+        log(f"{len(seeds) - left.sum():,} of {len(seeds):,} images are there already")
+    if left.any():
+        for batch in generator.batches(
+            run.variables,
+            seeds[left],
+            labels[left] if generator.num_classes else None,
+            progress=processes.is_leader(),
+            between=pause_point,
+        ):
+            for output in opened:
+                with files.disk_errors(out):
+                    output.write(batch.images)
+    processes.from_leader("finishing --out", finish, FINISH_LIMIT)
+
+
+def choose_classes(
+    class_id: str | None, count: int, num_classes: int
+) -> Sequence[int] | int | None:
+    """--class_id as classes: None, one number, or for `all` an even split in class order.
+
+    Raises:
+        UserError: neither a number nor `all`, or `all` for an unconditional network.
+    """
+    if class_id is None:
+        return None
+    if class_id == "all":
+        if not num_classes:
+            raise UserError("--class_id=all, but this network is unconditional; leave it out.")
+        return (np.arange(count) * num_classes // count).tolist()
+    if not class_id.isdecimal():
+        raise UserError(f"--class_id={class_id} is neither a class number nor `all`.")
+    return int(class_id)
+
+
+def check_out(out: Path, seeds: np.ndarray, rows: int) -> None:
+    """Raises UserError for an --out that cannot be written, or seeds that do not suit it.
+
+    Args:
+        out: the folder or file.
+        seeds: of all images.
+        rows: of a grid with one row per class; 0 for any other.
+    """
+    if out.suffix not in outputs.FILES:
+        if out.suffix.lower() in (*NOT_WRITTEN, *outputs.FILES):
+            raise UserError(
+                f"--out={out}: samples are written as .npz, as .png (a grid), or into a folder."
+            )
+        if len(np.unique(seeds)) < len(seeds):
+            raise UserError("A folder holds one file per seed, but a seed is given twice.")
+    if out.suffix == ".png" and rows and len(seeds) % rows:
+        raise UserError(
+            f"{len(seeds)} seeds do not fill {rows} rows, one per class; give a multiple of {rows}, "
+            f"such as --seeds=0-{10 * rows - 1}."
+        )
+
+
+def describe(config: ConfigDict, weights: str, step: int | None) -> dict[str, Any]:
+    """What some samples were made with: weights, step and the sampler's settings, as JSON types."""
+    fields = config.sampler.to_dict()
+    sampler = {k: str(v) if v == float("inf") else v for k, v in fields.items()}  # JSON has no inf
+    del sampler["batch_size"]
+    return {"weights": weights, "step": step, "sampler": sampler}

@@ -1,0 +1,161 @@
+"""Training a config in a workdir: what is built, where it starts from, what it shows on the way."""
+
+import functools
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from lora_diffusion_jax import files, generate, interop, outputs, processes
+from lora_diffusion_jax.array_types import Variables
+from lora_diffusion_jax.data.image_source import ImageSource
+from lora_diffusion_jax.diffusion.precond import Denoiser
+from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.evaluation.evaluator import for_training
+from lora_diffusion_jax.factory.checks import check
+from lora_diffusion_jax.factory.data import build_batches, complete, open_heldout, open_source
+from lora_diffusion_jax.factory.networks import build_denoiser, forward_flops, init_variables
+from lora_diffusion_jax.factory.pretrained import overlay
+from lora_diffusion_jax.factory.training import (
+    build_cadence,
+    build_generator,
+    build_mesh,
+    build_optimizer,
+    build_step,
+    trainable,
+)
+from lora_diffusion_jax.keys import INIT, purpose_key
+from lora_diffusion_jax.modes.checkpoints import has_checkpoint
+from lora_diffusion_jax.processes.interrupts import pause_point
+from lora_diffusion_jax.training import loop, state, workdir
+
+# Fields that may change when a run is resumed: they decide how long it goes on, how it is computed,
+# and what is shown and kept, but not what it learns.
+RESUMABLE_CHANGES = (
+    *("train.total_images", "train.*_every", "train.keep", "train.max_nonfinite"),
+    *("train.microbatch", "train.remat", "mesh.*", "sampler.*", "eval.*", "init_from"),
+    *("data.name", "data.data_dir", "data.path", "data.eval_*"),  # the fingerprint must agree
+    *("data.workers", "data.memory_limit_gib"),
+)
+# An imported network's config decides its architecture alone; these are open until it is first trained.
+OPEN_AFTER_IMPORT = (
+    *("train.*", "augment.p", "dtype", "model.*dropout"),
+    *("data.fingerprint", "data.image_width", "data.split", "data.class_folders"),
+)
+
+
+def train(config: ConfigDict, directory: str | os.PathLike) -> loop.Result:
+    """Trains a config in a workdir, or resumes the run that is there.
+
+    Raises:
+        UserError: the config, its data or the workdir cannot be used.
+    """
+    check(config)
+    source = open_source(config)
+    config = complete(config, source)
+    if config.dtype == "float16":
+        raise UserError(
+            "Training in float16 would need loss scaling, which does not exist here; use "
+            "dtype=bfloat16 (float16 works for sampling)."
+        )
+    denoiser, mesh = build_denoiser(config), build_mesh(config)
+    # All that may fail is built before the workdir is touched.
+    run = functools.partial(
+        loop.train,
+        init=initial_state(config, denoiser, directory),
+        step_fn=build_step(config, denoiser, mesh),
+        batches=build_batches(config, source, mesh),
+        mesh=mesh,
+        cadence=build_cadence(config),
+        seed=config.train.seed,
+        callbacks=callbacks(config, directory, denoiser, mesh, source),
+        flops_per_image=3 * forward_flops(config, denoiser),  # backward costs two forwards
+    )
+    with workdir.open_workdir(directory, config.to_dict(), may_change(directory)) as path:
+        return run(path)
+
+
+def may_change(directory: str | os.PathLike) -> tuple[str, ...]:
+    """Patterns of the fields in which the config may differ from the one in the workdir."""
+    if (Path(directory) / workdir.CONFIG).exists():
+        data = workdir.read_config(directory).get("data", {})
+        if not data.get("fingerprint"):  # imported, and never trained
+            return (*RESUMABLE_CHANGES, *OPEN_AFTER_IMPORT)
+    return RESUMABLE_CHANGES
+
+
+def initial_state(
+    config: ConfigDict, denoiser: Denoiser, directory: str | os.PathLike
+) -> loop.InitialState:
+    """The state of step 0: fresh weights, or those of `init_from` with fresh adapters."""
+    key = purpose_key(config.train.seed, INIT)
+    optimizer = build_optimizer(config)
+
+    def fresh() -> state.TrainState:  # the loop compiles it, so that each device makes its part
+        variables = init_variables(config, denoiser, key)
+        return state.create_state(variables, optimizer, trainable(config))
+
+    if not config.init_from or has_checkpoint(directory):
+        return fresh
+    start = interop.load_pretrained(config.init_from)
+    variables = jax.jit(functools.partial(init_variables, config, denoiser))(key)
+    variables = overlay(variables, start.variables, config.init_from)
+    return state.create_state(variables, optimizer, trainable(config))
+
+
+def callbacks(
+    config: ConfigDict,
+    directory: str | os.PathLike,
+    denoiser: Denoiser,
+    mesh: jax.sharding.Mesh,
+    source: ImageSource,
+) -> dict[str, loop.Callback]:
+    """Grids of samples, and an evaluation that may be quicker on the way than at the end."""
+    generator = build_generator(config, denoiser, mesh)
+
+    def samples(now: state.TrainState, step: int) -> Mapping[str, Any]:
+        picture = sample_grid(generator, state.ema_variables(now))
+        name = f"{step * config.train.batch_size:010d}.png"
+        if processes.is_leader():
+            with files.disk_errors(directory):
+                outputs.write_png(Path(directory) / "samples" / name, picture)
+        return {"samples/grid": picture}
+
+    measure = None
+    if config.eval.num_samples:
+        heldout = None if config.eval.reference else open_heldout(config)
+        measure = for_training(
+            source, heldout, reference=config.eval.reference, inception=config.eval.inception
+        )
+    if measure is None:
+        return {"samples": samples}
+    quick_config = config.copy_and_resolve_references()
+    quick_config.sampler.num_steps = config.eval.num_steps or config.sampler.num_steps
+    quick = build_generator(quick_config, denoiser, mesh)
+
+    def evaluate(now: state.TrainState, step: int) -> Mapping[str, Any]:
+        last = step * config.train.batch_size >= config.train.total_images
+        # Metrics of one name must come from one sampler: the full one is used only with a number of
+        # samples of its own, which is part of the name.
+        full = last and config.eval.final_num_samples > 0
+        count = config.eval.final_num_samples if full else config.eval.num_samples
+        batches = (generator if full else quick).batches(
+            state.ema_variables(now), range(count), between=pause_point
+        )
+        return {f"eval/{k}": v for k, v in measure((b.images for b in batches), count).items()}
+
+    return {"samples": samples, "eval": evaluate}
+
+
+def sample_grid(
+    generator: generate.Generator, variables: Variables, *, columns: int = 8, rows: int = 10
+) -> np.ndarray:
+    """A uint8 picture of samples: a row per class, for up to `rows` classes, or `rows` rows."""
+    rows = min(rows, generator.num_classes) if generator.num_classes else rows
+    classes = np.repeat(np.arange(rows), columns) if generator.num_classes else None
+    batches = generator.batches(variables, range(rows * columns), classes, between=pause_point)
+    return outputs.grid(np.concatenate([b.images for b in batches]), columns)

@@ -1,0 +1,27 @@
+"""Paths of parameters, such as 'model/enc/32x32_block0/qkv/lora/down/kernel'."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import traverse_util
+
+ADAPTER = "lora"  # the name of an adapter's subtree below its site
+
+
+def path_of(key_path: tuple) -> str:
+    """'model/enc/conv/kernel' for a key path of jax.tree_util."""
+    return jax.tree_util.keystr(key_path, simple=True, separator="/")
+
+
+def is_adapter(path: str) -> bool:
+    """Whether a parameter belongs to an adapter."""
+    return ADAPTER in path.split("/")
+
+
+def split(params: Any, chosen: Callable[[str], bool]) -> tuple[Any, Any]:
+    """Splits nested dictionaries into the leaves whose path is chosen, and the rest."""
+    flat = traverse_util.flatten_dict(params)
+    first = {path: leaf for path, leaf in flat.items() if chosen("/".join(path))}
+    rest = {path: leaf for path, leaf in flat.items() if path not in first}
+    return traverse_util.unflatten_dict(first), traverse_util.unflatten_dict(rest)

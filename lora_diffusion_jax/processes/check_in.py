@@ -1,0 +1,129 @@
+"""Waits until all processes have called process 0, and names those who have not.
+
+JAX itself waits for all to connect, and aborts without naming anyone. So they first meet here, at
+the coordinator's address. A call is a line `lora_diffusion_jax INDEX COUNT SHA256_OF_TOKEN WHO`; the
+answer, when all have called or time is up, is `ok` or `error MESSAGE`. Callers that send anything
+else, nothing, or another token are dropped; they neither end nor delay the start.
+"""
+
+import asyncio
+import hashlib
+import hmac
+import os
+import re
+import sys
+
+from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.processes.ending import WHO
+
+TOKEN = "LORA_DIFFUSION_TOKEN"  # environment variable: a secret shared by the processes of a job
+_MAX_LINE = 10_000  # bytes
+_LINE_SECONDS = 10.0  # for a caller to send its line
+_CALL = re.compile(
+    r"lora_diffusion_jax (\d{1,6}) (\d{1,6}) ([0-9a-f]{64}) ([ -~]{1,300})\n", re.ASCII
+)
+
+
+def _token() -> str:
+    return hashlib.sha256(os.environ.get(TOKEN, "").encode()).hexdigest()
+
+
+async def lead(host: str, port: int, count: int, limit: float) -> None:
+    """Process 0: listens until all have called.
+
+    Raises:
+        UserError: some have not called within `limit` seconds, or the address cannot be used.
+    """
+    callers = {0: WHO}
+    complete, answer = asyncio.Event(), asyncio.get_running_loop().create_future()
+
+    def present() -> str:
+        return "; ".join(f"{i} ({who})" for i, who in sorted(callers.items()))[:1000]
+
+    async def receive(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            async with asyncio.timeout(_LINE_SECONDS):
+                call = _CALL.fullmatch((await reader.readline()).decode())
+            if call is None or not hmac.compare_digest(call[3], _token()):
+                return
+            index, who = int(call[1]), call[4]
+            if int(call[2]) != count or index >= count or index in callers:
+                problem = (
+                    f"{who} has --process_id={index} and --num_processes={call[2]}; expected a free "
+                    f"number of {count}. Present: {present()}."
+                )
+                print(f"warning: refused a process: {problem}", file=sys.stderr, flush=True)
+                writer.write(f"error {problem}\n".encode())
+                return
+            callers[index] = who
+            if len(callers) == count:
+                complete.set()
+            hung_up = asyncio.ensure_future(reader.read(1))
+            await asyncio.wait({hung_up, answer}, return_when=asyncio.FIRST_COMPLETED)
+            if answer.done():
+                writer.write(answer.result())
+            else:  # it may be started again
+                del callers[index]
+        except (OSError, ValueError, asyncio.CancelledError):  # gone, slow, or not a line of text
+            pass
+        finally:
+            writer.close()
+
+    try:
+        server = await asyncio.start_server(receive, host, port, limit=_MAX_LINE)
+    except OSError as error:
+        raise UserError(
+            f"Process 0 cannot listen at {host}:{port}: {error.strerror or error}. Choose another port, or "
+            "stop the program that uses it. If the address belongs to another machine (NAT), set "
+            "JAX_COORDINATOR_BIND_ADDRESS to HOST:PORT of this one."
+        ) from error
+    problem = ""
+    try:
+        await asyncio.wait_for(complete.wait(), limit)
+    except TimeoutError:
+        missing = ", ".join(str(i) for i in range(count) if i not in callers)
+        problem = (
+            f"After {limit:.0f} s, process {missing} of {count} had not called at {host}:{port}. Present: "
+            f"{present()}. Start the others with the same command and their own --process_id, and check "
+            f"that they can reach this address and have the same {TOKEN}."
+        )
+    server.close()
+    answer.set_result(f"error {problem}\n".encode() if problem else b"ok\n")
+    await asyncio.sleep(0.1)  # until the answers are sent
+    if problem:
+        raise UserError(problem)
+
+
+async def call(host: str, port: int, count: int, index: int, limit: float) -> None:
+    """Another process: calls process 0 until it answers.
+
+    Raises:
+        UserError: process 0 names others that are missing, refuses this process, or does not answer
+            within `limit` seconds.
+    """
+    line = f"lora_diffusion_jax {index} {count} {_token()} {ascii(WHO)[1:-1]}\n"
+    reason: object = ""
+    try:
+        async with asyncio.timeout(limit + 2):  # process 0 gives up first, and names the missing
+            while True:
+                answer = ""
+                try:
+                    reader, writer = await asyncio.open_connection(host, port, limit=_MAX_LINE)
+                    reason = "it is still waiting for others"
+                    writer.write(line.encode())
+                    answer = (await reader.readline()).decode("ascii", "replace")
+                    writer.close()
+                    reason = f"it hung up; is {TOKEN} the same?"
+                except (OSError, ValueError) as error:  # process 0 is not there yet
+                    reason = error
+                if answer == "ok\n":
+                    return
+                if answer.startswith("error "):
+                    raise UserError("".join(filter(str.isprintable, answer[6:])))
+                await asyncio.sleep(0.5)
+    except TimeoutError:
+        raise UserError(
+            f"Process {index} got no answer from process 0 at {host}:{port} within {limit:.0f} s "
+            f"({reason}). Check that process 0 was started, that the address is its own, and that no "
+            "firewall closes the port."
+        ) from None

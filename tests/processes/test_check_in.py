@@ -1,0 +1,186 @@
+"""Processes meet before JAX starts: who is missing is named, and strangers change nothing."""
+
+import asyncio
+import contextlib
+import re
+import socket
+import threading
+import time
+import types
+
+import pytest
+
+from lora_diffusion_jax import processes
+from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.processes import check_in
+
+HOST = "127.0.0.1"
+OF_NO_TOKEN = check_in._token()
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind((HOST, 0))
+        return listener.getsockname()[1]
+
+
+def meet(port, *calls, limit=20.0):
+    """Process 0 of `calls[0]` (count) and others (count, index) in threads; the error of each or ''."""
+    errors = [""] * len(calls)
+
+    def run(place, count, index=0):
+        try:
+            if index == 0:
+                asyncio.run(check_in.lead(HOST, port, count, limit))
+            else:
+                asyncio.run(check_in.call(HOST, port, count, index, limit))
+        except UserError as error:
+            errors[place] = str(error)
+
+    threads = [threading.Thread(target=run, args=(i, *call)) for i, call in enumerate(calls)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(limit + 10)
+        assert not thread.is_alive()
+    return errors
+
+
+@contextlib.contextmanager
+def leading(port, count, limit=20.0):
+    """Process 0 in a thread; afterwards `errors` has its result."""
+    job = types.SimpleNamespace(port=port, errors=[])
+    job.thread = threading.Thread(
+        target=lambda: job.errors.extend(meet(port, (count,), limit=limit))
+    )
+    job.thread.start()
+
+    def connect():
+        for _ in range(200):
+            with contextlib.suppress(ConnectionRefusedError):
+                return socket.create_connection((HOST, port))
+            time.sleep(0.02)
+        raise AssertionError("process 0 does not listen")
+
+    job.connect = connect
+    yield job
+    job.thread.join(limit + 10)
+
+
+def test_all_that_call_go_on_and_the_port_is_free():
+    port = free_port()
+    for _ in range(2):
+        assert meet(port, (4,), (4, 3), (4, 1), (4, 2)) == [""] * 4
+
+
+def test_the_missing_are_named_to_all():
+    errors = meet(free_port(), (5,), (5, 2), (5, 4), limit=1.5)
+    assert errors[0] == errors[1] == errors[2]
+    assert re.search(r"process 1, 3 of 5 had not called at .*Present: 0 \(.*; 2 \(", errors[0])
+    (alone,) = meet(free_port(), (2, 1), limit=0.5)
+    assert "got no answer from process 0" in alone
+
+
+@pytest.mark.parametrize(("count", "index"), [(3, 1), (2, 5)])
+def test_a_process_of_another_job_is_refused_and_the_others_go_on(count, index):
+    with leading(free_port(), 2) as job:
+        (refused,) = meet(job.port, (count, index))
+        assert (
+            f"--process_id={index} and --num_processes={count}; expected a free number" in refused
+        )
+        assert meet(job.port, (2, 1)) == [""]
+    assert job.errors == [""]
+
+
+def test_one_number_given_twice():
+    leader, *others = meet(free_port(), (3,), (3, 1), (3, 1), limit=1.5)
+    refused, waiting = sorted(others, key=lambda error: "had not called" in error)
+    assert re.search("--process_id=1 .* expected a free number of 3. Present: 0 .*; 1 ", refused)
+    assert leader == waiting
+    assert "process 2 of 3 had not called" in leader
+
+
+LINES = [
+    b"",
+    b"\n",
+    b"GET / HTTP/1.0\r\n\r\n",
+    b"\xff\xfe\x00\n",
+    b"[" * 9000 + b"\n",
+    b"x" * 100_000 + b"\n",
+    b'{"index": 1e999, "count": 2}\n',
+    f"lora_diffusion_jax 1e999 2 {OF_NO_TOKEN} me\n".encode(),
+    f"lora_diffusion_jax -1 2 {OF_NO_TOKEN} me\n".encode(),
+    f"lora_diffusion_jax 99 2 {OF_NO_TOKEN} me\n".encode(),
+    f"lora_diffusion_jax 0 2 {OF_NO_TOKEN} me\n".encode(),
+    f"lora_diffusion_jax 1 99 {OF_NO_TOKEN} me\n".encode(),
+    f"lora_diffusion_jax 1 2 {OF_NO_TOKEN} \x1b[2J\n".encode(),
+    f"lora_diffusion_jax 1 2 {OF_NO_TOKEN[::-1]} me\n".encode(),
+    f"lora_diffusion_jax 1 2 {OF_NO_TOKEN} it hangs up\n".encode(),
+]
+
+
+def test_strangers_neither_end_nor_delay_nor_take_over_the_start():
+    with leading(free_port(), 3) as job, job.connect(), job.connect() as slow:
+        for line in LINES:
+            with job.connect() as stranger, contextlib.suppress(ConnectionError):
+                stranger.sendall(line)
+        slow.sendall(b"lora_diffusion")
+        time.sleep(0.2)
+        with pytest.raises(ConnectionRefusedError):  # it listens on this interface alone
+            socket.create_connection(("127.0.0.2", job.port))
+        assert job.thread.is_alive()
+        assert meet(job.port, (3, 1), (3, 2)) == ["", ""]
+    assert job.errors == [""]
+
+
+def test_silent_callers_are_dropped(monkeypatch):
+    monkeypatch.setattr(check_in, "_LINE_SECONDS", 0.1)
+    with leading(free_port(), 2, limit=1.0) as job, job.connect() as silent:
+        silent.settimeout(0.8)
+        assert silent.recv(1) == b""
+
+
+def test_an_impostor_cannot_hold_a_process_beyond_its_limit():
+    with socket.create_server((HOST, port := free_port())) as impostor:
+        caller = threading.Thread(target=meet, args=(port, (2, 1)), kwargs={"limit": 0.1})
+        began = time.monotonic()
+        caller.start()
+        connection, _ = impostor.accept()
+        with connection, contextlib.suppress(ConnectionError):
+            while caller.is_alive() and time.monotonic() - began < 10:
+                connection.sendall(b"e")
+                time.sleep(0.05)
+    assert time.monotonic() - began < 5
+
+
+def test_a_caller_without_the_token_is_dropped(monkeypatch):
+    monkeypatch.setenv(check_in.TOKEN, "a secret")
+    with leading(free_port(), 2) as job:
+        with job.connect() as stranger:
+            stranger.sendall(f"lora_diffusion_jax 1 2 {OF_NO_TOKEN} me\n".encode())
+            assert stranger.recv(1) == b""
+        assert meet(job.port, (2, 1)) == [""]
+    assert job.errors == [""]
+
+
+def test_process_0_needs_its_address():
+    with socket.create_server((HOST, port := free_port())):
+        (error,) = meet(port, (2,), limit=1.0)
+    assert f"cannot listen at {HOST}:{port}" in error
+
+
+def test_flags_that_do_not_suffice(monkeypatch):
+    with pytest.raises(UserError, match="Missing --num_processes and --process_id"):
+        processes.join("127.0.0.1:1")
+    with pytest.raises(UserError, match="--heartbeat_timeout=0"):
+        processes.join("127.0.0.1:1", 2, 1, heartbeat_timeout_seconds=0)
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
+    with pytest.raises(UserError, match="JAX_NUM_PROCESSES=two"):
+        processes.join()
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    monkeypatch.setenv("JAX_PROCESS_ID", "2")
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(UserError, match="Invalid --process_id=2; expected 0 to 1"):
+        processes.join()
+    with pytest.raises(UserError, match="'nowhere' of process 0; expected HOST:PORT"):
+        processes.join("nowhere", 2, 1)

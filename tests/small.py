@@ -1,0 +1,104 @@
+"""Small configs and networks shared by all tests, and the way to compile them fast."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from lora_diffusion_jax.default_config import base
+
+ROOT = Path(__file__).parents[1]  # of the repository; commands run here
+
+# The networks run for milliseconds, so most of a test's time is XLA optimising their programs.
+FAST_COMPILE = "--xla_backend_optimization_level=0"
+
+# Fields of a DDPM++ with two levels, attention on the lower one, and UC-LoRA; `__` stands for the dot.
+SMALL_NETWORK = {
+    "model__channels": 8,
+    "model__channel_mult": (1, 2),
+    "model__num_blocks": 1,
+    "model__attn_resolutions": (4,),
+    "lora__rank": 2,
+    "lora__bases": 3,
+    "lora__widths": (16, 8),
+}
+
+
+def fast_jit(function: Callable, **options: Any) -> Callable:
+    """jax.jit without XLA's backend optimisations; for functions that are called a few times.
+
+    Compare values, not speed or bits: sums may be taken in another order.
+    """
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0}, **options)
+
+
+def fast_compile_env(flags: str = "", **variables: str) -> dict[str, str]:
+    """The environment for a subprocess that compiles fast.
+
+    Args:
+        flags: more XLA_FLAGS, such as --xla_force_host_platform_device_count=8.
+        variables: more environment variables.
+    """
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {FAST_COMPILE} {flags}"
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, **variables}
+
+
+def small_config(**changes: Any) -> ConfigDict:
+    """A small unconditional network on 8x8 gray images, with fields changed: lora__rank=4."""
+    config = base()
+    config.data.image_size, config.data.channels = 8, 1
+    for name, value in {**SMALL_NETWORK, **changes}.items():
+        *parents, leaf = name.split("__")
+        group = config
+        for parent in parents:
+            group = group[parent]
+        group[leaf] = value
+    return config
+
+
+def config_flags(**changes: Any) -> list[str]:
+    """The same on the command line: config_flags(lora__rank=4) is ['--config.lora.rank=4']."""
+    return [f"--config.{name.replace('__', '.')}={value}" for name, value in changes.items()]
+
+
+def random_variables(module: nn.Module, *args: Any, scale: float = 0.2, seed: int = 1) -> Any:
+    """Normal variables of which none is zero; the initialisers are not compiled or run."""
+    rng = np.random.default_rng(seed)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), *args)
+    return jax.tree.map(
+        lambda s: jnp.asarray(scale * rng.standard_normal(s.shape), s.dtype), shapes
+    )
+
+
+class ConditionedNet(nn.Module):
+    """An embedding `map` of the condition, and a block of every kind of layer LoRA attaches to.
+
+    The call takes x [B, H, W, C] and a condition [B, E]; H and W are even.
+    """
+
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array, condition: jax.Array) -> jax.Array:
+        embedding = nn.Dense(8, name="map")(condition)
+        block = nn.remat(AttentionBlock) if self.remat else AttentionBlock
+        return block(name="block")(x) + nn.Dense(1, name="head")(embedding)[:, None, None]
+
+
+class AttentionBlock(nn.Module):
+    """Dense `qkv`, a strided 3x3 Conv, flax's attention (DenseGeneral), and Dense `proj`."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = nn.Dense(6, name="qkv")(x)
+        x = nn.Conv(6, (3, 3), strides=2, name="conv")(x)
+        batch, height, width, channels = x.shape
+        tokens = x.reshape(batch, height * width, channels)
+        tokens = nn.MultiHeadDotProductAttention(num_heads=2, name="attention")(tokens)
+        return nn.Dense(4, use_bias=False, name="proj")(tokens.reshape(x.shape))

@@ -18,6 +18,7 @@ from typing import Any
 
 # Before jax is imported: it must not look for a TPU, and several of these programs may run at once.
 os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402

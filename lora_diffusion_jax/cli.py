@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import flags
 from flax.traverse_util import flatten_dict
@@ -109,7 +109,7 @@ def cut_short(work: Callable[[], Any], doing: str = "stopping; finished work is 
         try:
             interrupts.cut_short(work)
         except Interrupted:
-            number = interrupts.agreed or interrupts.received
+            number = interrupts.agreed or interrupts.received or 0
             if processes.is_leader():
                 name = signal.Signals(number).name
                 print(f"stopped by {name}; rerun the same command to resume", file=sys.stderr)
@@ -127,14 +127,14 @@ class Parser(argparse.ArgumentParser):
         settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(allow_abbrev=False, **settings)
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         """Raises UserError instead of exiting."""
         raise UserError(f"{message}. See {self.prog} --help.")
 
     def add_switch(self, name: str, default: bool | None, text: str) -> None:
         """Adds --name and --noname."""
         self.add_argument(f"--{name}", action="store_true", default=default, help=text)
-        no = {"action": "store_false", "dest": name, "help": argparse.SUPPRESS}
+        no: dict[str, Any] = {"action": "store_false", "dest": name, "help": argparse.SUPPRESS}
         self.add_argument(f"--no{name}", f"--no-{name}", **no)
 
     def add_process_flags(self) -> None:
@@ -149,7 +149,7 @@ class Parser(argparse.ArgumentParser):
 
     def add_config_help(self) -> None:
         """Adds --helpfull, and lines on the arguments that `take_config` takes."""
-        line = {"action": "store_true", "default": argparse.SUPPRESS}
+        line: dict[str, Any] = {"action": "store_true", "default": argparse.SUPPRESS}
         self.add_argument("--config=FILE", **line, help="a config file, or the name of one of ours")
         self.add_argument("--config.GROUP.FIELD=VALUE", **line, help="override a field")
         self.add_argument("--helpfull", action=_HelpFull, nargs=0, help="list all config fields")
@@ -244,6 +244,8 @@ def _execute(name: str, path: Path) -> ModuleType:
     is_package = path.name == "__init__.py"
     places = [str(path.parent)] if is_package else None
     spec = importlib.util.spec_from_file_location(name, path, submodule_search_locations=places)
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     if is_package:
         sys.modules[name] = module

@@ -74,7 +74,11 @@ class Output:
                 write_png(self.path, grid(images, self.columns or int(np.ceil(len(images) ** 0.5))))
             else:
                 with files.atomic(self.path) as temporary, temporary.open("wb") as file:
-                    arrays = {"images": images, "seeds": self.seeds, "labels": self.labels}
+                    arrays: dict[str, Any] = {
+                        "images": images,
+                        "seeds": self.seeds,
+                        "labels": self.labels,
+                    }
                     np.savez_compressed(file, **arrays, about=json.dumps(dict(about)))
         else:
             pairs = zip(self.names, self.labels.tolist(), strict=True)

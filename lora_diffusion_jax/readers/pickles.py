@@ -207,8 +207,9 @@ def _snapshot(value: Any, budget: Budget) -> Snapshot:
         raise Refused("it is damaged: dataset_kwargs that is no dict")
     return Snapshot(
         modules.convert(value["ema"]),
-        *(modules.optional(value.get(name)) for name in ("loss_fn", "augment_pipe")),
-        dataset_kwargs=kwargs,
+        modules.optional(value.get("loss_fn")),
+        modules.optional(value.get("augment_pipe")),
+        kwargs,
     )
 
 

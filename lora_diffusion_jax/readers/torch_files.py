@@ -202,7 +202,7 @@ def _load_entry(archive: zipfile.ZipFile, entries: Mapping, name: str, storage: 
 
 def _swapped(storage: Storage) -> bytes:
     width = storage.dtype.itemsize
-    return np.frombuffer(storage.data, f"u{width}").byteswap().tobytes()
+    return np.frombuffer(storage.data or b"", f"u{width}").byteswap().tobytes()
 
 
 class _Storages:

@@ -97,7 +97,8 @@ def make_train_step(
 
         def loss(params: PyTree, part: PyTree) -> tuple[Float[Array, ""], Float[Array, " B"]]:
             variables = gathered(assemble(params, state.frozen, state.buffers), mesh)
-            pixels = objective.loss(variables, *part, True)
+            images, labels, draws = part
+            pixels = objective.loss(variables, images, labels, draws, True)
             per_image = pixels.mean(axis=(1, 2, 3), dtype=jnp.float32)
             return pixels.astype(jnp.float32).sum() / batch_size, per_image
 
@@ -131,7 +132,7 @@ def make_train_step(
             sigma=draws["sigma"],
             **{name: value[None] for name, value in scalars.items()},
         )
-        return state.replace(
+        return state.replace(  # type: ignore[attr-defined]  # of flax.struct
             **after,
             step=state.step + 1,
             skipped_steps=state.skipped_steps + ~good,

@@ -121,7 +121,8 @@ def differences(
         value), where a missing field is the word 'absent'.
     """
     before, after = _flatten(old), _flatten(json.loads(json.dumps(new)))
-    fixed, free = {}, {}
+    fixed: dict[str, tuple[Any, Any]] = {}
+    free: dict[str, tuple[Any, Any]] = {}
     for name in sorted(before.keys() | after.keys()):
         values = before.get(name, "absent"), after.get(name, "absent")
         if values[0] != values[1]:
@@ -132,7 +133,7 @@ def differences(
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{'a': {'b': 1}} -> {'a.b': 1}."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in tree.items():
         if isinstance(value, Mapping) and value:
             flat |= _flatten(value, f"{prefix}{name}.")

@@ -16,7 +16,6 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 import eval_fid
-from lora_diffusion_jax import factory
 from lora_diffusion_jax.default_config import base
 from lora_diffusion_jax.evaluation import classifier, collect, runs
 from lora_diffusion_jax.evaluation.references import (
@@ -24,6 +23,7 @@ from lora_diffusion_jax.evaluation.references import (
     make_reference,
     save_reference,
 )
+from lora_diffusion_jax.factory.networks import build_denoiser, init_variables
 from lora_diffusion_jax.training import checkpoint, workdir
 
 SETTINGS = classifier.Settings(widths=(8, 16), feature_dim=16, total_images=500)
@@ -52,11 +52,9 @@ def write_run(folder, steps=(10,), total_images=640):
     config.sampler.update(num_steps=3, batch_size=32)
     folder.mkdir(parents=True)
     workdir.reconcile_config(folder, config.to_dict())
-    denoiser = factory.build_denoiser(config)
+    denoiser = build_denoiser(config)
     for step in steps:
-        params = jax.device_get(
-            factory.init_variables(config, denoiser, jax.random.key(step))["params"]
-        )
+        params = jax.device_get(init_variables(config, denoiser, jax.random.key(step))["params"])
         saved = checkpoint.SavedWeights(params=params, frozen={}, buffers={}, ema=params)
         with checkpoint.Checkpoints(folder, keep=9) as checkpoints:
             checkpoints.save(step, {"weights": vars(saved)})

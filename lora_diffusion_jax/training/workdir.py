@@ -124,7 +124,8 @@ def differences(
         traverse_util.flatten_dict(json.loads(json.dumps(tree)), keep_empty_nodes=True, sep=".")
         for tree in (old, new)
     )
-    fixed, free = {}, {}
+    fixed: dict[str, tuple[Any, Any]] = {}
+    free: dict[str, tuple[Any, Any]] = {}
     for name in sorted(before.keys() | after.keys()):
         values = before.get(name, "absent"), after.get(name, "absent")
         if values[0] != values[1]:

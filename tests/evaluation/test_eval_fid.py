@@ -339,7 +339,7 @@ BAD = {
     "no step": (GEN + "--num=9 --step=3", "no checkpoint 3"),
     "no field": (GEN + "--num=9 --config.sampler.x=3", "no field samp"),
     "no float": (GEN + "--num=9 --config.sampler.rho=x", "type float"),
-    "no option": (CALC + "{npz} --foo=3", "--foo=3 is not an option"),
+    "no option": (CALC + "{npz} --foo=3", "unrecognized arguments: --foo=3"),
     "no runs": ("all --workdir={empty} --ref={ref} --num=9", "contains none"),
     "a split of a file": (CALC + "{npz} --split=test", "--split and --data_dir apply to TFDS"),
     "class folders of TFDS": (CALC + "digits --class_folders", "--class_folders needs --images"),

@@ -168,9 +168,10 @@ def _read_newest(
     directory: Path, steps: Sequence[int], like: Parts | None
 ) -> tuple[int, dict[str, PyTree], list[int]]:
     """(step, its parts, the newer steps that cannot be read); see `_read` for `like`."""
-    unreadable = []
+    unreadable: list[int] = []
     for step in reversed(steps):
-        parts = error = None
+        parts: dict[str, PyTree] = {}
+        error = None
         try:
             parts = _read(directory / str(step), like)
         except UserError:

@@ -95,7 +95,8 @@ def make_train_step(
 
         def loss(params: PyTree, part: PyTree) -> tuple[Float[Array, ""], Float[Array, " B"]]:
             variables = gathered(assemble(params, state.frozen, state.buffers), mesh)
-            pixels = objective.loss(variables, *part, True)
+            images, labels, draws = part
+            pixels = objective.loss(variables, images, labels, draws, True)
             per_image = pixels.mean(axis=(1, 2, 3), dtype=jnp.float32)
             return pixels.astype(jnp.float32).sum() / batch_size, per_image
 

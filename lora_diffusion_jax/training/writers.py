@@ -59,7 +59,7 @@ class Writers:
         return self
 
     def __exit__(self, kind: type | None, *error: Any) -> None:
-        if self.lines is None:
+        if self.lines is None or self.events is None:
             return
         self.lines.close()
         try:
@@ -76,11 +76,11 @@ class Writers:
             UserError: the disk is full, or the file has disappeared.
         """
         check_names(values)
-        if self.lines is None:
+        if self.lines is None or self.events is None:
             return
         scalars = {name: float(v) for name, v in values.items() if np.ndim(v) == 0}
         images = step * self.batch_size
-        line = {"step": step, "images": images, "time": round(time.time(), 3)}
+        line: dict[str, Any] = {"step": step, "images": images, "time": round(time.time(), 3)}
         if callback is not None:
             line["callback"] = callback
         # JSON has no NaN or infinity.

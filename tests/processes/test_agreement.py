@@ -8,7 +8,7 @@ import sys
 import time
 
 from tests.processes.test_check_in import free_port
-from tests.training.stand_in import fast_compile_env
+from tests.small import fast_compile_env
 
 AGREEING = """
 import sys, time

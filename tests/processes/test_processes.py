@@ -12,7 +12,8 @@ import pytest
 
 from lora_diffusion_jax.training.checkpoint import saved_steps
 from tests.processes.test_check_in import free_port
-from tests.training.stand_in import fast_compile_env, train_lines
+from tests.small import fast_compile_env
+from tests.training.stand_in import train_lines
 
 
 class Job:

@@ -148,17 +148,6 @@ def run(workdir, config, **arguments):
         return train(directory, **arguments)
 
 
-def fast_jit(function):
-    """jax.jit without XLA's optimisations: for values, not for speed or bits."""
-    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
-
-
-def fast_compile_env(flags=""):
-    """The environment for a subprocess that compiles fast, and each program once."""
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0 {flags}"
-    return {**os.environ, "XLA_FLAGS": flags, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-
-
 def digest(state):
     """One hash over every bit of a state."""
     total = hashlib.sha256()

@@ -146,7 +146,9 @@ def parameters(width: int, depth: int) -> dict[str, tuple[str, tuple[int, ...]]]
     variables = jax.eval_shape(VisionTransformer(width, depth).init, jax.random.key(0), blank)
     found = {}
     for path, leaf in flatten_dict(variables["params"], sep="/").items():
-        name = functools.reduce(lambda text, rule: re.sub(*rule, text), _RENAMES, path)
+        name = path
+        for pattern, replacement in _RENAMES:
+            name = re.sub(pattern, replacement, name)
         found[path] = name, leaf.shape
     return found
 

@@ -41,7 +41,7 @@ class Detector:
 
     name: str
     feature_dim: int
-    network: Callable[[PyTree, jax.Array], tuple[jax.Array, jax.Array]]
+    network: Callable[[PyTree, jax.Array], Any]
     variables: PyTree
     image_shape: tuple[int, int, int] | None = None
     has_classes: bool = True
@@ -64,13 +64,13 @@ class Detector:
     @property
     def labels(self) -> dict[str, Any]:
         """What results say of their features."""
-        labels = {"features": self.name, "detector_hash": self.hash}
+        labels: dict[str, Any] = {"features": self.name, "detector_hash": self.hash}
         if self.is_inception:
             labels["detector_verified"] = bool(self.details["verified"])
         return labels
 
     @functools.cached_property
-    def compiled(self) -> Callable[[PyTree, jax.Array], tuple[jax.Array, jax.Array]]:
+    def compiled(self) -> Callable[..., tuple[jax.Array, jax.Array]]:
         """The network under jit."""
 
         # bfloat16 products on TPUs and TF32 ones on Ampere GPUs visibly shift a Frechet distance.

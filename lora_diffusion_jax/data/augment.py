@@ -320,14 +320,14 @@ def _colour_matrix(draws: Draws) -> Float[Array, "B 3 4"]:
     values = {name: draws.values[name][:, None, None] for name in _COLOUR if name in draws.values}
     batch = next(iter(values.values())).shape[0]
     eye, luma = np.eye(3, dtype=np.float32), np.full([3, 3], 1 / 3, np.float32)
-    cross = np.float32([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / np.sqrt(np.float32(3))
+    cross = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]], np.float32) / np.sqrt(np.float32(3))
     total = jnp.broadcast_to(jnp.eye(3, 4, dtype=jnp.float32), [batch, 3, 4])
 
-    def then(matrix: Float[Array, "B 3 3"]) -> Float[Array, "B 3 4"]:
+    def then(matrix: Float[Array, "B 3 3"] | np.ndarray) -> Float[Array, "B 3 4"]:
         return jnp.einsum("bij,bjk->bik", matrix, total, precision=jax.lax.Precision.HIGHEST)
 
     if "brightness" in values:
-        offset = np.float32([0, 0, 0, 1]) * values["brightness"]
+        offset = np.array([0, 0, 0, 1], np.float32) * values["brightness"]
         total = total + config.brightness_std * offset
     if "contrast" in values:
         total = total * jnp.exp2(values["contrast"] * config.contrast_std)

@@ -215,7 +215,8 @@ def _adapters(ema: ModuleNode, weights: Mapping[str, np.ndarray]) -> dict[str, A
             raise UserError(
                 f"The snapshot scales the LoRA of {printable(name)} by {printable(scale)}; here it is 1."
             )
-    head, widths = f"{sites[0]}.comp_weights", []
+    head = f"{sites[0]}.comp_weights"
+    widths: list[int] = []
     while (weight := weights.get(f"{head}.{len(widths)}.0.weight")) is not None:
         widths.append(weight.shape[0])
     last = weights.get(f"{head}.{len(widths)}.weight")

@@ -142,7 +142,8 @@ class Encoder(nn.Module):
         self, x: Float[Array, "B H W C"], emb: Float[Array, "B E"], train: bool = False
     ) -> list[Array]:
         block, dtype = self.levels.block, self.levels.dtype
-        skips, image = [], x
+        skips: list[Array] = []
+        image = x
         for name, width, heads in self.levels:
             if not skips:
                 first = width if self.first_width_mult else self.levels.channels

@@ -79,7 +79,7 @@ def _listen() -> None:
 
 def _fail(error: BaseException) -> NoReturn:
     """Tells the user and the other processes, and exits."""
-    summary, status = (str(error).splitlines() or [""])[0][:300], 2
+    summary, status = (str(error).splitlines() or [""])[0][:1000], 2
     own = isinstance(error, (UserError, KeyboardInterrupt)) or not _LOST.search(summary)
     if not own and not _reported.locked():
         # A collective is the first to notice that a process is gone. Soon that process reports its

@@ -92,7 +92,7 @@ def _join_explicitly(given: dict[str, Any], limit: float) -> None:
         # One interface is enough; by default JAX listens on all of them.
         host, port = _split(os.environ.get("JAX_COORDINATOR_BIND_ADDRESS") or address)
         try:
-            host = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4][0]
+            host = str(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4][0])
         except OSError as error:
             raise UserError(f"Process 0 cannot resolve {host!r}: {error.strerror}.") from error
         asyncio.run(check_in.lead(host, port, count, limit))
@@ -129,8 +129,9 @@ def _initialize(limit: float, **given: Any) -> None:
             "--num_processes and --process_id."
         ) from error
     explain_aborts(
-        "another process was killed or cannot be reached; JAX's message above has its number, or "
-        "process 0 itself is gone. Rerun the same command to resume from the last checkpoint."
+        "JAX aborted this process, probably because another one was killed or cannot be reached; its log "
+        "above has the number, or process 0 itself is gone. Rerun the same command to resume from the "
+        "last checkpoint."
     )
 
 

@@ -206,8 +206,9 @@ def _snapshot(value: Any, budget: Budget) -> Snapshot:
         raise Corrupt("dataset_kwargs is not a dict")
     return Snapshot(
         modules.convert(value["ema"]),
-        *(modules.optional(value.get(name)) for name in ("loss_fn", "augment_pipe")),
-        dataset_kwargs=kwargs,
+        modules.optional(value.get("loss_fn")),
+        modules.optional(value.get("augment_pipe")),
+        kwargs,
     )
 
 

@@ -73,7 +73,7 @@ class Tensor:
         """
         size = self.dtype.itemsize
         budget.spend("tensors", size * math.prod(max(n, 1) for n in self.shape))
-        flat = np.frombuffer(self.storage.data, np.uint8)[self.offset * size :]
+        flat = np.frombuffer(self.storage.data or b"", np.uint8)[self.offset * size :]
         flat = flat[: flat.size // size * size].view(self.dtype)
         if 0 in self.shape:
             return np.empty(self.shape, self.dtype)

@@ -55,7 +55,7 @@ class Job:
         return [member.returncode for member in self.members]
 
     def _finish(self, index):
-        self.output[index] += self.members[index].communicate(timeout=120)[0]
+        self.output[index] += self.members[index].communicate(timeout=300)[0]
 
     def __enter__(self):
         return self
@@ -90,7 +90,7 @@ def test_two_processes_stop_die_and_resume_to_the_same_bits(tmp_path):
         survivor, killed = job.end()
     assert (survivor, killed) == (2, -signal.SIGKILL)
     assert re.search(r"stopped sending heartbeats\):\n1\n", job.output[0])
-    assert "error: another process was killed" in job.output[0]
+    assert "error: JAX aborted this process, probably because another one was" in job.output[0]
     with Job(run, 2, *once) as job:
         assert job.end() == [0, 0], job.output
     assert (tmp_path / "run.json").read_text() == (tmp_path / "whole.json").read_text()
@@ -158,7 +158,7 @@ def test_sampling_and_features_over_two_processes(tmp_path):
         )
         for i in range(2)
     ]
-    assert [member.wait(120) for member in members] == [0, 0]
+    assert [member.wait(300) for member in members] == [0, 0]
     expected = images_of(make(batch_size=4), range(10))
     for index in range(2):
         with np.load(tmp_path / f"{index}.npz") as found:

@@ -1,187 +1,88 @@
-"""TPU chips, the roofline of a compiled program, and the table of many."""
+"""TPU chips, the roofline of a compiled program, and the table of docs/scaling.md.
 
-import dataclasses
+python -m benchmarks.aot_report docs/aot.jsonl
+"""
+
 import json
 import math
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from lora_diffusion_jax.errors import UserError
+from typing import Any, NamedTuple
 
 
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """A TPU chip as its maker states it.
+class Chip(NamedTuple):
+    """A TPU chip's published rates per second."""
 
-    Attributes:
-        peak_flops: bfloat16 operations per second.
-        hbm_bytes: main memory.
-        hbm_bandwidth: bytes per second.
-        ici_bandwidth: bytes per second that a chip sends over all its links to other chips (half
-            of the bidirectional figure).
-        clock: cycles per second, from the peak: matrix units x side^2 x 2 x clock.
-        dimensions: of the torus of chips.
-    """
-
-    peak_flops: float
-    hbm_bytes: float
-    hbm_bandwidth: float
-    ici_bandwidth: float
-    clock: float
-    dimensions: int
+    compute: float  # bfloat16 operations
+    memory: float  # bytes read from and written to HBM
+    network: float  # bytes sent over all links: half of the bidirectional figure
 
 
 # Google Cloud's pages of the system architecture, read in 2026: docs.cloud.google.com/tpu/docs/v4,
 # .../v5e, .../v5p, .../v6e. A v4 chip's two cores act as one device (megacore), as on the machines.
 CHIPS = {
-    "v4": Chip(275e12, 32 * 2**30, 1200e9, 300e9, 1.05e9, 3),
-    "v5e": Chip(197e12, 16 * 2**30, 819e9, 200e9, 1.5e9, 2),
-    "v5p": Chip(459e12, 95 * 2**30, 2765e9, 600e9, 1.75e9, 3),
-    "v6e": Chip(918e12, 32 * 2**30, 1640e9, 400e9, 1.75e9, 2),
+    "v4": Chip(275e12, 1200e9, 300e9),
+    "v5e": Chip(197e12, 819e9, 200e9),
+    "v5p": Chip(459e12, 2765e9, 600e9),
+    "v6e": Chip(918e12, 1640e9, 400e9),
 }
 
 
-def parse_topology(name: str) -> tuple[str, tuple[int, ...]]:
-    """'v5e:4x4' -> ('v5e', (4, 4)).
+def bound(
+    topology: str, used: Chip, chips: int, images: int, model_flops: float
+) -> dict[str, dict[str, Any]]:
+    """The roofline of a program on a number of chips, which handles `images` on all of them.
 
-    Raises:
-        UserError: an unknown generation, or a shape that it does not have.
+    `used` are the operations and bytes of one chip. MFU = images / s * model_flops / (chips * peak),
+    with the operations that the network itself needs for an image, without recomputation.
     """
-    generation, _, shape = name.partition(":")
-    sizes = shape.split("x")
-    if generation not in CHIPS or not all(s.isdecimal() and int(s) for s in sizes):
-        raise UserError(
-            f"--topology={name} is not a TPU topology; write the generation ({', '.join(CHIPS)}) "
-            "and the chips along each axis, for instance v5e:4x4 or v5p:2x2x4."
-        )
-    if len(sizes) != CHIPS[generation].dimensions:
-        raise UserError(
-            f"--topology={name}: chips of {generation} form a torus of "
-            f"{CHIPS[generation].dimensions} dimensions, but {len(sizes)} sizes are given."
-        )
-    return generation, tuple(map(int, sizes))
+    chip = CHIPS[topology.partition(":")[0]]
+    seconds = {name: getattr(used, name) / getattr(chip, name) for name in Chip._fields}
+    slowest = max(seconds, key=seconds.__getitem__)
+    rate = images / seconds[slowest]
+    predicted = {"images_per_sec": rate, "mfu": rate * model_flops / (chips * chip.compute)}
+    return {"roofline": {"seconds": seconds, "bound": slowest}, "predicted": predicted}
 
 
-def roofline(
-    chip: Chip, flops: float, hbm_bytes: float, wire_bytes: float
-) -> tuple[dict[str, float], str]:
-    """Least seconds of one run on one chip by each resource, and which is the longest.
-
-    Args:
-        chip: its rates.
-        flops: operations.
-        hbm_bytes: bytes read from and written to its main memory.
-        wire_bytes: bytes that it sends to others.
-    """
-    seconds = {
-        "compute": flops / chip.peak_flops,
-        "memory": hbm_bytes / chip.hbm_bandwidth,
-        "network": wire_bytes / chip.ici_bandwidth,
-    }
-    return seconds, max(seconds, key=seconds.__getitem__)
-
-
-def predict(
-    chip: Chip, chips: int, images: int, model_flops: float, seconds: float
-) -> dict[str, float]:
-    """Rate and MFU of a program that makes or trains `images` in `seconds` on all chips.
-
-    MFU = images / s * model_flops / (chips * peak), with the FLOP per image that the network itself
-    needs (three forward passes for training; recomputation does not count).
-    """
-    rate = images / seconds
-    return {"images_per_sec": rate, "mfu": rate * model_flops / (chips * chip.peak_flops)}
-
-
-def read_lines(path: str | Path) -> list[dict[str, Any]]:
-    """The measurements in a file of JSON lines; a later one of the same program replaces it."""
-    try:
-        text = Path(path).read_text()
-    except OSError as error:
-        raise UserError(f"--table={path} cannot be read: {error.strerror}.") from error
-    found: dict[tuple, dict[str, Any]] = {}
-    for number, line in enumerate(text.splitlines(), 1):
-        try:
-            row = json.loads(line)
-            found[identity(row)] = row
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"--table={path}: line {number} is not one that this program wrote."
-            ) from error
-    return list(found.values())
-
-
-def identity(row: Mapping[str, Any]) -> tuple:
-    """What makes a measurement another one than its neighbour."""
-    names = ("config", "program", "topology", "batch", "overrides")
-    return tuple(json.dumps(row[name], sort_keys=True) for name in names)
-
-
-COLUMNS = (
-    "config",
-    "program",
-    "topology",
-    "mesh",
-    "batch (a chip)",
-    "changed",
-    "HBM: state + temporaries = peak, GiB",
-    "fits",
-    "GFLOP a chip",
-    "collectives, MB",
-    "bound: ms",
-    "img/s at most",
-    "MFU at most",
+HEAD = (
+    "| config | program | topology | mesh | batch (a chip) | changed "
+    "| HBM: state + temporaries = peak, GiB | GFLOP a chip | collectives, MB "
+    "| bound: ms | img/s at most | MFU at most |\n" + "| --- " * 12 + "|\n"
 )
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown of the measurements, sorted by config, program, generation and chips."""
-    ordered = sorted(
-        rows,
-        key=lambda r: (r["config"], r["program"] != "step", r["topology"][:3], r["chips"]),
-    )
-    lines = [COLUMNS, ["---"] * len(COLUMNS), *map(_cells, ordered)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+def table(path: str | Path) -> str:
+    """Markdown of a file of measurements, sorted by config, program, generation and chips."""
+    rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    rows.sort(key=lambda r: (r["config"], r["program"] != "step", r["topology"][:3], r["chips"]))
+    return HEAD + "\n".join(f"| {' | '.join(_cells(row))} |" for row in rows)
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
-    skipped = ("dtype=bfloat16", "train.batch_size", "sampler.batch_size", "mesh.")
-    changed = [o for o in row["overrides"] if not o.startswith(skipped)]
-    per_chip = row["batch"] / row["chips"]
-    start = [
-        row["config"],
-        row["program"],
-        row["topology"],
-        "x".join(map(str, row["mesh"].values())),
-        f"{row['batch']:,} ({per_chip:g})",
-        ", ".join(changed) or "-",
-    ]
-    if "hbm" not in row:
-        needed = row.get("needed", "more than there is")
-        return [*start, needed, "no", *["-"] * 5]
-    gib = {name: size / 2**30 for name, size in row["hbm"].items()}
-    recomputed = " (XLA recomputes)" if row["recomputed_by_xla"] else ""
-    collectives = ", ".join(
-        f"{kind} {round(c['count'])}: {_round(c['bytes'] / 1e6)}"
-        for kind, c in sorted(row["collectives"].items())
-    )
-    bound = row["roofline"]["bound"]
+    shown = ("dtype=bfloat16", "train.batch_size", "sampler.batch_size", "mesh.")
+    changed = ", ".join(o for o in row["overrides"] if not o.startswith(shown)) or "-"
+    batch = f"{row['batch']:,} ({row['batch'] / row['chips']:g})"
+    mesh = "x".join(map(str, row["mesh"].values()))
+    gib = [f"{row['hbm'][name] / 2**30:.2f}" for name in ("arguments", "temporaries", "peak")]
+    sent = sorted(row["collectives"].items())
+    slowest = row["roofline"]["bound"]
     return [
-        *start,
-        f"{gib['arguments']:.2f} + {gib['temporaries']:.2f} = {gib['peak']:.2f}",
-        ("yes" if row["fits"] else "no") + recomputed,
+        *(row["config"], row["program"], row["topology"], mesh, batch, changed),
+        "{} + {} = {}".format(*gib),
         f"{row['flop']['xla_per_device'] / 1e9:,.0f}",
-        collectives or "none",
-        f"{bound}: {_round(row['roofline']['seconds'][bound] * 1e3)}",
-        f"{_round(row['predicted']['images_per_sec'])}",
+        ", ".join(f"{k} {c['count']:.0f}: {_round(c['bytes'] / 1e6)}" for k, c in sent) or "none",
+        f"{slowest}: {_round(row['roofline']['seconds'][slowest] * 1e3)}",
+        _round(row["predicted"]["images_per_sec"]),
         f"{row['predicted']['mfu']:.0%}",
     ]
 
 
 def _round(value: float) -> str:
-    """Three digits."""
-    if value == 0:
-        return "0"
-    digits = max(0, 2 - math.floor(math.log10(abs(value))))
-    return f"{round(value, 2 - math.floor(math.log10(abs(value)))):,.{digits}f}"
+    """Three significant digits."""
+    digits = 2 - math.floor(math.log10(abs(value)))
+    return f"{round(value, digits):,.{max(0, digits)}f}"
+
+
+if __name__ == "__main__":
+    print(table(sys.argv[1]))

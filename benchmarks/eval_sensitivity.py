@@ -1,41 +1,28 @@
-"""How the offline features answer to known damage of real images: one JSON line per level, a plot.
+"""How the offline features respond to known damage of real images: one JSON line per level, a plot.
 
-    python benchmarks/eval_sensitivity.py --data=cifar10 --data_dir=DIR [--plot=docs/sensitivity.png]
+    python -m benchmarks.eval_sensitivity --data=cifar10 --data_dir=DIR [--plot=docs/sensitivity.png]
 
-Real test images are blurred, noised, compressed, drawn with uneven classes, or robbed of classes,
+Real test images are blurred, noised, compressed, drawn with uneven classes, or deprived of classes,
 each at growing levels; their distance to the training images should grow with every level.
-Damage of classes is averaged over five choices of the classes.
+Damage to classes is averaged over five choices of the classes.
 """
 
 import argparse
 import io
 import itertools
 import json
-import pathlib
-import sys
 
 import numpy as np
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
-
-from lora_diffusion_jax.data.sources import open_source  # noqa: E402
-from lora_diffusion_jax.evaluation import classifier  # noqa: E402
-from lora_diffusion_jax.evaluation.collect import FeatureSet, collect  # noqa: E402
-from lora_diffusion_jax.evaluation.features import Detector  # noqa: E402
-from lora_diffusion_jax.evaluation.metrics import count_name, frechet_distance  # noqa: E402
-from lora_diffusion_jax.evaluation.metrics import kernel_distance as kernel  # noqa: E402
-from lora_diffusion_jax.evaluation.neighbours import manifold_metrics  # noqa: E402
+from lora_diffusion_jax.data.sources import open_source
+from lora_diffusion_jax.evaluation import classifier
+from lora_diffusion_jax.evaluation.collect import FeatureSet, collect
+from lora_diffusion_jax.evaluation.features import Detector
+from lora_diffusion_jax.evaluation.metrics import count_name, frechet_distance, kernel_distance
 
 DRAWS = 5  # choices of rare or dropped classes that are averaged
-LEVELS = {
-    "blur, sigma in pixels": (0.0, 0.4, 0.6, 0.8, 1.2, 2.0),
-    "noise, standard deviation in grey levels": (0.0, 4.0, 8.0, 16.0, 32.0, 64.0),
-    "JPEG, 100 - quality": (0, 30, 50, 70, 80, 90),
-    "uneven classes, share of one half": (0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
-    "dropped classes": (0, 1, 2, 4, 6, 8),
-}
 
 
 def blur(images: np.ndarray, sigma: float) -> np.ndarray:
@@ -49,13 +36,11 @@ def noise(images: np.ndarray, deviation: float) -> np.ndarray:
 
 
 def jpeg(images: np.ndarray, loss: int) -> np.ndarray:
-    """Compresses on a grid moved by 4 pixels.
+    """Compresses on a grid shifted by 4 pixels.
 
     Data sets may have been compressed before (the DCT coefficients of some copies of CIFAR-10 show
-    steps of quality 75), and a second time on the same grid is not a finer or coarser first time.
+    steps of quality 75), and compressing again on the same grid partly repeats the first time.
     """
-    if loss == 0:
-        return images
     out = []
     for image in np.roll(images, (4, 4), axis=(1, 2)):
         buffer = io.BytesIO()
@@ -63,6 +48,29 @@ def jpeg(images: np.ndarray, loss: int) -> np.ndarray:
         picture.save(buffer, format="JPEG", quality=100 - loss, subsampling=0)
         out.append(np.asarray(Image.open(buffer)).reshape(image.shape))
     return np.roll(np.stack(out), (-4, -4), axis=(1, 2))
+
+
+def uneven(rank: np.ndarray, share: float) -> np.ndarray:
+    """Weights of the classes: the lower half by rank has the share together."""
+    low = rank < len(rank) // 2
+    return np.where(low, share / low.sum(), (1 - share) / (~low).sum())
+
+
+def dropped(rank: np.ndarray, count: float) -> np.ndarray:
+    """Weights of the classes: the last `count` by rank have none."""
+    return np.where(rank < len(rank) - count, 1.0, 0.0)
+
+
+IMAGE_DAMAGE = {
+    "blur, sigma in pixels": (blur, (0.0, 0.4, 0.6, 0.8, 1.2, 2.0)),
+    "noise, standard deviation in gray levels": (noise, (0.0, 4.0, 8.0, 16.0, 32.0, 64.0)),
+    "JPEG, 100 - quality": (jpeg, (0, 30, 50, 70, 80, 90)),
+}
+CLASS_DAMAGE = {
+    "uneven classes, share of one half": (uneven, (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)),
+    "dropped classes": (dropped, (0, 1, 2, 4, 6, 8)),
+}
+DAMAGE = IMAGE_DAMAGE | CLASS_DAMAGE
 
 
 def choose(labels: np.ndarray, weights: np.ndarray, count: int) -> np.ndarray:
@@ -75,22 +83,85 @@ def choose(labels: np.ndarray, weights: np.ndarray, count: int) -> np.ndarray:
     return np.concatenate(found)
 
 
-def damaged(
-    kind: str, level: float, images: np.ndarray, labels: np.ndarray, count: int, draw: int
-) -> np.ndarray:
-    """Damages `count` test images; `draw` chooses which classes are rare or dropped."""
-    classes = labels.max() + 1
-    weights, order = np.ones(classes), np.random.default_rng(draw).permutation(classes)
-    if kind.startswith("uneven"):
-        half = classes // 2
-        weights[order[:half]], weights[order[half:]] = level / half, (1 - level) / (classes - half)
-    elif kind.startswith("dropped"):
-        weights[order[classes - int(level) :]] = 0
-    chosen = images[choose(labels, weights, count)]
-    for name, function in (("blur", blur), ("noise", noise), ("JPEG", jpeg)):
-        if kind.startswith(name) and level:
-            return function(chosen, level)
-    return chosen
+def damaged(kind: str, level: float, images: np.ndarray, labels: np.ndarray, count: int) -> list:
+    """Sets of `count` damaged test images, one per draw of the classes."""
+    classes, damage = labels.max() + 1, DAMAGE[kind][0]
+    if kind in IMAGE_DAMAGE:
+        chosen = images[choose(labels, np.ones(classes), count)]
+        return [damage(chosen, level) if level else chosen]
+    orders = [np.random.default_rng(draw).permutation(classes) for draw in range(DRAWS)]
+    return [images[choose(labels, damage(np.argsort(o), level), count)] for o in orders]
+
+
+def accuracy(detector: Detector, images: np.ndarray, labels: np.ndarray) -> float:
+    """Share of images whose class, or quarter turn, the detector recognises."""
+    if not detector.has_classes:
+        labels = np.arange(len(images)) % 4
+        images = np.stack([np.rot90(x, k) for x, k in zip(images, labels, strict=True)])
+    parts = (images[i : i + 500] for i in range(0, len(images), 500))
+    found = np.concatenate([np.argmax(detector.outputs(x)[1], axis=-1) for x in parts])
+    return float(np.mean(found == labels))
+
+
+def distances(detector: Detector, real: FeatureSet, images: np.ndarray) -> tuple[float, float]:
+    """Frechet and kernel distance of some images."""
+    fake, size = collect(detector, [images], keep_rows=True), min(1000, len(images))
+    rows = real.features[:: max(1, len(real) // (2 * len(images)))]
+    kd = kernel_distance(fake.features, rows, subsets=20, subset_size=size)[0]
+    return frechet_distance(*fake.moments.result(), *real.moments.result()), kd
+
+
+def measure(args: argparse.Namespace) -> list[dict]:
+    """Measures every damage at every level in every feature space; prints and returns the lines."""
+    train, test = (open_source(args.data, args.data_dir, "", s) for s in ("train", "test"))
+    images, labels = classifier.read_images(test, 100_000)
+    count = args.num or 2 * int(np.bincount(labels).min() * 0.9)
+    names, results = [f"{kind}_{count_name(count)}" for kind in ("fd", "kd")], []
+    for features in args.features.split(","):
+        detector = classifier.fit(train, use_labels=features == "classifier")
+        real = collect(detector, [classifier.read_images(train, 50_000)[0]], keep_rows=True)
+        line = {"features": detector.name, "test_accuracy": accuracy(detector, images, labels)}
+        line |= {"n": len(images), "fd": distances(detector, real, images)[0]}
+        print(json.dumps({"bench": "train_against_test", **line}), flush=True)
+        for kind, (_, levels) in DAMAGE.items():
+            before = (-np.inf, -np.inf)
+            for level in levels:
+                sets = damaged(kind, level, images, labels, count)
+                rows = np.array([distances(detector, real, x) for x in sets])
+                mean = rows.mean(0).tolist()
+                line = {"bench": "sensitivity", "features": detector.name, "damage": kind}
+                line |= {"level": level, "n": count, "draws": len(sets)}
+                line |= dict(zip(names, mean, strict=True)) | {"std": rows[:, 0].std()}
+                line["grows"] = [now > then for now, then in zip(mean, before, strict=True)]
+                print(json.dumps(line), flush=True)
+                results.append(line)
+                before = mean
+    return results
+
+
+def plot(results: list[dict], path: str, title: str) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    kinds = list(dict.fromkeys(r["damage"] for r in results))
+    names = [key for key in results[0] if key.startswith(("fd_", "kd_"))]
+    figure = Figure(figsize=(15, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, len(kinds))
+    for (row, name), (column, kind) in itertools.product(enumerate(names), enumerate(kinds)):
+        ax = axes[row, column]
+        for features in dict.fromkeys(r["features"] for r in results):
+            part = [r for r in results if (r["damage"], r["features"]) == (kind, features)]
+            x, y = [r["level"] for r in part], [r[name] for r in part]
+            bars = [r["std"] if row == 0 else 0.0 for r in part]
+            ax.errorbar(x, y, bars, marker="o", markersize=4, capsize=2, label=features)
+        ax.set_yscale("symlog", linthresh=0.1 if row == 0 else 0.01)
+        ax.grid(alpha=0.3)
+        ax.set_ylabel(name if column == 0 else "")
+        ax.set_xlabel(kind if row == 1 else "")
+    axes[0, 0].legend()
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
@@ -99,129 +170,12 @@ def main() -> None:
     parser.add_argument("--data_dir", default="")
     parser.add_argument("--num", type=int, help="images a level; default: as the classes allow")
     parser.add_argument("--features", default="classifier,rotation")
-    parser.add_argument(
-        "--read", nargs="*", default=[], help="lines printed before, not made again"
-    )
     parser.add_argument("--plot", help="PNG to write")
     args = parser.parse_args()
-    texts = [pathlib.Path(file).read_text() for file in args.read]
-    lines = [json.loads(line) for text in texts for line in text.splitlines()]
-    results = [line for line in lines if line["bench"] == "sensitivity"]
-    if not args.read:
-        results = measure(args)
-    for line in monotone(results):
-        print(json.dumps(line))
+    results = measure(args)
     if args.plot:
-        count = results[0]["n"]
-        plot(
-            results,
-            args.plot,
-            f"{args.data}: {count:,} damaged test images against all training images",
-        )
-
-
-def measure(args: argparse.Namespace) -> list[dict]:
-    """Measures every damage at every level in every feature space; prints and returns the lines."""
-    train, test = (open_source(args.data, args.data_dir, "", s) for s in ("train", "test"))
-    images, labels = classifier.read_images(test, 100_000)
-    real_images, _ = classifier.read_images(train, 50_000)
-    count = args.num or 2 * int(np.bincount(labels).min() * 0.9)
-    results = []
-    for features in args.features.split(","):
-        detector = classifier.fit(train, test_source=test, use_labels=features == "classifier")
-        real = collect(detector, [real_images], keep_rows=True)
-        whole = collect(detector, [images])
-        floor = frechet_distance(*whole.moments.result(), *real.moments.result())
-        accuracy = detector.details["test_accuracy"]
-        line = {"features": detector.name, "test_accuracy": accuracy, "n": len(images)}
-        print(json.dumps({"bench": "train_against_test", **line, "fd": floor}), flush=True)
-        for kind, levels in LEVELS.items():
-            for level in levels:
-                row = measure_level(detector, real, kind, level, images, labels, count)
-                print(json.dumps(row), flush=True)
-                results.append(row)
-    return results
-
-
-def measure_level(
-    detector: Detector,
-    real: FeatureSet,
-    kind: str,
-    level: float,
-    images: np.ndarray,
-    labels: np.ndarray,
-    count: int,
-) -> dict:
-    """One line: every number's mean over the draws, and the distance's deviation between them."""
-    draws = DRAWS if kind.startswith(("uneven", "dropped")) else 1
-    rows = [
-        judge(detector, real, damaged(kind, level, images, labels, count, draw), count)
-        for draw in range(draws)
-    ]
-    line = {"bench": "sensitivity", "features": detector.name, "damage": kind, "level": level}
-    line |= {"n": count, "draws": draws}
-    line |= {name: float(np.mean([r[name] for r in rows])) for name in rows[0]}
-    distance = f"fd_{count_name(count)}"
-    return line | {"std": float(np.std([r[distance] for r in rows]))}
-
-
-def judge(detector: Detector, real: FeatureSet, images: np.ndarray, count: int) -> dict:
-    """Distances, precision and recall of some images."""
-    fake, name = collect(detector, [images], keep_rows=True), count_name(count)
-    step = max(1, len(real.features) // (2 * count))
-    rows = real.features[::step]
-    return {
-        f"fd_{name}": frechet_distance(*fake.moments.result(), *real.moments.result()),
-        f"kd_{name}": kernel(fake.features, rows, subsets=20, subset_size=min(1000, count))[0],
-        **manifold_metrics(rows, fake.features),
-    }
-
-
-def monotone(results: list[dict]) -> list[dict]:
-    """Whether each distance grows with every level of each damage; where not, the steps that fall."""
-    found = []
-    keys = dict.fromkeys((r["features"], r["damage"]) for r in results)
-    for features, kind in keys:
-        part = [r for r in results if (r["features"], r["damage"]) == (features, kind)]
-        for name in (key for key in part[0] if key.startswith(("fd_", "kd_"))):
-            falls = [
-                [low["level"], high["level"]]
-                for low, high in itertools.pairwise(part)
-                if high[name] <= low[name]
-            ]
-            line = {"features": features, "damage": kind, "metric": name}
-            found.append({"bench": "monotone", **line, "monotone": not falls, "falls": falls})
-    return found
-
-
-def plot(results: list[dict], path: str, title: str) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    names = [key for key in results[0] if key.startswith(("fd_", "kd_"))]
-    figure = Figure(figsize=(15, 6), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(2, len(LEVELS))
-    for column, kind in enumerate(LEVELS):
-        for row, name in enumerate(names):
-            for features in dict.fromkeys(r["features"] for r in results):
-                part = [r for r in results if (r["damage"], r["features"]) == (kind, features)]
-                axes[row, column].errorbar(
-                    [r["level"] for r in part],
-                    [r[name] for r in part],
-                    [r["std"] if name.startswith("fd_") else 0.0 for r in part],
-                    marker="o",
-                    markersize=4,
-                    capsize=2,
-                    label=features,
-                )
-            axes[row, column].set_yscale("symlog", linthresh=0.1 if row == 0 else 0.01)
-            axes[row, column].grid(alpha=0.3)
-            axes[row, 0].set_ylabel(name)
-        axes[1, column].set_xlabel(kind)
-    axes[0, 0].legend()
-    figure.suptitle(title)
-    figure.savefig(path, dpi=110)
+        title = f"{args.data}: {results[0]['n']:,} damaged test images against all training images"
+        plot(results, args.plot, title)
 
 
 if __name__ == "__main__":

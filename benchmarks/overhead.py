@@ -5,11 +5,11 @@ python -m benchmarks.overhead [--config=digits|small] [--steps=40] [--rounds=5] 
 digits  configs/digits.py, 1.0 M parameters
 small   configs/cifar10_edm.py narrowed to what a CPU trains: 64 channels, one block, batch 32
 
-checkpoint   a block of steps that begins with a checkpoint and ends when it is on disk, less one
-             without (the two in turn, median), over the time of 1,000 steps: an upper bound, for a
-             run goes on while the last bytes are written
+checkpoint   a block of steps that begins with a checkpoint and ends when it is on disk, minus one
+             without (alternating, median), over the time of 1,000 steps: an upper bound, since a
+             run continues while the last bytes are written
 log          the same for writing the line of an interval, at the config's own interval
-input_wait   share of the time in which the loop waited for batches that were held in memory
+input_wait   share of the time in which the loop waited for batches held in memory
 stream       batches decoded from disk as they are needed, by threads and by two workers: images per
              second without training, and the share of the time in which training waited for them
 """
@@ -28,17 +28,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from lora_diffusion_jax import compile_cache, factory
-from lora_diffusion_jax.data.pipeline import Batches
-from lora_diffusion_jax.training import sharding
+from lora_diffusion_jax.training import loop, sharding, state
 from lora_diffusion_jax.training.checkpoint import Checkpoints, to_parts
 from lora_diffusion_jax.training.feed import Feed
-from lora_diffusion_jax.training.loop import empty_metrics
 from lora_diffusion_jax.training.metrics import to_scalars
-from lora_diffusion_jax.training.state import create_state
-from lora_diffusion_jax.training.step import lower_step
 from lora_diffusion_jax.training.writers import Writers
 
-STEPS = 1_000  # that the shares are for
+STEPS = 1_000  # that the shares refer to
 
 
 def open_config(name: str, data_dir: str) -> tuple[ConfigDict, object]:
@@ -58,55 +54,39 @@ def open_config(name: str, data_dir: str) -> tuple[ConfigDict, object]:
 class Trainer:
     """The pieces of the training loop, run by hand."""
 
-    def __init__(
-        self, config: ConfigDict, source: object, *, stream: bool = False, workers: int = 0
-    ):
+    def __init__(self, config: ConfigDict, source: object):
         self.config, self.mesh = config, factory.build_mesh(config)
-        denoiser = factory.build_denoiser(config)
-        batch_size = config.train.batch_size
-        batches = Batches(
-            source,
-            batch_size,
-            0,
-            rows=sharding.local_rows(batch_size, self.mesh),
-            memory_limit=0 if stream else 2**30,
-            num_workers=workers,
-        )
-        self.feed = Feed(batches, self.mesh, 0)
-        optimizer = factory.build_optimizer(config)
+        denoiser, optimizer = factory.build_denoiser(config), factory.build_optimizer(config)
+        self.feed = Feed(factory.build_batches(config, source, self.mesh), self.mesh, 0)
 
-        def init() -> object:
+        def init() -> state.TrainState:
             variables = factory.init_variables(config, denoiser, jax.random.key(0))
-            return create_state(variables, optimizer, factory.trainable(config))
+            return state.create_state(variables, optimizer, factory.trainable(config))
 
-        self.state, self.interval = jax.jit(init)(), empty_metrics(self.mesh)
-        self.key = jax.random.key(1)
-        self.stop = jax.device_put(
-            np.zeros(self.mesh.size, np.int32), sharding.batch_sharding(self.mesh)
+        layout = sharding.tree_sharding(jax.eval_shape(init), self.mesh)
+        self.state = jax.jit(init, out_shardings=layout)()
+        self.interval = loop.empty_metrics(self.mesh)
+        self.key = jax.device_put(jax.random.key(1), sharding.replicated(self.mesh))
+        program = loop.jit_step(
+            factory.build_step(config, denoiser, self.mesh), self.state, self.mesh
         )
-        step = factory.build_step(config, denoiser, self.mesh)
-        item = {**self.feed.next(), "stop": self.stop}
-        self.state = jax.device_put(self.state, sharding.tree_sharding(self.state, self.mesh))
-        self.key = jax.device_put(self.key, sharding.replicated(self.mesh))
-        self.compiled = lower_step(
-            step, self.state, self.interval, self.feed.data, item, self.key, self.mesh
+        self.compiled = program.lower(
+            self.state, self.interval, self.feed.data, self.feed.next(), self.key
         ).compile()
 
     def train(self, steps: int) -> None:
         """Some steps, to their end."""
         for _ in range(steps):
-            item = {**self.feed.next(), "stop": self.stop}
             self.state, self.interval, status = self.compiled(
-                self.state, self.interval, self.feed.data, item, self.key
+                self.state, self.interval, self.feed.data, self.feed.next(), self.key
             )
             jax.block_until_ready(status)
 
     def log(self, writers: Writers, step: int) -> None:
         """Writes the line of an interval."""
         interval, bad = jax.device_get((self.interval, self.state.nonfinite_grads))
-        values = to_scalars(interval) | {"train/nonfinite_grads": float(bad)}
-        writers.write(step, step * self.config.train.batch_size, values)
-        self.interval = empty_metrics(self.mesh)
+        writers.write(step, to_scalars(interval) | {"train/nonfinite_grads": float(bad)})
+        self.interval = loop.empty_metrics(self.mesh)
 
 
 def seconds(work: Callable[[], None]) -> float:
@@ -117,7 +97,7 @@ def seconds(work: Callable[[], None]) -> float:
 
 
 def extra(plain: Callable[[], None], more: Callable[[], None], rounds: int) -> float:
-    """Median of time(more) - time(plain), the two in turn."""
+    """Median of time(more) - time(plain), measured alternately."""
     return float(np.median([-seconds(plain) + seconds(more) for _ in range(rounds)]))
 
 
@@ -127,7 +107,7 @@ def costs(trainer: Trainer, steps: int, rounds: int) -> dict[str, float]:
     numbers = iter(range(1, 10**6))
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
-        writers = stack.enter_context(Writers(Path(folder), 0, 0))
+        writers = stack.enter_context(Writers(Path(folder), trainer.config.train.batch_size, 0))
         checkpoints = stack.enter_context(Checkpoints(folder, keep=1))
 
         def plain() -> None:
@@ -167,7 +147,7 @@ def input_wait(trainer: Trainer, steps: int) -> float:
 
 
 def rate(trainer: Trainer, batches: int = 100) -> float:
-    """Images per second that the input hands out when nothing else is done."""
+    """Images per second of the input alone."""
     for _ in range(10):
         trainer.feed.next()
     spent = seconds(lambda: [trainer.feed.next() for _ in range(batches)])
@@ -176,13 +156,14 @@ def rate(trainer: Trainer, batches: int = 100) -> float:
 
 def streamed(config: ConfigDict, source: object, workers: int, steps: int) -> dict[str, float]:
     """Rate and wait of batches that are read ahead."""
-    trainer = Trainer(config, source, stream=True, workers=workers)
+    config.data.memory_limit_gib, config.data.workers = 0.0, workers
+    trainer = Trainer(config, source)
     with trainer.feed:
         return {"images_per_sec": rate(trainer), "input_wait": input_wait(trainer, steps)}
 
 
 def rounded(tree: object) -> object:
-    """Four significant digits are enough."""
+    """Numbers with four significant digits."""
     if isinstance(tree, dict):
         return {name: rounded(value) for name, value in tree.items()}
     return float(f"{tree:.4g}") if isinstance(tree, float) else tree

@@ -1,12 +1,12 @@
-"""Kills one training run again and again, resumes it each time, and compares its end with the end of
-a run that was left alone: every bit of parameters, moments, EMA, counters, and metrics.jsonl.
+"""Kills a training run again and again, resumes it each time, and compares its result with that of an
+undisturbed run: every bit of parameters, moments, EMA and counters, and metrics.jsonl.
 
 python -m benchmarks.survival [--kills=20] [--processes=1|2] [--steps=200] [--seed=0]
 
 The run is `main.py --mode=train` of a small network on the digits, with a checkpoint every 3 steps, so
-that most kills fall into saving. A kill is a kill -9 at a random moment of the start or of training;
-with several processes it hits all of them or one, and the others then have to end by themselves. One
-line per kill, one JSON line at the end; the exit status is 1 where the ends differ.
+that most kills hit a save. A kill is a kill -9 at a random moment of the start or of training; with
+several processes it hits all of them or one, and the others then have to exit by themselves. Prints one
+line per kill and one JSON line at the end; the exit status is 1 if the results differ.
 """
 
 import argparse
@@ -25,6 +25,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -44,15 +45,15 @@ CONFIG = {
     "train.sample_every": 0,
     "eval.num_samples": 0,
 }
-# Moments of kills are drawn from: seconds of the start; seconds after some checkpoint of training.
+# A kill comes at most so many seconds after the start, or after some checkpoint of training.
 START_SECONDS, TRAIN_SECONDS = 5.0, 0.5
-PATIENCE = 300.0  # seconds until a process that should end or begin is given up
-CLOCKED = ("time", "callback/seconds")  # fields of metrics.jsonl that no two runs have alike
+PATIENCE = 300.0  # seconds until a process that should make progress or exit is given up
+CLOCKED = ("time", "callback/seconds")  # fields of metrics.jsonl that differ in any two runs
 
 
 @dataclasses.dataclass
 class Run:
-    """One training run, started as often as need be."""
+    """One training run, started as often as needed."""
 
     workdir: Path
     home: Path  # of the data set and the compiled programs
@@ -60,7 +61,7 @@ class Run:
     steps: int
 
     def start(self) -> list[subprocess.Popen]:
-        """Starts all processes of the run; what they say goes to log-I beside the workdir."""
+        """Starts all processes of the run; their output goes to log-I beside the workdir."""
         fields = {**CONFIG, "train.total_images": self.steps * BATCH, "data.data_dir": self.home}
         command = [sys.executable, "main.py", "--mode=train", "--config=configs/digits.py"]
         command += [f"--workdir={self.workdir}"]
@@ -71,88 +72,85 @@ class Run:
             "JAX_COMPILATION_CACHE_DIR": str(self.home / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
-        port, started = free_port(), []
+        if self.processes > 1:
+            with socket.socket() as listener:  # a port that nobody listens on
+                listener.bind(("127.0.0.1", 0))
+                port = listener.getsockname()[1]
+            command += [f"--coordinator_address=127.0.0.1:{port}"]
+            command += [f"--num_processes={self.processes}"]
+        started = []
         for index in range(self.processes):
-            several = [f"--coordinator_address=127.0.0.1:{port}"]
-            several += [f"--num_processes={self.processes}", f"--process_id={index}"]
-            more = several if self.processes > 1 else []
+            own = [f"--process_id={index}"] if self.processes > 1 else []
             with self.log(index).open("wb") as log:
                 started.append(
                     subprocess.Popen(
-                        [*command, *more], cwd=ROOT, env=environment, stdout=log, stderr=log
+                        [*command, *own], cwd=ROOT, env=environment, stdout=log, stderr=log
                     )
                 )
         return started
 
     def log(self, index: int = 0) -> Path:
-        """Where a process's words go."""
+        """The file with a process's output."""
         return self.workdir.with_name(f"{self.workdir.name}-log-{index}")
 
-    def words(self) -> str:
-        """What all processes said since the last start."""
+    def output(self) -> str:
+        """What all processes have printed since the last start."""
         return "\n".join(self.log(i).read_text(errors="replace") for i in range(self.processes))
 
+    def checkpoints(self) -> list[str]:
+        """The names in the folder of checkpoints."""
+        folder = self.workdir / "checkpoints"
+        return [path.name for path in folder.iterdir()] if folder.is_dir() else []
 
-def free_port() -> int:
-    """A port of this machine that nobody listens at."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def newest(run: Run) -> int:
-    """The step of the newest checkpoint, -1 without one."""
-    folder = run.workdir / "checkpoints"
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return max((int(name) for name in names if name.isdecimal()), default=-1)
+    def newest(self) -> int:
+        """The step of the newest checkpoint, -1 without one."""
+        return max((int(name) for name in self.checkpoints() if name.isdecimal()), default=-1)
 
 
 def wait_for(run: Run, started: list[subprocess.Popen], checkpoints: int) -> None:
-    """Returns when steps have begun and so many new checkpoints are there, or a process ended."""
-    began, end = newest(run), time.monotonic() + PATIENCE
+    """Returns when steps have begun and so many new checkpoints exist, or a process has exited."""
+    began, deadline = run.newest(), time.monotonic() + PATIENCE
     while all(process.poll() is None for process in started):
         compiled = "compiled the step" in run.log().read_text(errors="replace")
-        if compiled and newest(run) - began >= EVERY * checkpoints:
+        if compiled and run.newest() - began >= EVERY * checkpoints:
             return
-        if time.monotonic() > end:
-            raise SystemExit(f"No progress within {PATIENCE} s:\n{run.words()}")
+        if time.monotonic() > deadline:
+            raise SystemExit(f"No progress within {PATIENCE} s:\n{run.output()}")
         time.sleep(0.01)
 
 
-def kill(run: Run, rng: random.Random, number: int, most: int) -> dict | None:
-    """Starts or resumes the run and kills it; None if it came to its end first.
+def kill(run: Run, rng: random.Random, number: int, checkpoints: int) -> dict | None:
+    """Starts or resumes the run and kills it; None if it finished first.
 
     Args:
         run: the run.
         rng: draws the moment and the victims.
-        number: of the kill, from 0; every fifth falls into the start.
-        most: checkpoints that the run makes before, at most.
+        number: of the kill, from 0; every fifth hits the start.
+        checkpoints: the most that the run saves before.
     """
     started = run.start()
-    moment = "start" if number % 5 == 4 else "training"
+    moment, seconds = ("start", START_SECONDS) if number % 5 == 4 else ("training", TRAIN_SECONDS)
     if moment == "training":
-        wait_for(run, started, rng.randint(0, most))
-    time.sleep(delay := rng.uniform(0, START_SECONDS if moment == "start" else TRAIN_SECONDS))
+        wait_for(run, started, rng.randint(0, checkpoints))
+    time.sleep(delay := rng.uniform(0, seconds))
     if any(process.poll() is not None for process in started):
         return finish(run, started)
     victims = started if rng.random() < 0.5 else [rng.choice(started)]
     for process in victims:
         process.send_signal(signal.SIGKILL)
-    folder = run.workdir / "checkpoints"
-    in_saving = folder.is_dir() and any("tmp" in path.name for path in folder.iterdir())
     return {
         "kill": number + 1,
         "moment": moment,
         "seconds": round(delay, 3),
-        "newest_checkpoint": newest(run),
-        "in_saving": in_saving,
+        "newest_checkpoint": run.newest(),
+        "in_saving": any("tmp" in name for name in run.checkpoints()),
         "killed": len(victims),
-        "seconds_until_all_had_ended": ended(started),
+        "seconds_until_all_exited": wait_for_exit(started),
     }
 
 
-def ended(started: list[subprocess.Popen]) -> float:
-    """Waits until all processes have ended; the seconds that took."""
+def wait_for_exit(started: list[subprocess.Popen]) -> float:
+    """Waits until all processes have exited; the seconds that took."""
     began = time.monotonic()
     for process in started:
         try:
@@ -165,43 +163,26 @@ def ended(started: list[subprocess.Popen]) -> float:
 
 
 def finish(run: Run, started: list[subprocess.Popen]) -> None:
-    """Waits for the end of a run that is left alone."""
+    """Waits for the end of a run that is not disturbed."""
     for process in started:
         process.wait()
     if any(process.returncode for process in started):
-        raise SystemExit(f"It ended with an error:\n{run.words()}")
+        raise SystemExit(f"The run failed:\n{run.output()}")
 
 
 def state_of(workdir: Path, step: int) -> dict[str, str]:
     """A hash of every array of a checkpoint, by part and path."""
     found = {}
-    for part in ("weights", "optimizer", "interval"):
-        path = workdir / "checkpoints" / str(step) / part
-        handler = ocp.PyTreeCheckpointer()
-        tree = handler.metadata(path).item_metadata.tree
-        as_numpy = _map(tree, lambda _: ocp.RestoreArgs(restore_type=np.ndarray))
-        restored = handler.restore(path, restore_args=as_numpy)
-        for name, value in _leaves(restored, part):
-            array = np.asarray(value)
-            digest = hashlib.sha256(f"{array.dtype}{array.shape}".encode() + array.tobytes())
-            found[name] = digest.hexdigest()
+    with ocp.PyTreeCheckpointer() as reader:
+        for part in ("weights", "optimizer", "interval"):
+            path = workdir / "checkpoints" / str(step) / part
+            saved = reader.metadata(path).item_metadata.tree
+            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
+            restored = reader.restore(path, restore_args=as_numpy)
+            for name, array in jax.tree_util.tree_leaves_with_path(restored):
+                digest = hashlib.sha256(f"{array.dtype}{array.shape}".encode() + array.tobytes())
+                found[f"{part}{jax.tree_util.keystr(name)}"] = digest.hexdigest()
     return found
-
-
-def _map(tree: object, function: object) -> object:
-    if isinstance(tree, dict):
-        return {name: _map(child, function) for name, child in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return [_map(child, function) for child in tree]
-    return function(tree) if tree is not None else None
-
-
-def _leaves(tree: object, prefix: str) -> list[tuple[str, object]]:
-    if isinstance(tree, dict):
-        return [x for name, child in tree.items() for x in _leaves(child, f"{prefix}/{name}")]
-    if isinstance(tree, (list, tuple)):
-        return [x for i, child in enumerate(tree) for x in _leaves(child, f"{prefix}/{i}")]
-    return [] if tree is None else [(prefix, tree)]
 
 
 def metrics_of(workdir: Path) -> list[dict]:
@@ -211,15 +192,6 @@ def metrics_of(workdir: Path) -> list[dict]:
         {k: v for k, v in line.items() if k not in CLOCKED and not k.startswith("perf/")}
         for line in lines
     ]
-
-
-def first_difference(one: list[dict], other: list[dict]) -> list[dict | None]:
-    """The first lines that differ, what they have alike left out; [] if none do."""
-    for first, second in itertools.zip_longest(one, other):
-        if first != second:
-            both = (first or {}).items() & (second or {}).items()
-            return [line and dict(line.items() - both) for line in (first, second)]
-    return []
 
 
 def main() -> None:
@@ -241,14 +213,14 @@ def main() -> None:
         while len(kills) < args.kills:
             one = kill(disturbed, rng, len(kills), args.steps // EVERY // args.kills)
             if one is None:
-                raise SystemExit(f"It was done after {len(kills)} kills; give more --steps.")
+                raise SystemExit(f"It finished after {len(kills)} kills; give more --steps.")
             kills.append(one)
             print(" ".join(f"{name}={value}" for name, value in one.items()), flush=True)
         finish(disturbed, disturbed.start())
         states = [state_of(run.workdir, args.steps) for run in (alone, disturbed)]
         lines = [metrics_of(run.workdir) for run in (alone, disturbed)]
-    names = sorted(states[0].keys() | states[1].keys())
-    differing = [name for name in names if states[0].get(name) != states[1].get(name)]
+    arrays = sorted(dict(states[0].items() ^ states[1].items()))
+    different = [pair for pair in itertools.zip_longest(*lines) if pair[0] != pair[1]]
     result = {
         "benchmark": "survival",
         "processes": args.processes,
@@ -256,14 +228,14 @@ def main() -> None:
         "kills": len(kills),
         "in_saving": sum(one["in_saving"] for one in kills),
         "of_one_process_alone": sum(one["killed"] < args.processes for one in kills),
-        "arrays": len(names),
-        "arrays_that_differ": differing,
+        "arrays": len(states[0]),
+        "arrays_that_differ": arrays,
         "metrics_lines": len(lines[0]),
-        "metrics_that_differ": first_difference(*lines),
+        "metrics_that_differ": different[:1],
         "seconds": round(time.monotonic() - began),
     }
     print(json.dumps(result))
-    sys.exit(bool(differing or result["metrics_that_differ"] or not names))
+    sys.exit(bool(arrays or different or not states[0]))
 
 
 if __name__ == "__main__":

@@ -2,9 +2,10 @@
 
     python examples/transformer.py
 
-`Transformer` stands for a model from elsewhere: it removes noise from sequences, given the time, and knows no
-classes. The adapters on the query, key, value and out layers of `nn.MultiHeadDotProductAttention` see the time
-and the class as arguments of the call; nothing inside the model is tapped or changed.
+`Transformer` stands for a model from elsewhere: it removes noise from sequences, given the time, and does
+not know about classes. The adapters on the query, key, value and out layers of
+`nn.MultiHeadDotProductAttention` get the time and the class from the arguments of the call; nothing inside
+the model is tapped or changed.
 """
 
 import functools
@@ -101,7 +102,7 @@ def main(pretraining: int = 200, adaptation: int = 200) -> dict[str, float]:
     )
     fresh = jax.jit(wrapped.init)(jax.random.key(2), *call)["params"]
     params = lora.merge(base, lora.split(fresh)[1])
-    labels = jax.tree.map(lambda own: "lora" if own else "frozen", lora.select(params, "adapters"))
+    labels = jax.tree.map(lambda own: "lora" if own else "frozen", lora.select(params))
     optimizer = optax.multi_transform(
         {"lora": optax.adam(1e-2), "frozen": optax.set_to_zero()}, labels
     )

@@ -3,8 +3,8 @@
     python examples/unet.py
 
 `UNet` stands for a model from elsewhere: plain Flax, without a line about LoRA. It predicts the noise in
-x_t = cos(t) x_0 + sin(t) noise. We "pretrain" it on horizontal stripes for a few steps, freeze it, and adapt it to
-vertical ones through its attention layers.
+x_t = cos(t) x_0 + sin(t) noise. It is first trained on horizontal stripes; then its parameters are frozen,
+and adapters on its attention layers learn vertical stripes.
 """
 
 import functools
@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import optax  # a dependency of flax
 
 from lora_diffusion_jax import lora
-
 
 # --------------------------------------------------------------------- a model from elsewhere
 
@@ -34,6 +33,8 @@ class TimeEmbedding(nn.Module):
 
 
 class Block(nn.Module):
+    """Group norm, convolution, and the time embedding added."""
+
     features: int
 
     @nn.compact
@@ -69,6 +70,11 @@ def stripes(key, count, *, vertical):
     return jnp.repeat(jnp.expand_dims(wave, axis), 8, axis)[..., None]
 
 
+def run(model, params, x, t):
+    """The predicted noise."""
+    return model.apply({"params": params}, x, t)
+
+
 def noise_error(model, params, key, *, vertical):
     """Mean squared error of the predicted noise on a fresh batch."""
     data, time, noise = jax.random.split(key, 3)
@@ -76,7 +82,7 @@ def noise_error(model, params, key, *, vertical):
     t = jax.random.uniform(time, (32,), maxval=jnp.pi / 2)
     noise = jax.random.normal(noise, x.shape)
     angle = t[:, None, None, None]
-    prediction = model.apply({"params": params}, jnp.cos(angle) * x + jnp.sin(angle) * noise, t)
+    prediction = run(model, params, jnp.cos(angle) * x + jnp.sin(angle) * noise, t)
     return jnp.mean((prediction - noise) ** 2)
 
 
@@ -117,10 +123,10 @@ def main(pretraining: int = 80, adaptation: int = 80) -> dict[str, float]:
     print("sites:", ", ".join(lora.list_sites(params)))
     print(f"parameters: {lora.count(base):,} + {lora.count(params) - lora.count(base):,} of LoRA")
     probe = stripes(jax.random.key(3), 2, vertical=True)
-    at_start = wrapped.apply({"params": params}, probe, t) - model.apply({"params": base}, probe, t)
+    at_start = run(wrapped, params, probe, t) - run(model, base, probe, t)
 
     # 2. Train the adapters alone.
-    labels = jax.tree.map(lambda own: "lora" if own else "frozen", lora.select(params, "adapters"))
+    labels = jax.tree.map(lambda own: "lora" if own else "frozen", lora.select(params))
     optimizer = optax.multi_transform(
         {"lora": optax.adam(1e-2), "frozen": optax.set_to_zero()}, labels
     )
@@ -135,9 +141,9 @@ def main(pretraining: int = 80, adaptation: int = 80) -> dict[str, float]:
         print(f"omega at t={time:.1f}:", " ".join(f"{w:+.2f}" for w in weights))
 
     # 4. Fold: for one time, base parameters alone do the same.
-    one = {site: weights[:1] for site, weights in omega.items()}
-    folded = model.apply({"params": lora.fold(params, one)}, probe[:1], t[:1])
-    unfolded = wrapped.apply({"params": params}, probe[:1], t[:1])
+    one = {site: jnp.asarray(weights)[:1] for site, weights in omega.items()}
+    folded = run(model, lora.fold(params, one), probe[:1], t[:1])
+    unfolded = run(wrapped, params, probe[:1], t[:1])
     moved = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), lora.split(params)[0], base)
     results = {
         "difference at the start": float(jnp.abs(at_start).max()),

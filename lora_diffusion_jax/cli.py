@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import flags
 from flax.traverse_util import flatten_dict
@@ -34,6 +34,7 @@ PROCESS_FLAGS = {
     "process_id": "this one's number, from 0",
     "distributed": "find the others by TPU pod, Slurm, Open MPI or Kubernetes; default: within Slurm",
     "process_timeout": "seconds that processes wait for one another; default: 300",
+    "heartbeat_timeout": "seconds of silence after which a process counts as dead; default: 15",
 }
 _CONFIG_ARGUMENT = re.compile(r"--?(no)?config(?:\.([^=]*))?(?:=(.*))?", re.DOTALL)
 
@@ -58,7 +59,7 @@ def run(work: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> 
     except ModuleNotFoundError as error:
         if (error.name or "").startswith(__package__):
             raise
-        advice = "pip install 'lora_diffusion_jax[train,eval]'"
+        advice = "pip install 'lora-diffusion-jax[train,eval]'"
         print(f"error: the package {error.name} is not installed; {advice}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:  # before there was anything to save
@@ -86,8 +87,14 @@ def joined(args: argparse.Namespace, config: ConfigDict | None = None) -> Iterat
     Raises:
         UserError: a process is missing, or was given another command line.
     """
-    place = args.coordinator_address, args.num_processes, args.process_id
-    processes.join(*place, detect=args.distributed, limit=args.process_timeout)
+    processes.join(
+        args.coordinator_address,
+        args.num_processes,
+        args.process_id,
+        detect=args.distributed,
+        limit=args.process_timeout,
+        heartbeat_timeout_seconds=args.heartbeat_timeout,
+    )
     compile_cache.use_compilation_cache()
     with processes.ending_together():
         processes.check_joined()
@@ -109,7 +116,7 @@ def cut_short(work: Callable[[], Any], doing: str = "stopping; finished work is 
         try:
             interrupts.cut_short(work)
         except Interrupted:
-            number = interrupts.agreed or interrupts.received
+            number = interrupts.agreed or interrupts.received or signal.SIGINT
             if processes.is_leader():
                 name = signal.Signals(number).name
                 print(f"stopped by {name}; rerun the same command to resume", file=sys.stderr)
@@ -127,31 +134,35 @@ class Parser(argparse.ArgumentParser):
         settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(allow_abbrev=False, **settings)
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         """Raises UserError instead of exiting."""
         raise UserError(f"{message}. See {self.prog} --help.")
 
     def add_switch(self, name: str, default: bool | None, text: str) -> None:
         """Adds --name and --noname."""
         self.add_argument(f"--{name}", action="store_true", default=default, help=text)
-        no = {"action": "store_false", "dest": name, "help": argparse.SUPPRESS}
-        self.add_argument(f"--no{name}", f"--no-{name}", **no)
+        self.add_argument(
+            f"--no{name}", f"--no-{name}", action="store_false", dest=name, help=argparse.SUPPRESS
+        )
 
     def add_process_flags(self) -> None:
         """Adds what `joined` needs."""
-        types = {"num_processes": int, "process_id": int, "process_timeout": float}
+        numbers: dict[str, type] = {"num_processes": int, "process_id": int}
+        numbers |= {"process_timeout": float, "heartbeat_timeout": float}
         for name, text in PROCESS_FLAGS.items():
             if name == "distributed":
                 self.add_switch(name, None, text)
             else:
-                self.add_argument(f"--{name}", type=types.get(name, str), help=text)
-        self.set_defaults(process_timeout=300.0)
+                self.add_argument(f"--{name}", type=numbers.get(name, str), help=text)
+        self.set_defaults(process_timeout=300.0, heartbeat_timeout=15.0)
 
     def add_config_help(self) -> None:
         """Adds --helpfull, and lines on the arguments that `take_config` takes."""
-        line = {"action": "store_true", "default": argparse.SUPPRESS}
-        self.add_argument("--config=FILE", **line, help="a config file, or the name of one of ours")
-        self.add_argument("--config.GROUP.FIELD=VALUE", **line, help="override a field")
+        for flag, text in (
+            ("--config=FILE", "a config file, or the name of a packaged config such as digits"),
+            ("--config.GROUP.FIELD=VALUE", "override a field; the last value of a field counts"),
+        ):
+            self.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
         self.add_argument("--helpfull", action=_HelpFull, nargs=0, help="list all config fields")
 
 
@@ -222,33 +233,26 @@ def load_config(name: str) -> tuple[ConfigDict, ModuleType]:
         path = packaged[name]
     if not path.is_file():
         raise UserError(f"--config={name}: there is no such file.")
-    package = path.parent.name
-    if (path.parent / "__init__.py").exists() and package not in sys.modules:
-        _execute(package, path.parent / "__init__.py")  # its configs may import one another
+    folder = path.parent
+    if (folder / "__init__.py").exists() and folder.name not in sys.modules:
+        # A package of configs, which may import one another: `from configs import digits`.
+        sys.modules[folder.name] = package = ModuleType(folder.name)
+        package.__path__ = [str(folder)]
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec  # None for a suffix that is not .py
+    module = importlib.util.module_from_spec(spec)
     try:
-        module = _execute(path.stem, path)
+        spec.loader.exec_module(module)  # type: ignore[union-attr]
         config = module.get_config() if hasattr(module, "get_config") else None
     except Exception as error:  # whatever the code of a config raises
         frames = traceback.extract_tb(error.__traceback__)
-        line = [frame.lineno for frame in frames if frame.filename == str(path)]
-        line = line[-1] if line else getattr(error, "lineno", "unknown")
+        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+        line = lines[-1] if lines else getattr(error, "lineno", "unknown")
         text = " ".join(str(error).split())
         raise UserError(f"{path}, line {line}: {type(error).__name__}: {text}") from error
     if not isinstance(config, ConfigDict):
         raise UserError(f"{path} has no function get_config() that returns a ConfigDict.")
     return config, module
-
-
-def _execute(name: str, path: Path) -> ModuleType:
-    """Imports a file, an __init__.py as the package `name`."""
-    is_package = path.name == "__init__.py"
-    places = [str(path.parent)] if is_package else None
-    spec = importlib.util.spec_from_file_location(name, path, submodule_search_locations=places)
-    module = importlib.util.module_from_spec(spec)
-    if is_package:
-        sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:

@@ -1,5 +1,6 @@
 """The persistent compilation cache: compiled programs are kept for the next start."""
 
+import contextlib
 import os
 import platform
 import sys
@@ -49,45 +50,32 @@ def max_bytes() -> int:
     return int(gib * 2**30)
 
 
-def write_error(folder: Path) -> str:
-    """Why a folder cannot be created or written to; '' if it can."""
-    probe = folder / f".probe-{os.getpid()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        probe.write_bytes(b"1")
-        probe.unlink()
-    except OSError as error:
-        return error.strerror or str(error)
-    return ""
-
-
 def use_compilation_cache() -> str:
-    """Turns the cache on, removes what is broken or too much, and returns its folder; '' if off."""
+    """Turns the cache on and tidies it; returns its folder, '' if it is off.
+
+    A folder that cannot be written to is a warning; what it holds is still read.
+    """
     folder = cache_dir()
     # GPU processes that compile share the search for fast kernels: one that found the program in a
     # cache of its own host would leave the others waiting.
     own_caches = jax.distributed.is_initialized() and "JAX_COMPILATION_CACHE_DIR" not in os.environ
     if own_caches and jax.default_backend() == "gpu":
         folder = ""
+    min_seconds = os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", MIN_COMPILE_SECONDS)
+    if folder and "://" not in folder:  # a bucket has rules of its own
+        try:
+            tidy(Path(folder), max_bytes())
+        except OSError as error:
+            print(
+                f"warning: compiled programs cannot be stored in {folder} ({error.strerror}), so every "
+                "start compiles again. Set JAX_COMPILATION_CACHE_DIR to a writable folder.",
+                file=sys.stderr,
+            )
+            min_seconds = 1e9  # never write
+            folder = folder if Path(folder).is_dir() else ""
     jax.config.update("jax_compilation_cache_dir", folder or None)
-    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECONDS)
-    if not folder or "://" in folder:  # off, or a bucket, which has rules of its own
-        return folder
-    problem = write_error(Path(folder))
-    if not problem:
-        tidy(Path(folder), max_bytes())
-        return folder
-    print(
-        f"warning: compiled programs cannot be stored in {folder} ({problem}), so every start compiles "
-        "again. Set JAX_COMPILATION_CACHE_DIR to a writable folder.",
-        file=sys.stderr,
-    )
-    if Path(folder).is_dir():
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)  # read, never write
-        return folder
-    jax.config.update("jax_compilation_cache_dir", None)
-    return ""
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", float(min_seconds))
+    return folder
 
 
 def tidy(folder: Path, limit: int) -> None:
@@ -97,11 +85,15 @@ def tidy(folder: Path, limit: int) -> None:
     and compiles again at every start. Its own limit, `jax_compilation_cache_max_size`, needs the
     package filelock, and once an entry lacks its `-atime` file (a kill between the two, or an entry
     stored without a limit) every later write fails.
+
+    Raises:
+        OSError: the folder cannot be created or written to.
     """
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     stamp = folder / ".checked"  # older entries are known to be whole
-    try:
-        checked = stamp.stat().st_mtime if stamp.exists() else 0.0
-        stamp.touch()
+    checked = stamp.stat().st_mtime if stamp.exists() else 0.0
+    stamp.write_bytes(b"1")
+    with contextlib.suppress(OSError):  # another process may tidy at the same time
         entries = [(path.stat(), path) for path in folder.glob("*-cache")]
         entries.sort(key=lambda entry: max(entry[0].st_atime, entry[0].st_mtime), reverse=True)
         total = 0
@@ -109,8 +101,6 @@ def tidy(folder: Path, limit: int) -> None:
             total += stat.st_size
             if total > limit or (stat.st_mtime >= checked - 1 and not _is_whole(path.read_bytes())):
                 path.unlink(missing_ok=True)
-    except OSError as error:  # another process is tidying; the next start tries again
-        print(f"warning: {folder} could not be tidied ({error})", file=sys.stderr)
 
 
 def _is_whole(data: bytes) -> bool:

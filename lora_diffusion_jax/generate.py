@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -81,8 +82,8 @@ class Generator:
     def batches(
         self,
         variables: Variables,
-        seeds: Sequence[int],
-        labels: Sequence[int] | None = None,
+        seeds: Sequence[int] | np.ndarray,
+        labels: Sequence[int] | np.ndarray | None = None,
         *,
         progress: bool = False,
         between: Callable[[], None] = lambda: None,
@@ -94,8 +95,7 @@ class Generator:
         Args:
             variables: of the network.
             seeds: integers in [0, 2^32).
-            labels: of the seeds, as `check_seeds` and `choose_labels` returned both; None checks the
-                seeds and draws each image's class from its seed.
+            labels: from `choose_labels`, for seeds from `check_seeds`; None calls both.
             progress: show a bar, on a terminal.
             between: called ahead of every batch; it may raise to stop.
 
@@ -110,10 +110,8 @@ class Generator:
         variables = jax.tree.map(
             lambda v: v if isinstance(v, jax.Array) else processes.place(v, whole), variables
         )
-        bar = tqdm(
-            total=len(seeds), unit="img", desc="sampling", disable=None if progress else True
-        )
-        with bar:
+        hidden = None if progress else True  # None: only on a terminal
+        with tqdm(total=len(seeds), unit="img", desc="sampling", disable=hidden) as bar:
             for start in range(0, len(seeds), self.call_size):
                 between()
                 part = slice(start, start + self.call_size)
@@ -121,24 +119,18 @@ class Generator:
                 bar.update(len(seeds[part]))
 
     def _run(self, variables: Variables, seeds: np.ndarray, labels: np.ndarray) -> Batch:
-        missing = self.call_size - len(seeds)
-        padded_seeds = np.pad(seeds, (0, missing), mode="edge").astype(np.uint32)
-        padded_labels = np.pad(labels, (0, missing), mode="edge")
-        one_hot = np.eye(max(self.num_classes, 1), dtype=np.float32)[np.maximum(padded_labels, 0)]
+        # The last row is repeated to fill a short batch.
+        fill = np.minimum(np.arange(self.call_size), len(seeds) - 1)
+        one_hot = np.eye(max(self.num_classes, 1), dtype=np.float32)[np.maximum(labels, 0)]
         spread = NamedSharding(self.mesh, P(self.mesh.axis_names))
-        inputs = (processes.place(rows, spread) for rows in (padded_seeds, one_hot))
+        inputs = (processes.place(a[fill], spread) for a in (seeds.astype(np.uint32), one_hot))
         images = processes.fetch(self.compiled(variables, *inputs))
         return Batch(images[: len(seeds)], seeds, labels)
 
     def choose_labels(
         self, seeds: np.ndarray, class_ids: Sequence[int] | int | None = None
     ) -> np.ndarray:
-        """The class of each image, int32 [N]; NO_LABEL for an unconditional network.
-
-        Args:
-            seeds: of the images, from `check_seeds`.
-            class_ids: one class for all, or one per seed; None draws each image's class from its
-                seed, uniformly.
+        """The class of each image, int32 [N]: as requested, or drawn from its seed (from `check_seeds`).
 
         Raises:
             UserError: a class out of range, or classes for an unconditional network.
@@ -165,7 +157,7 @@ class Generator:
         return chosen.astype(np.int32)
 
 
-def check_seeds(seeds: Sequence[int]) -> np.ndarray:
+def check_seeds(seeds: Sequence[int] | np.ndarray) -> np.ndarray:
     """Returns the seeds as int64 [N]; raises UserError if there are none or one is out of range."""
     if not len(seeds):
         raise UserError("No seeds were given; use --seeds=0-63, for example.")
@@ -183,14 +175,13 @@ def parse_seeds(text: str) -> list[int]:
     """
     seeds: list[int] = []
     for part in text.split(","):
-        low, dash, high = part.strip().partition("-")
-        numbers_only = low.isdecimal() and (high.isdecimal() if dash else True)
-        if not numbers_only or (dash and int(low) > int(high)):
+        match = re.fullmatch(r"\s*([0-9]+)(-([0-9]+))?\s*", part)
+        first, last = (int(match[1]), int(match[3] or match[1])) if match else (1, 0)
+        if first > last:
             raise UserError(
                 f"--seeds={text}: {part.strip()!r} is neither a number nor a range; "
                 "write 0-63 or 0-9,20,30-39, for example."
             )
-        first, last = int(low), int(high if dash else low)
         if last > MAX_SEED or last - first >= MAX_SEEDS:
             raise UserError(
                 f"--seeds={text}: seeds go up to {MAX_SEED}, and at most {MAX_SEEDS:,} in one range."

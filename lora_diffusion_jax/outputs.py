@@ -74,8 +74,10 @@ class Output:
                 write_png(self.path, grid(images, self.columns or int(np.ceil(len(images) ** 0.5))))
             else:
                 with files.atomic(self.path) as temporary, temporary.open("wb") as file:
-                    arrays = {"images": images, "seeds": self.seeds, "labels": self.labels}
-                    np.savez_compressed(file, **arrays, about=json.dumps(dict(about)))
+                    record = np.array(json.dumps(dict(about)))
+                    np.savez_compressed(
+                        file, images=images, seeds=self.seeds, labels=self.labels, about=record
+                    )
         else:
             pairs = zip(self.names, self.labels.tolist(), strict=True)
             labels = [[name, label] for name, label in pairs if label != NO_LABEL]

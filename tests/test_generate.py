@@ -1,6 +1,5 @@
-"""Images are functions of their seeds; files hold what they say."""
+"""Images are functions of their seeds."""
 
-import json
 import os
 import subprocess
 import sys
@@ -9,9 +8,8 @@ import types
 import jax
 import numpy as np
 import pytest
-from PIL import Image
 
-from lora_diffusion_jax import generate, outputs
+from lora_diffusion_jax import generate
 from lora_diffusion_jax.diffusion.precond import EDM
 from lora_diffusion_jax.diffusion.samplers import edm_sampler
 from lora_diffusion_jax.errors import UserError
@@ -35,15 +33,6 @@ def make(batch_size=4, num_classes=8, **settings):
 
 
 VARIABLES = {"mean": np.zeros(1, np.float32)}
-
-
-def save(path, generator, seeds, about):
-    labels = generator.choose_labels(np.asarray(seeds))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    output = outputs.open_output(path, np.asarray(seeds), labels, (4, 4, 1), "some network")
-    for batch in generator.batches(VARIABLES, seeds):
-        output.write(batch)
-    output.finish(about)
 
 
 def images_of(generator, seeds, classes=None):
@@ -101,86 +90,6 @@ def test_seed_lists():
         generate.check_seeds([2**32])
     with pytest.raises(UserError, match="No seeds"):
         generate.check_seeds([])
-
-
-def test_files_hold_images_seeds_and_labels(tmp_path):
-    generator, seeds = make(), [3, 11, 5]
-    expected = images_of(generator, seeds)
-    about = {"weights": "ema"}
-    path = tmp_path / "new" / "samples.npz"
-    save(path, generator, seeds, about)
-    with np.load(path) as file:
-        assert set(file) == {"images", "seeds", "labels", "about"}
-        assert file["images"].dtype == np.uint8
-        for name in ("images", "seeds", "labels"):
-            np.testing.assert_array_equal(file[name], getattr(expected, name))
-        assert json.loads(str(file["about"])) == about
-    folder = tmp_path / "folder"
-    save(folder, generator, seeds, about)
-    with Image.open(folder / "000011.png") as picture:
-        np.testing.assert_array_equal(np.asarray(picture), expected.images[1, ..., 0])
-    listed = json.loads((folder / "dataset.json").read_text())["labels"]
-    assert listed == [[f"{s:06d}.png", int(c)] for s, c in zip(seeds, expected.labels, strict=True)]
-    left = {p.name for p in tmp_path.rglob("*") if p.is_file()}
-    assert left == {"samples.npz", "000003.png", "000011.png", "000005.png", "dataset.json"}
-
-
-@pytest.mark.parametrize("name", ["samples.npz", "grid.png", "folder"])
-def test_what_was_made_before_a_kill_is_kept(tmp_path, name):
-    """Of the same identity; a file cut short in the middle of an image is cut back."""
-    generator, seeds = make(batch_size=2), np.array([4, 1, 9, 3, 7])
-    expected = images_of(generator, seeds)
-    path, whole = tmp_path / name, tmp_path / f"whole_{name}"
-    save(whole, generator, seeds, {})
-    first = outputs.open_output(path, seeds, expected.labels, (4, 4, 1), "one")
-    assert not first.done.any()
-    first.write(generate.Batch(*(rows[:2] for rows in expected)))
-    if name != "folder":
-        with first.images.open("ab") as file:
-            file.write(b"half")
-    again = outputs.open_output(path, seeds, expected.labels, (4, 4, 1), "one")
-    np.testing.assert_array_equal(again.done, [True, True, False, False, False])
-    again.write(generate.Batch(*(rows[2:] for rows in expected)))
-    again.finish({})
-    files = [path] if path.is_file() else sorted(path.iterdir())
-    for file in files:
-        assert file.read_bytes() == (whole if path.is_file() else whole / file.name).read_bytes()
-    other = outputs.open_output(path, seeds, expected.labels, (4, 4, 1), "another")
-    assert not other.done.any()
-
-
-def test_an_earlier_result_does_not_pass_for_this_one(tmp_path):
-    generator, seeds = make(), np.array([1, 2])
-    save(tmp_path, generator, seeds, {})
-    labels = generator.choose_labels(seeds)
-    output = outputs.open_output(tmp_path, seeds, labels, (4, 4, 1), "another network")
-    assert not output.done.any()
-    assert not list(tmp_path.glob("*.png"))
-    assert not (tmp_path / "dataset.json").exists()
-
-
-@pytest.mark.parametrize("name", ["samples.npz", "folder"])
-def test_two_processes_do_not_write_one_output(tmp_path, name):
-    labels = np.zeros(1, np.int32)
-    held = outputs.open_output(tmp_path / name, np.array([1]), labels, (4, 4, 1), "x")
-    program = f"""
-import numpy as np
-from pathlib import Path
-from lora_diffusion_jax import outputs
-outputs.open_output(Path({str(tmp_path / name)!r}), np.array([1]), np.zeros(1), (4, 4, 1), "x")
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert "UserError: Another process is writing" in done.stderr
-    assert not held.lock.closed
-
-
-def test_grid_places_images_row_by_row():
-    images = np.arange(5, dtype=np.uint8).reshape(5, 1, 1, 1) * np.ones((1, 2, 3, 1), np.uint8)
-    picture = outputs.grid(images, columns=3, least_side=4, gap=1)
-    assert picture.shape == (1 + 2 * 5, 1 + 3 * 7, 1)
-    assert (picture[1:5, 8:14] == 1).all()
-    assert (picture[6:10, 1:7] == 3).all()
-    assert (picture[6:10, 15:21] == 96).all()  # the sixth place is empty
 
 
 def test_sampler_is_compiled_once():

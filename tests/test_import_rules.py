@@ -19,7 +19,7 @@ ALLOWED = {  # part -> parts of the package it may import at module level, besid
     "evaluation": {"interop"},
     "generate": {"diffusion"},
     "outputs": {"generate"},
-    "default_config": set(),
+    "default_config": {"diffusion"},
     "factory": {
         "models",
         "lora",

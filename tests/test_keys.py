@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_diffusion_jax import keys
+from tests.small import fast_jit
 
 PURPOSES = [value for name, value in vars(keys).items() if name.isupper()]
 
@@ -27,7 +28,7 @@ def test_no_two_purposes_or_seeds_share_a_key():
         jnp.asarray(v, jnp.uint32) for v in (PURPOSES, range(300), range(8))
     )
 
-    @jax.jit
+    @fast_jit
     def all_keys():
         def numbered(key):
             return jnp.append(jax.vmap(lambda n: jax.random.fold_in(key, n))(numbers), key)
@@ -42,7 +43,7 @@ def test_no_two_purposes_or_seeds_share_a_key():
 
 def test_traced_and_python_seeds_agree():
     seeds = [0, 1, 2**31 - 1, 2**31, 2**32 - 1]
-    traced = jax.jit(jax.vmap(lambda s: keys.purpose_key(s, keys.LATENT)))
+    traced = fast_jit(jax.vmap(lambda s: keys.purpose_key(s, keys.LATENT)))
     both = zip(seeds, traced(np.asarray(seeds, np.uint32)), strict=True)
     for seed, key in both:
         np.testing.assert_array_equal(data(keys.purpose_key(seed, keys.LATENT)), data(key))

@@ -61,7 +61,7 @@ class AugmentConfig:
     yflip: float = 0.0
     rotate_int: float = 0.0  # quarter turns; square images only
     translate_int: float = 0.0
-    translate_int_max: float = 0.125  # of the image's size
+    translate_int_max: float = 0.125  # of the image's size; labels are in units of it
 
     # geometry
     scale: float = 0.0
@@ -91,11 +91,6 @@ class AugmentConfig:
             if not 0 <= value < math.inf or (field.name == "p" and value > 1):
                 expected = "0 to 1" if field.name == "p" else "a finite number of at least 0"
                 raise UserError(f"augment.{field.name} is {value}; expected {expected}.")
-        if self.translate_int and not self.translate_int_max:
-            raise UserError(
-                "augment.translate_int_max is 0; translate_int needs a positive range, by which its "
-                "labels are divided."
-            )
 
     @property
     def active(self) -> tuple[str, ...]:
@@ -158,21 +153,17 @@ def draw(
     return Draws({name: _parameters(name, raw[name], config) for name in config.active}, config)
 
 
-def draws_from_raw(
-    raw: Sequence[np.ndarray], config: AugmentConfig = EDM_TRAINING, p: float | None = None
-) -> Draws:
+def draws_from_raw(raw: Sequence[np.ndarray], config: AugmentConfig = EDM_TRAINING) -> Draws:
     """Builds draws from random numbers recorded in the reference implementation.
 
     Args:
         raw: the results of torch's randint, rand and randn in the order of EDM's AugmentPipe, which
             is that of the table above: [N, ...] with trailing ones, or [2, N, ...] for a pair.
         config: the settings of that pipe; AugmentConfig has its argument names.
-        p: replaces config.p.
 
     Raises:
         ValueError: the number of arrays does not fit the settings.
     """
-    config = config if p is None else dataclasses.replace(config, p=p)
     counts = [count for name in config.active for _, count in _TRANSFORMATIONS[name][0]]
     rows = (np.reshape(array, [count, -1]).T for array, count in zip(raw, counts, strict=True))
     arrays = iter([jnp.float32(r if r.shape[1] > 1 else r[:, 0]) for r in rows])  # [N] or [N, 2]
@@ -329,14 +320,14 @@ def _colour_matrix(draws: Draws) -> Float[Array, "B 3 4"]:
     values = {name: draws.values[name][:, None, None] for name in _COLOUR if name in draws.values}
     batch = next(iter(values.values())).shape[0]
     eye, luma = np.eye(3, dtype=np.float32), np.full([3, 3], 1 / 3, np.float32)
-    cross = np.float32([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / np.sqrt(np.float32(3))
+    cross = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]], np.float32) / np.sqrt(np.float32(3))
     total = jnp.broadcast_to(jnp.eye(3, 4, dtype=jnp.float32), [batch, 3, 4])
 
-    def then(matrix: Float[Array, "B 3 3"]) -> Float[Array, "B 3 4"]:
+    def then(matrix: Float[Array, "B 3 3"] | np.ndarray) -> Float[Array, "B 3 4"]:
         return jnp.einsum("bij,bjk->bik", matrix, total, precision=jax.lax.Precision.HIGHEST)
 
     if "brightness" in values:
-        offset = np.float32([0, 0, 0, 1]) * values["brightness"]
+        offset = np.array([0, 0, 0, 1], np.float32) * values["brightness"]
         total = total + config.brightness_std * offset
     if "contrast" in values:
         total = total * jnp.exp2(values["contrast"] * config.contrast_std)

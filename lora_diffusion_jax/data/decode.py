@@ -3,7 +3,7 @@
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import BinaryIO
+from typing import IO
 
 import numpy as np
 from PIL import Image
@@ -19,7 +19,7 @@ _CHANNELS = {"1": 1, "L": 1, "LA": 1, "La": 1, "P": 3, "PA": 3, "RGB": 3, "RGBA"
 _MODES = {1: "L", 3: "RGB"}
 
 
-def read_shape(file: BinaryIO, where: str) -> Shape:
+def read_shape(file: IO[bytes], where: str) -> Shape:
     """Returns an image's shape from its header, without decoding the pixels.
 
     Args:
@@ -54,7 +54,7 @@ def decode(data: bytes, where: str, shape: Shape, *, convert: bool = False) -> n
         check_shape((image.height, image.width, channels), where, shape)
         if "A" in image.mode.upper() or "transparency" in image.info:
             lowest = image.convert("RGBA").getchannel("A").getextrema()[0]
-            if lowest < 255:
+            if lowest != 255:
                 raise UserError(
                     f"{where} has transparent pixels (lowest alpha {lowest}), which gray and RGB "
                     "cannot express. Put the images on a background first."

@@ -7,7 +7,7 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 from tqdm import tqdm
@@ -102,7 +102,7 @@ class _Files(abc.ABC):
     sizes: dict[str, int]
 
     @abc.abstractmethod
-    def open(self, name: str) -> BinaryIO:
+    def open(self, name: str) -> IO[bytes]:
         """Opens a file for reading from its start; it is seekable."""
 
     def read(self, name: str) -> bytes:
@@ -134,7 +134,7 @@ class _Folder(_Files):
                     sizes[file.relative_to(path).as_posix()] = file.stat().st_size
         self.sizes = dict(sorted(sizes.items()))
 
-    def open(self, name: str) -> BinaryIO:
+    def open(self, name: str) -> IO[bytes]:
         with _reading(self.where(name)):
             return (self.path / name).open("rb")
 
@@ -158,7 +158,7 @@ class _Zip(_Files):
             if name == following:
                 raise UserError(f"{path} holds {name!r} twice; expected each name once. Repack it.")
 
-    def open(self, name: str) -> BinaryIO:
+    def open(self, name: str) -> IO[bytes]:
         if self.sizes[name] > _MAX_BYTES:
             raise UserError(
                 f"{self.where(name)} is {self.sizes[name]:,} bytes when unpacked; expected an image "

@@ -67,7 +67,7 @@ class Batches:
         batch_size: int,
         seed: int,
         *,
-        rows: Sequence[int] | None = None,
+        rows: Sequence[int] | np.ndarray | None = None,
         memory_limit: int = 2**30,
         num_workers: int = 0,
     ) -> None:
@@ -101,7 +101,7 @@ class Batches:
     def __getitem__(self, step: int) -> Batch:
         """Returns this process's part of batch `step`, read now: image [b, H, W, C], label [b]."""
         indices = self.indices(step)
-        if self.images is not None:
+        if self.images is not None and self.labels is not None:
             return {"image": self.images[indices], "label": self.labels[indices]}
         return _read(self.source, indices)
 
@@ -191,7 +191,7 @@ def _num_threads(source: Source) -> int:
 
 def _read(source: Source, indices: np.ndarray) -> Batch:
     if isinstance(source, ImageSource):
-        return source.read(indices)
+        return source.read(indices.tolist())
     items = [source[int(i)] for i in indices]
     return {
         "image": np.stack([item["image"] for item in items]),

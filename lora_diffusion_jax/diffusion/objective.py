@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -73,7 +73,7 @@ class Objective(NamedTuple):
         if self.augmentation:
             images, augment_labels = self.augmentation.apply(images, draws["augment"])
         sigma = draws["sigma"]
-        denoise = functools.partial(
+        denoise: Any = functools.partial(
             self.denoiser.apply,
             variables,
             class_labels=labels,

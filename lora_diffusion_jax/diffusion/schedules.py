@@ -124,7 +124,7 @@ def iddpm_levels(c_1: float, c_2: float, num_levels: int, dtype: type = np.float
     f32 = np.float32
     j = np.arange(num_levels + 1, dtype=f32)
     abar = np.sin(f32(0.5 * np.pi) * j / f32(num_levels) / f32(c_2 + 1)) ** 2
-    levels = np.zeros(num_levels + 1, dtype)
+    levels: np.ndarray = np.zeros(num_levels + 1, dtype)
     for i in range(num_levels, 0, -1):
         ratio = dtype(max(abar[i - 1] / abar[i], f32(c_1)))
         levels[i - 1] = np.sqrt((levels[i] ** 2 + dtype(1)) / ratio - dtype(1))
@@ -133,12 +133,7 @@ def iddpm_levels(c_1: float, c_2: float, num_levels: int, dtype: type = np.float
 
 
 def iddpm_grid(
-    num_steps: int,
-    sigma_min: float,
-    sigma_max: float,
-    c_1: float = 0.001,
-    c_2: float = 0.008,
-    m: int = 1000,
+    num_steps: int, sigma_min: float, sigma_max: float, c_1: float, c_2: float, m: int
 ) -> np.ndarray:
     """Every k-th of iDDPM's m levels within [sigma_min, sigma_max], [N]."""
     steps = (num_steps - 1) * ramp(num_steps, sigma_min, sigma_max)

@@ -151,7 +151,8 @@ def rebuild(
         UserError: a damaged recipe, or weights of another network.
     """
     try:
-        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in recipe["settings"].items()}
+        fields: dict[str, Any] = dict(recipe["settings"])
+        fields |= {k: tuple(v) for k, v in fields.items() if isinstance(v, list)}
         network = ConvClassifier(recipe["classes"], Settings(**fields))
         blank = jnp.zeros((1, *recipe["image_shape"]))
         expected = jax.eval_shape(network.init, jax.random.key(0), blank)

@@ -48,9 +48,15 @@ class FeatureSet:
     def since(self, start: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns the float32 features [n, D] and logits [n, K] of the images from `start` on."""
         if len(self.rows) > 1:
-            self.rows = [tuple(np.concatenate(part) for part in zip(*self.rows, strict=True))]
+            features, logits = map(np.concatenate, zip(*self.rows, strict=True))
+            self.rows = [(features, logits)]
         features, logits = self.rows[0]
         return features[start : len(self)], logits[start : len(self)]
+
+    def remove_partial(self) -> None:
+        """Removes what was saved while they grew."""
+        if self.partial is not None:
+            self.partial.remove()
 
     @property
     def features(self) -> np.ndarray | None:
@@ -91,7 +97,7 @@ def collect_resumable(
         detector: the feature space.
         batches_from: k -> the images from number k on; image k must not depend on those before it.
         total: number of images.
-        home: a folder for the sums while they grow; `FeatureSet.partial.remove()` cleans up.
+        home: a folder for the sums while they grow; `FeatureSet.remove_partial` cleans up.
         identity: JSON values that differ between different sets of images.
         keep_rows: keep features and logits of every image.
         mesh: devices; None: all.
@@ -149,7 +155,7 @@ class Partial:
     """
 
     def __init__(self, home: Path, identity: Mapping[str, object]):
-        key = hashlib.sha256(to_line(identity).encode()).hexdigest()[:16]
+        key = hashlib.sha256(to_line(dict(identity)).encode()).hexdigest()[:16]
         self.folder = home / "partial" / key
         self.saved = 0  # images
 

@@ -22,7 +22,9 @@ File = str | os.PathLike[str] | None  # of weights; None: the usual places
 def _published(features: str | None, inception: File, dinov2: File) -> Detector | None:
     if features == "dinov2":
         return load_dinov2(dinov2)
-    return load_inception(inception, features) if features in _INCEPTION.values() else None
+    if features is not None and features in _INCEPTION.values():
+        return load_inception(inception, features)
+    return None
 
 
 def detector_for_source(
@@ -76,7 +78,7 @@ def detector_for_reference(
                 "--features=pytorch-fid for a reference made with pytorch-fid"
             )
         is_dinov2 = str(made_with).startswith("dinov2")
-        wanted = "dinov2" if is_dinov2 else _INCEPTION.get(made_with)
+        wanted = "dinov2" if is_dinov2 else _INCEPTION.get(str(made_with))
     detector = _published(wanted, inception, dinov2)
     if detector is None:
         raise UserError(

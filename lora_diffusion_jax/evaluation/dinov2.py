@@ -19,7 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from lora_diffusion_jax.array_types import PyTree
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.evaluation import resize
-from lora_diffusion_jax.evaluation.features import Detector, sha256_of
+from lora_diffusion_jax.evaluation.features import Detector, sha256_of, shape_differences
 from lora_diffusion_jax.readers.pickles import read_torch_state_dict
 
 VARIABLE = "LORA_DIFFUSION_DINOV2"
@@ -146,7 +146,9 @@ def parameters(width: int, depth: int) -> dict[str, tuple[str, tuple[int, ...]]]
     variables = jax.eval_shape(VisionTransformer(width, depth).init, jax.random.key(0), blank)
     found = {}
     for path, leaf in flatten_dict(variables["params"], sep="/").items():
-        name = functools.reduce(lambda text, rule: re.sub(*rule, text), _RENAMES, path)
+        name = path
+        for pattern, replacement in _RENAMES:
+            name = re.sub(pattern, replacement, name)
         found[path] = name, leaf.shape
     return found
 
@@ -188,12 +190,10 @@ def _check(path: Path, state_dict: Mapping[str, np.ndarray]) -> tuple[int, int]:
     square = round(max(positions - 1, 0) ** 0.5) ** 2 == positions - 1
     whole = width >= HEAD_DIM and width % HEAD_DIM == 0 and depth <= 40
     expected = expected_shapes(width, depth, positions) if whole else {}
-    wrong = sorted(set(expected.items()) ^ set(found.items()))
-    if wrong or not square:
-        name = wrong[0][0] if wrong else "pos_embed"
+    difference = shape_differences(found, expected)
+    if difference or not square:
         raise UserError(
-            f"{path} holds the weights of another network ({name} is "
-            f"{found.get(name, 'absent')}); expected the official {FILE_NAME} or its small and "
-            "base variants, without registers."
+            f"{path} holds the weights of another network ({difference or 'pos_embed is not square'}); "
+            f"expected the official {FILE_NAME} or its small and base variants, without registers."
         )
     return width, depth

@@ -40,29 +40,35 @@ class Metric(NamedTuple):
     min_real: int = 0  # images whose features the reference must hold
 
 
+def _rows(images: FeatureSet | Reference) -> np.ndarray:
+    assert images.features is not None  # `check` has seen to that
+    return images.features
+
+
 def _fid(fake: FeatureSet, real: Reference) -> Values:
     value = frechet_distance(*fake.moments.result(), real.mu, real.sigma, root2=real.root)
     return [("fid", value, {})]
 
 
 def _kid(fake: FeatureSet, real: Reference) -> Values:
-    value, deviation = kernel_distance(fake.features, real.features)
+    value, deviation = kernel_distance(_rows(fake), _rows(real))
     return [("kid", value, {"std": deviation, "subsets": 100, "subset_size": 1000})]
 
 
 def _is(fake: FeatureSet, real: Reference) -> Values:
+    assert fake.logits is not None
     value, deviation = inception_score(fake.logits)
     return [("is", value, {"std": deviation, "splits": 10})]
 
 
 def _pr(fake: FeatureSet, real: Reference) -> Values:
     neighbours = {"precision": 3, "recall": 3, "density": 5, "coverage": 5}
-    values = manifold_metrics(real.features, fake.features)
+    values = manifold_metrics(_rows(real), _rows(fake))
     return [(name, value, {"neighbours": neighbours[name]}) for name, value in values.items()]
 
 
 def _memorisation(fake: FeatureSet, real: Reference) -> Values:
-    found = memorisation(fake.features, real.features)
+    found = memorisation(_rows(fake), _rows(real))
     return [("memorised", found.pop("memorised"), found)]
 
 
@@ -140,7 +146,7 @@ class Evaluator:
             where: their name, for errors.
         """
         expected = self.reference.meta.get("image_shape") or self.detector.image_shape
-        if None not in (shape, expected) and tuple(expected) != tuple(shape):
+        if shape is not None and expected is not None and tuple(expected) != tuple(shape):
             raise UserError(
                 f"{where} has images of {tuple(shape)} (height, width, channels); the reference "
                 f"{self.path} has {tuple(expected)}. Choose a reference of the same data set."

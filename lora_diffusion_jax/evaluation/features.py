@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ class Detector:
 
     name: str
     feature_dim: int
-    network: Callable[[PyTree, jax.Array], tuple[jax.Array, jax.Array]]
+    network: Callable[[PyTree, jax.Array], Any]
     variables: PyTree
     image_shape: tuple[int, int, int] | None = None
     has_classes: bool = True
@@ -64,13 +64,13 @@ class Detector:
     @property
     def labels(self) -> dict[str, Any]:
         """What results say of their features."""
-        labels = {"features": self.name, "detector_hash": self.hash}
+        labels: dict[str, Any] = {"features": self.name, "detector_hash": self.hash}
         if self.is_inception:
             labels["detector_verified"] = bool(self.details["verified"])
         return labels
 
     @functools.cached_property
-    def compiled(self) -> Callable[[PyTree, jax.Array], tuple[jax.Array, jax.Array]]:
+    def compiled(self) -> Callable[..., tuple[jax.Array, jax.Array]]:
         """The network under jit."""
 
         # bfloat16 products on TPUs and TF32 ones on Ampere GPUs visibly shift a Frechet distance.
@@ -112,6 +112,18 @@ def tree_hash(tree: PyTree) -> str:
     return digest.hexdigest()[:16]
 
 
+def shape_differences(
+    found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]
+) -> str:
+    """Says how the tensors of a weights file differ from those of a network; '' if they do not."""
+    wrong = [name for name in {**wanted, **found} if found.get(name) != wanted.get(name)]
+    if not wrong:
+        return ""
+    name, more = wrong[0], f" ({len(wrong) - 1} more differences)" if len(wrong) > 1 else ""
+    expected = wanted.get(name, "no such tensor")
+    return f"{name} is {found.get(name, 'missing')}, expected {expected}{more}"
+
+
 def check_images(
     images: jax.Array | np.ndarray, shape: tuple[int, int, int] | None, name: str
 ) -> None:
@@ -131,25 +143,15 @@ def check_images(
 
 
 def rebatch(batches: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
-    """Regroups [n, ...] arrays of any n into arrays of exactly `size` rows; the last may be short.
-
-    Raises:
-        UserError: images of different shapes.
-    """
-    rest: np.ndarray | None = None
+    """Regroups [n, ...] arrays of any n into arrays of exactly `size` rows; the last may be short."""
+    rest: list[np.ndarray] = []
     for batch in batches:
-        batch = np.asarray(batch)
-        if rest is not None and batch.shape[1:] != rest.shape[1:]:
-            raise UserError(
-                f"An image has shape {batch.shape[1:]}, while those before it have "
-                f"{rest.shape[1:]}; all images of a set must have the same size."
-            )
-        rest = batch if rest is None or not len(rest) else np.concatenate([rest, batch])
-        while len(rest) >= size:
-            yield rest[:size]
-            rest = rest[size:]
-    if rest is not None and len(rest):
-        yield rest
+        whole = np.concatenate([*rest, batch])
+        ends = range(size, len(whole) + 1, size)
+        yield from (whole[end - size : end] for end in ends)
+        rest = [whole[len(ends) * size :]]
+    if rest and len(rest[0]):
+        yield rest[0]
 
 
 def extract(

@@ -1,7 +1,7 @@
 """Images to evaluate: batches of a source, and an npz of samples as a source."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -69,7 +69,7 @@ class ArraySource:
         self.images, self.labels = images, labels
         self.image_shape = tuple(images.shape[1:])
         self.num_classes = 0 if labels is None else int(labels.max()) + 1
-        self.class_names = tuple(map(str, range(self.num_classes)))
+        self.class_names: Sequence[str] = tuple(map(str, range(self.num_classes)))
 
     def __len__(self) -> int:
         return len(self.images)

@@ -19,7 +19,13 @@ from safetensors.numpy import save_file
 from lora_diffusion_jax import files
 from lora_diffusion_jax.array_types import PyTree
 from lora_diffusion_jax.errors import UserError
-from lora_diffusion_jax.evaluation.features import Detector, cache_folder, sha256_of, tree_hash
+from lora_diffusion_jax.evaluation.features import (
+    Detector,
+    cache_folder,
+    sha256_of,
+    shape_differences,
+    tree_hash,
+)
 from lora_diffusion_jax.evaluation.inception_network import (
     NUM_LOGITS,
     POOL_DIM,
@@ -194,23 +200,11 @@ def _check(path: Path, state_dict: Mapping[str, np.ndarray]) -> None:
         for name, value in state_dict.items()
         if not name.endswith("num_batches_tracked") and not name.startswith("AuxLogits.")
     }
-    missing = [name for name in wanted if name not in found]
-    extra = [f"{name} {shape}" for name, shape in found.items() if name not in wanted]
-    other = [
-        f"{name} is {found[name]} instead of {shape}"
-        for name, shape in wanted.items()
-        if found.get(name, shape) != shape
-    ]
-    problems = {
-        f"of its {len(wanted)} tensors are missing": missing,
-        "do not belong to it": extra,
-        "have other shapes": other,
-    }
-    told = [f"{len(names)} {what} ({names[0]})" for what, names in problems.items() if names]
-    if told:
+    difference = shape_differences(found, wanted)
+    if difference:
         raise UserError(
             f"{path} holds the weights of another network than the Inception of 2015-12-05: "
-            f"{'; '.join(told)}. {HOW_TO_GET_IT}"
+            f"{difference}. {HOW_TO_GET_IT}"
         )
     broken = [name for name in wanted if not np.isfinite(state_dict[name]).all()]
     if broken:

@@ -23,10 +23,8 @@ def frechet_distance(
     Directions of rounding error alone (fewer images than features) are dropped.
 
     Args:
-        mu1: mean [D] of the first set.
-        sigma1: its covariance [D, D], symmetric positive semi-definite.
-        mu2: mean [D] of the second set.
-        sigma2: its covariance [D, D].
+        mu1, mu2: means [D].
+        sigma1, sigma2: covariances [D, D], symmetric positive semi-definite.
         root2: `half_root(sigma2)`, if it is known already.
 
     Returns:

@@ -6,6 +6,7 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -45,9 +46,7 @@ def read_npz(
         ) from error
 
 
-def write_npz(
-    path: str | os.PathLike[str], arrays: dict[str, np.ndarray], advice: str = ADVICE
-) -> None:
+def write_npz(path: str | os.PathLike[str], arrays: dict[str, Any], advice: str = ADVICE) -> None:
     """Writes an npz, and its folder if missing, so that a kill leaves no partial file."""
     path = Path(path)
     with files.disk_errors(path, advice):

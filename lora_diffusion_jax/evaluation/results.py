@@ -3,11 +3,10 @@
 import functools
 import hashlib
 import json
-import math
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,21 +30,10 @@ def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def to_line(record: Record) -> str:
-    """One line of strict JSON; infinity becomes a word."""
-    return json.dumps(_plain(record))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    if isinstance(value, np.generic):
-        return _plain(value.item())
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value
+def to_line(record: Mapping[str, Any]) -> str:
+    """One line of strict JSON, which has no infinity: it becomes the word 'inf'."""
+    text = json.dumps(record, default=np.generic.item)
+    return json.dumps(json.loads(text, parse_constant=lambda word: str(float(word))))
 
 
 def seeds_text(seeds: Sequence[int]) -> str:

@@ -12,7 +12,7 @@ from lora_diffusion_jax import files
 from lora_diffusion_jax.array_types import Variables
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.evaluation import results, tables
-from lora_diffusion_jax.evaluation.collect import collect_resumable
+from lora_diffusion_jax.evaluation.collect import FeatureSet, collect_resumable
 from lora_diffusion_jax.evaluation.evaluator import Evaluator
 from lora_diffusion_jax.evaluation.features import cache_folder, tree_hash
 from lora_diffusion_jax.evaluation.results import Record
@@ -39,7 +39,8 @@ class Network(NamedTuple):
 class Run(Protocol):
     """A run's directory, or a checkpoint file, which has no steps."""
 
-    where: str
+    @property
+    def where(self) -> str: ...
 
     def steps(self) -> list[int]: ...  # of its checkpoints, in order
 
@@ -61,7 +62,8 @@ def evaluate(
     network = run.open(step)
     evaluator.check(len(repeats[0]), network.generator.image_shape, run.where)
     labels = network.labels | {"weights_hash": tree_hash(network.variables), "workdir": run.where}
-    partials, rows = [], []
+    finished: list[FeatureSet] = []
+    rows: list[list[Record]] = []
     for seeds in repeats:
         labels |= {"seeds": results.seeds_text(seeds)}
         found = collect_resumable(
@@ -73,15 +75,15 @@ def evaluate(
             keep_rows=evaluator.needs_rows,
             mesh=network.generator.mesh,
         )
-        partials.append(found.partial)
+        finished.append(found)
         rows.append([])
         for record in evaluator.records(found, labels):
             rows[-1].append(record)
             yield record
     if len(rows) > 1:
         yield from map(results.summary, zip(*rows, strict=True))
-    for partial in partials:
-        partial.remove()
+    for found in finished:
+        found.remove_partial()
 
 
 def evaluate_all(

@@ -14,7 +14,7 @@ BLOCK = 500
 class Sums(NamedTuple):
     """The sums over a stream of feature vectors [n, D]."""
 
-    count: int  # rows merged into mean and scatter
+    count: int  # type: ignore[assignment]  # rows merged into mean and scatter
     mean: np.ndarray  # float64 [D]
     scatter: np.ndarray  # float64 [D, D], sum of (x - mean)(x - mean)^T
     held: np.ndarray  # float32 [k, D], rows waiting for their block to fill

@@ -42,12 +42,13 @@ def table(runs: Runs) -> str:
 
 def best(runs: Runs) -> dict[str, Record]:
     """Returns the best result of every metric: the highest of a score, the lowest of a distance."""
-    found: dict[str, Record] = {}
-    for record in (r for results in runs.values() for r in results):
-        name = record["metric"]
-        sign = -1 if is_score(name) else 1
-        if name not in found or sign * record["value"] < sign * found[name]["value"]:
-            found[name] = record
+    records = [record for results in runs.values() for record in results]
+    found = {}
+    for name in {record["metric"] for record in records}:
+        choose = max if is_score(name) else min
+        found[name] = choose(
+            (r for r in records if r["metric"] == name), key=lambda record: record["value"]
+        )
     return found
 
 

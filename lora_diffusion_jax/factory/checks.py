@@ -81,9 +81,6 @@ def check(config: ConfigDict) -> None:
                 f"{field} is {printable(list(value))}; expected {fewest} to {most} integers from {low} "
                 f"to {high}."
             )
-    if config.sampler.name == "ablation":
-        for field, known in samplers.CHOICES.items():
-            choose(f"sampler.{field}", config.sampler[field], known)
     for field in ("sigma_data", "p_std"):
         if not config.precond[field] > 0:
             raise UserError(f"precond.{field} is {config.precond[field]}; it must be above 0.")

@@ -67,7 +67,7 @@ def _read(path: str | Path, base: str | Path | None) -> tuple[Variables, ConfigD
     if base is not None and not adapters:
         raise UserError(f"{path} is a whole network; a base ({base}) goes with adapters alone.")
     below = None
-    if adapters:
+    if adapters and base is not None:
         below = load_pretrained(base).variables
         if (found := base_hash(below)) != export.base_hash:
             raise UserError(

@@ -110,7 +110,9 @@ def read_export(path: str | Path) -> Export:
             f"{path} is a safetensors file of another program (format "
             f"{printable(metadata.get('format'))}); expected one that --mode=export wrote."
         )
-    facts = {name: metadata.get(name) for name in ("content", "weights", "base_hash")}
+    facts: dict[str, Any] = {
+        name: metadata.get(name) for name in ("content", "weights", "base_hash")
+    }
     digest = facts["base_hash"] or ""
     if facts["content"] not in ("network", "adapters") or facts["weights"] not in ("ema", "raw"):
         raise UserError(f"{path} does not say whether it holds a network or adapters, EMA or raw.")

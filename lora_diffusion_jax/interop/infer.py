@@ -40,35 +40,8 @@ _FIELDS = {  # official argument of a network -> our field
     "resample_filter": "model.resample_filter",
 }
 _REQUIRED = ("img_resolution", "in_channels")
-# Official defaults: what arguments that were not given are.
-_COMMON = {
-    "label_dim": 0,
-    "augment_dim": 0,
-    "channel_mult_emb": 4,
-    "dropout": 0.10,
-    "label_dropout": 0,
-}
-_DEFAULTS = {
-    "SongUNet": {
-        **_COMMON,
-        "model_channels": 128,
-        "channel_mult": [1, 2, 2, 2],
-        "num_blocks": 4,
-        "attn_resolutions": [16],
-        "embedding_type": "positional",
-        "channel_mult_noise": 1,
-        "encoder_type": "standard",
-        "decoder_type": "standard",
-        "resample_filter": [1, 1],
-    },
-    "DhariwalUNet": {
-        **_COMMON,
-        "model_channels": 192,
-        "channel_mult": [1, 2, 3, 4],
-        "num_blocks": 3,
-        "attn_resolutions": [32, 16, 8],
-    },
-}
+# Official class -> the network of that class here, whose defaults are the official ones.
+_NETWORKS = {"SongUNet": "ddpmpp", "DhariwalUNet": "adm"}
 
 
 def infer_config(ema: ModuleNode) -> ConfigDict:
@@ -78,11 +51,11 @@ def infer_config(ema: ModuleNode) -> ConfigDict:
         UserError: the network has a class or an option that this project does not have; it is named.
     """
     model = ema.children.get("model")
-    if ema.class_name not in _PRECONDS or model is None or model.class_name not in _DEFAULTS:
+    if ema.class_name not in _PRECONDS or model is None or model.class_name not in _NETWORKS:
         inside = printable(model.class_name) if model else "nothing"
         raise UserError(
             f"The snapshot's network is {printable(ema.class_name)} of {inside}; expected "
-            f"{', '.join(_PRECONDS)} of {' or '.join(_DEFAULTS)}."
+            f"{', '.join(_PRECONDS)} of {' or '.join(_NETWORKS)}."
         )
     _check_modules(model)
     weights = ema.state_dict()
@@ -104,16 +77,15 @@ def config_from_format_1(description: Mapping[str, Any]) -> ConfigDict:
         UserError: a value is invalid.
         KeyError, TypeError, AttributeError: the description is damaged.
     """
-    d = {**description, "in_channels": description["img_channels"]}
-    network = "DhariwalUNet" if d["model"] == "adm" else "SongUNet"
-    arguments = {k: d[k] for k in (*_REQUIRED, *_DEFAULTS[network])}
+    network = "DhariwalUNet" if description["model"] == "adm" else "SongUNet"
+    arguments = {**description, "in_channels": description["img_channels"]}
     return config_from_official(
         network,
-        arguments,
-        d["precond"],
-        d["precond_args"],
-        adapters=d["lora"],
-        use_affine=d["use_affine"],
+        {name: arguments[name] for name in _known(network)},
+        description["precond"],
+        description["precond_args"],
+        adapters=description["lora"],
+        use_affine=description["use_affine"],
     )
 
 
@@ -139,33 +111,43 @@ def config_from_official(
     Raises:
         UserError: a value has the wrong type, or an option is unknown here.
     """
-    arguments = {**_DEFAULTS[network], **arguments}
+    arguments = dict(arguments)
     if (decoder := arguments.pop("decoder_type", "standard")) != "standard":
         raise UserError(
             f"The network has decoder_type = {printable(decoder)}; only standard is known."
         )
     if adapters is None and not use_affine:
         raise UserError("No lora.mode describes a network with neither scale-and-shift nor LoRA.")
-    plain = ("positional", "standard")
-    song = (
-        "ddpmpp"
-        if (arguments.get("embedding_type"), arguments.get("encoder_type")) == plain
-        else "ncsnpp"
-    )
     config = default_config()
-    config.model.name = song if network == "SongUNet" else "adm"
+    config.model.name = _NETWORKS[network]
+    song = arguments.get("embedding_type"), arguments.get("encoder_type")
+    if "fourier" in song or "residual" in song:
+        config.model.name = "ncsnpp"
     config.precond.name = precond
     config.lora.mode = ("with_lora" if use_affine else "only_lora") if adapters else "baseline"
-    for name, value in arguments.items():
-        _assign(config, _FIELDS[name], value, name)
+    usual = _defaults(_NETWORKS[network])
+    for name in _known(network):
+        field = _FIELDS[name]
+        _assign(config, field, arguments.get(name, usual.get(field.split(".")[1])), name)
     for group, values in (("precond", constants), ("lora", adapters or {})):
         for name, value in values.items():
             _assign(config, f"{group}.{name}", value, name)
-    _clear_usual(config, "model", vars(NETWORKS[config.model.name](1, 1, 1)))
+    _clear_usual(config, "model", _defaults(config.model.name))
     _clear_usual(config, "precond", vars(PRECONDS[precond]()))
     config.class_conditional = config.data.num_classes > 0
     config.augment.p = 0.12 if config.model.augment_dim == 9 else 0.0  # the official setting
     return config
+
+
+def _defaults(network: str) -> dict[str, Any]:
+    """The settings of a network of `NETWORKS` by field, but for the sizes of its images."""
+    return vars(NETWORKS[network](None, None, None))
+
+
+def _known(network: str) -> list[str]:
+    """The official arguments of a network's constructor that are settings here."""
+    own = _defaults(_NETWORKS[network])
+    return [k for k, field in _FIELDS.items() if k in _REQUIRED or field.split(".")[1] in own]
 
 
 def _assign(config: ConfigDict, field: str, value: Any, name: str) -> None:
@@ -196,9 +178,8 @@ def _arguments(model: ModuleNode) -> dict[str, Any]:
         raise UserError(
             f"The snapshot does not record the arguments of its {model.class_name} by name."
         )
-    unknown = [
-        k for k in given if k not in (*_REQUIRED, "out_channels", *_DEFAULTS[model.class_name])
-    ]
+    ignored = ("out_channels", "decoder_type")
+    unknown = [name for name in given if name not in (*_known(model.class_name), *ignored)]
     if unknown:
         listed = ", ".join(printable(name) for name in unknown[:8])
         raise UserError(f"The snapshot's {model.class_name} was built with {listed}, unknown here.")
@@ -216,10 +197,10 @@ def _rates(model: ModuleNode) -> dict[str, Any]:
     }
     if len(rates) > 1:
         raise UserError(f"The snapshot's blocks have different dropout rates: {sorted(rates)}.")
-    found = {"dropout": rates.pop()} if rates else {}
-    for name in {"label_dropout"} & set(model.attributes):
-        found[name] = model.attributes[name]
-    return found
+    in_force = {"dropout": rates.pop()} if rates else {}
+    if "label_dropout" in model.attributes:
+        in_force["label_dropout"] = model.attributes["label_dropout"]
+    return in_force
 
 
 def _adapters(ema: ModuleNode, weights: Mapping[str, np.ndarray]) -> dict[str, Any] | None:
@@ -234,7 +215,8 @@ def _adapters(ema: ModuleNode, weights: Mapping[str, np.ndarray]) -> dict[str, A
             raise UserError(
                 f"The snapshot scales the LoRA of {printable(name)} by {printable(scale)}; here it is 1."
             )
-    head, widths = f"{sites[0]}.comp_weights", []
+    head = f"{sites[0]}.comp_weights"
+    widths: list[int] = []
     while (weight := weights.get(f"{head}.{len(widths)}.0.weight")) is not None:
         widths.append(weight.shape[0])
     last = weights.get(f"{head}.{len(widths)}.weight")

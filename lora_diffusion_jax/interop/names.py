@@ -158,7 +158,7 @@ def _expected(config: ConfigDict) -> tuple[dict[Path, Shape], dict[str, np.ndarr
     unet = getattr(denoiser.model, "module", denoiser.model)  # below the adapters
     taps = np.asarray(getattr(unet, "resample_filter", (1, 1)), np.float32)
     window = np.outer(taps, taps)[None, None] / np.square(taps.sum())
-    constants = {}
+    constants: dict[str, np.ndarray] = {}
     for stage in {".".join(path[1:4]) for path in leaves}:  # model.enc.16x16_down
         if stage.endswith(("_down", "_up")):
             constants |= dict.fromkeys(

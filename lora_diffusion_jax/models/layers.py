@@ -31,8 +31,8 @@ class Init:
         """Returns the initialiser of a kernel [..., in, out]."""
         if self.weight == 0:
             return nn.initializers.zeros
-        fan = "fan_avg" if self.mode == "xavier_uniform" else "fan_in"
-        law = "normal" if self.mode == "kaiming_normal" else "uniform"
+        fan: Literal["fan_avg", "fan_in"] = "fan_avg" if self.mode == "xavier_uniform" else "fan_in"
+        law: Literal["normal", "uniform"] = "normal" if self.mode == "kaiming_normal" else "uniform"
         return nn.initializers.variance_scaling(self.weight**2, fan, law)
 
     def bias_init(self, fan_in: int) -> nn.initializers.Initializer:

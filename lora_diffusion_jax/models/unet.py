@@ -18,6 +18,8 @@ BlockFactory = Callable[..., UNetBlock]  # (features, *, num_heads, up, down, na
 class UNet(nn.Module):
     """The settings of a U-Net, called as (x, noise_labels, class_labels, augment_labels, train).
 
+    The defaults are those of the official code, which snapshots rely on.
+
     Attributes:
         image_size: height of the images, which names the levels and places the attention.
         in_channels, out_channels: channels of the images, and of the output.
@@ -40,7 +42,7 @@ class UNet(nn.Module):
     num_classes: int = 0
     augment_dim: int = 0
     channels: int = 128
-    channel_mult: Sequence[int] = (2, 2, 2)
+    channel_mult: Sequence[int] = (1, 2, 2, 2)
     channel_mult_emb: int = 4
     num_blocks: int = 4
     attn_resolutions: Sequence[int] = (16,)
@@ -140,7 +142,8 @@ class Encoder(nn.Module):
         self, x: Float[Array, "B H W C"], emb: Float[Array, "B E"], train: bool = False
     ) -> list[Array]:
         block, dtype = self.levels.block, self.levels.dtype
-        skips, image = [], x
+        skips: list[Array] = []
+        image = x
         for name, width, heads in self.levels:
             if not skips:
                 first = width if self.first_width_mult else self.levels.channels

@@ -6,11 +6,12 @@ from pathlib import Path
 from lora_diffusion_jax import files, interop, lora, processes
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.factory.pretrained import Pretrained
+from lora_diffusion_jax.interop.export import Weights
 from lora_diffusion_jax.training import checkpoint, workdir
 
 
 def import_checkpoint(
-    source: str | os.PathLike, directory: str | os.PathLike, base: str | None = None
+    source: str | Path, directory: str | os.PathLike, base: str | None = None
 ) -> int:
     """Turns a checkpoint file into a workdir that sample, train and evaluate accept.
 
@@ -38,7 +39,7 @@ def import_checkpoint(
 
 
 def export_checkpoint(
-    run: Pretrained, out: str | os.PathLike, *, weights: str, adapters_only: bool
+    run: Pretrained, out: str | Path, *, weights: Weights, adapters_only: bool
 ) -> None:
     """Writes a run's weights as safetensors with official names, whole or the adapters alone.
 

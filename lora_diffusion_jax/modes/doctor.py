@@ -10,6 +10,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,17 +18,17 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from lora_diffusion_jax import compile_cache
+from lora_diffusion_jax import compile_cache, files
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.factory.checks import check
 from lora_diffusion_jax.factory.data import complete, open_source
-from lora_diffusion_jax.factory.networks import build_denoiser, init_variables
+from lora_diffusion_jax.factory.networks import build_denoiser, variable_shapes
 from lora_diffusion_jax.factory.pretrained import config_from_dict
 from lora_diffusion_jax.factory.training import build_mesh
 from lora_diffusion_jax.training import checkpoint, sharding, workdir
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 GIB = 2**30
+PROBE_SECONDS = 120  # a TPU that another process holds does not answer
 # Run in a child process: a flag that XLA does not know aborts the process that asks for devices.
 PROBE = """
 import json, jax
@@ -39,11 +40,11 @@ print(json.dumps({"count": len(found), "platform": found[0].platform, "memory": 
 
 def examine(config: ConfigDict | None, directory: str | None) -> int:
     """Prints a line per finding; returns 1 if there is a problem, else 0."""
-    checks = [versions, devices, memory, cache]
+    checks = [machine, devices, cache]
     if directory is not None:
         checks.append(functools.partial(run, Path(directory), may_be_new=config is not None))
     if config is not None:
-        checks.append(functools.partial(training, config, directory))
+        checks.append(functools.partial(training, config))
     problems = 0
     for findings in checks:
         try:
@@ -57,43 +58,11 @@ def examine(config: ConfigDict | None, directory: str | None) -> int:
     return min(problems, 1)
 
 
-def versions() -> Iterator[str]:
-    """Python and the packages that results depend on."""
+def machine() -> Iterator[str]:
+    """Versions that results depend on, and the host."""
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
     yield f"python {platform.python_version()} on {platform.platform()}"
-    yield ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
-
-
-@functools.cache
-def probe() -> dict[str, Any]:
-    """The devices that JAX finds: count, platform, memory (bytes); else the error."""
-    done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True)
-    if done.returncode == 0:
-        return json.loads(done.stdout.splitlines()[-1])
-    lines = [x for x in done.stderr.splitlines() if x.strip(" -") and not x.startswith("For simp")]
-    return {"error": lines[-1].rpartition("] ")[2] if lines else f"status {done.returncode}"}
-
-
-def devices() -> Iterator[str]:
-    """What JAX computes on; a problem where an accelerator is idle."""
-    found, chosen = probe(), os.environ.get("JAX_PLATFORMS", "")
-    if "error" in found:
-        advice = (
-            f"unset JAX_PLATFORMS={chosen}, or install its plugin" if chosen else "reinstall jax"
-        )
-        if "nknown flag" in found["error"]:
-            advice = "remove the flag from XLA_FLAGS"
-        raise UserError(f"JAX finds no devices ({found['error']}); {advice}.")
-    size = f", {found['memory'] / GIB:.1f} GiB each" if found["memory"] else ""
-    yield f"devices: {found['count']} x {found['platform']}{size}"
-    for kind, extra, pattern in (("gpu", "cuda13", "nvidia[0-9]*"), ("tpu", "tpu", "accel[0-9]*")):
-        if found["platform"] == "cpu" and glob.glob(f"/dev/{pattern}"):
-            advice = f'pip install -U "jax[{extra}]", or update the driver'
-            advice = f"unset JAX_PLATFORMS={chosen}" if "cpu" in chosen else advice
-            raise UserError(f"This machine has a {kind.upper()} that JAX does not use; {advice}.")
-
-
-def memory() -> Iterator[str]:
-    """Cores and memory of the host."""
+    yield ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     meminfo = Path("/proc/meminfo")
     lines = meminfo.read_text().splitlines() if meminfo.exists() else []
     free = sum(int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable"))
@@ -102,21 +71,53 @@ def memory() -> Iterator[str]:
         raise UserError("Less than 2 GiB of memory is available; stop other programs first.")
 
 
+@functools.cache
+def probe() -> dict[str, Any]:
+    """The devices that JAX finds: count, platform, memory of each (bytes); or else the error."""
+    command = [sys.executable, "-c", PROBE]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_SECONDS)
+    except subprocess.TimeoutExpired:
+        return {"error": f"no answer within {PROBE_SECONDS} s"}
+    if done.returncode == 0:
+        return json.loads(done.stdout.splitlines()[-1])
+    lines = [x for x in done.stderr.splitlines() if x.strip(" -") and not x.startswith("For simp")]
+    return {"error": lines[-1].rpartition("] ")[2] if lines else f"status {done.returncode}"}
+
+
+def devices() -> Iterator[str]:
+    """What JAX computes on; a problem where an accelerator is idle."""
+    found = probe()
+    if "error" in found:
+        advice = "Correct JAX_PLATFORMS or XLA_FLAGS, or reinstall jax."
+        raise UserError(f"JAX finds no devices ({found['error']}). {advice}")
+    size = f", {found['memory'] / GIB:.1f} GiB each" if found["memory"] else ""
+    yield f"devices: {found['count']} x {found['platform']}{size}"
+    for kind, plugin, name in (("GPU", "cuda13", "nvidia[0-9]*"), ("TPU", "tpu", "accel[0-9]*")):
+        if found["platform"] == "cpu" and glob.glob(f"/dev/{name}"):
+            raise UserError(
+                f"This machine has a {kind} that JAX does not use; unset JAX_PLATFORMS, install its "
+                f'plugin (pip install -U "jax[{plugin}]"), or update its driver.'
+            )
+
+
 def cache() -> Iterator[str]:
     """The compilation cache."""
     folder = compile_cache.cache_dir()
     yield f"compilation cache: {folder or 'off (JAX_ENABLE_COMPILATION_CACHE)'}"
-    problem = compile_cache.write_error(Path(folder)) if folder and "://" not in folder else ""
-    if problem:
-        raise UserError(f"{folder}: {problem}. Set JAX_COMPILATION_CACHE_DIR to a writable folder.")
+    if folder and "://" not in folder:
+        with files.disk_errors(folder, "Set JAX_COMPILATION_CACHE_DIR to a writable folder."):
+            compile_cache.tidy(Path(folder), compile_cache.max_bytes())
 
 
 def run(directory: Path, may_be_new: bool) -> Iterator[str]:
     """A workdir's disk, and the run in it."""
-    parent = _existing(directory)
-    yield f"workdir: {directory}, {shutil.disk_usage(parent).free / GIB:.1f} GiB free"
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(f"{parent} is not a writable folder; choose another workdir.")
+    disk = next(p for p in (directory, *directory.absolute().parents) if p.exists())
+    with files.disk_errors(disk, "Choose another workdir."), tempfile.TemporaryFile(dir=disk):
+        free = shutil.disk_usage(disk).free
+    yield f"workdir: {directory}, {free / GIB:.1f} GiB free"
+    if free < GIB:
+        raise UserError(f"Less than 1 GiB is free on the disk of {directory}; make room.")
     if may_be_new and not (directory / workdir.CONFIG).exists():
         return
     train = config_from_dict(workdir.read_config(directory)).train
@@ -128,36 +129,26 @@ def run(directory: Path, may_be_new: bool) -> Iterator[str]:
         raise UserError(f"{path} could not be read; delete it if nothing is missing.")
 
 
-def training(config: ConfigDict, directory: str | None) -> Iterator[str]:
-    """Whether a config's data can be opened, and its network fits the devices and the disk."""
+def training(config: ConfigDict) -> Iterator[str]:
+    """Whether a config's data can be opened, and its network fits the devices."""
     check(config)
     source = open_source(config)
     config = complete(config, source)
     shape = "x".join(map(str, source.image_shape))
     yield f"data: {source.title}, {len(source):,} images, {shape}, {config.data.num_classes} classes"
     if config.data.workers and shutil.disk_usage("/dev/shm").free < GIB // 4:
-        raise UserError(
-            "Data workers need 0.25 GiB of /dev/shm; enlarge it, or set data.workers=0."
-        )
-    init = functools.partial(init_variables, config, build_denoiser(config))
-    params = jax.eval_shape(init, jax.random.key(0))["params"]
-    saved = 16 * sum(leaf.size for leaf in jax.tree.leaves(params))  # float32: 2 moments, EMA
-    yield f"checkpoint: {saved / GIB:.2f} GiB"
-    if directory is not None and shutil.disk_usage(_existing(directory)).free < 2 * saved:
-        raise UserError(f"The disk of {directory} has no room for two checkpoints; free some.")
+        raise UserError("Less than 0.25 GiB is free in /dev/shm; set data.workers=0 or enlarge it.")
+    params = variable_shapes(config, build_denoiser(config))["params"]
+    size = 16 * sum(leaf.size for leaf in jax.tree.leaves(params))  # float32; EMA, two moments
+    yield f"checkpoint: {size / GIB:.2f} GiB"
     if "error" in probe():  # asking for devices here would end this process
         return
     mesh, part = build_mesh(config), config.train.microbatch or config.train.batch_size
     sharding.check_batch_size(config.train.batch_size, mesh, config.train.microbatch or None)
+    yield f"mesh: data={mesh.shape['data']}, fsdp={mesh.shape['fsdp']}, {part // mesh.size} images each"
     layout = sharding.tree_sharding(params, mesh)
     shards = jax.tree.map(lambda x, place: math.prod(place.shard_shape(x.shape)), params, layout)
-    state = 20 * sum(jax.tree.leaves(shards))  # what is saved, and gradients
-    yield f"mesh: data={mesh.shape['data']}, fsdp={mesh.shape['fsdp']}, {part // mesh.size} images each"
+    state = 20 * sum(jax.tree.leaves(shards))  # as in a checkpoint, and gradients
     yield f"state: {state / GIB:.2f} GiB per device, besides activations"
     if 0 < probe()["memory"] < 1.1 * state:
         raise UserError("The state does not fit into a device's memory; set mesh.fsdp to split it.")
-
-
-def _existing(path: str | os.PathLike) -> Path:
-    """The path, or its nearest parent that exists."""
-    return next(p for p in (Path(path), *Path(path).absolute().parents) if p.exists())

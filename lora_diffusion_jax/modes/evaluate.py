@@ -112,7 +112,7 @@ def run_ref(args: argparse.Namespace) -> None:
         save_reference(args.dest, reference)
         facts = {k: v for k, v in reference.meta.items() if k not in ("recipe", "n")}
         emit({"reference": args.dest, "n": len(source), **facts, "reference_hash": reference.hash})
-        found.partial.remove()
+        found.remove_partial()
 
 
 def run_calc(args: argparse.Namespace) -> None:
@@ -123,7 +123,7 @@ def run_calc(args: argparse.Namespace) -> None:
     found = _features_of(evaluator.detector, source, identity, evaluator.needs_rows)
     for record in evaluator.records(found, {"images": where}):
         emit(record)
-    found.partial.remove()
+    found.remove_partial()
 
 
 def run_gen(args: argparse.Namespace) -> None:
@@ -143,7 +143,7 @@ def run_all(args: argparse.Namespace) -> None:
     """Evaluates every checkpoint of a run, or of all runs below a folder; skips known results."""
     find = functools.partial(find_runs, args.workdir)
     find()  # an error now if there are none
-    repeats, run_at = repeat_seeds(args), functools.partial(_run_at, args)
+    repeats, run_at = repeat_seeds(args), lambda where: _run_at(args, where)
     evaluator = _open_evaluator(args)
     evaluator.check(len(repeats[0]), None, args.workdir)
     for record in runs.evaluate_all(
@@ -195,6 +195,7 @@ def open_images(args: argparse.Namespace, flag: str) -> tuple[Source, str, Recor
         )
     split = args.split or "train"
     try:
+        source: Source
         if path.suffix == ".npz":
             source = images.ArraySource(images.open_npz(path))
         elif is_file:

@@ -45,17 +45,17 @@ def sample(
     """
     generator = build_generator(run.config, run.denoiser, build_mesh(run.config))
     classes = choose_classes(class_id, len(seeds), generator.num_classes)
-    seeds = generate.check_seeds(seeds)
-    labels = generator.choose_labels(seeds, classes)
+    checked = generate.check_seeds(seeds)
+    labels = generator.choose_labels(checked, classes)
     out, rows = Path(out), generator.num_classes if class_id == "all" else 0
-    check_out(out, seeds, rows)
-    identity = json.dumps({**about, "of": tree_hash((run.variables, seeds, labels))})
+    check_out(out, checked, rows)
+    identity = json.dumps({**about, "of": tree_hash((run.variables, checked, labels))})
     opened: list[outputs.Output] = []  # in process 0 alone, which writes
 
     def open_output() -> str:
         with files.disk_errors(out):
             columns = len(seeds) // rows if rows else 0
-            opened.append(outputs.Output(out, seeds, labels, identity, columns))
+            opened.append(outputs.Output(out, checked, labels, identity, columns))
         return np.packbits(opened[0].done).tobytes().hex()  # short, for millions of seeds
 
     def finish() -> None:
@@ -69,8 +69,8 @@ def sample(
     if left.any():
         for batch in generator.batches(
             run.variables,
-            seeds[left],
-            labels[left] if generator.num_classes else None,
+            checked[left],
+            labels[left],
             progress=processes.is_leader(),
             between=pause_point,
         ):

@@ -156,6 +156,6 @@ def sample_grid(
 ) -> np.ndarray:
     """A uint8 picture of samples: a row per class, for up to `rows` classes, or `rows` rows."""
     rows = min(rows, generator.num_classes) if generator.num_classes else rows
-    classes = np.repeat(np.arange(rows), columns) if generator.num_classes else None
+    classes = [k for k in range(rows) for _ in range(columns)] if generator.num_classes else None
     batches = generator.batches(variables, range(rows * columns), classes, between=pause_point)
     return outputs.grid(np.concatenate([b.images for b in batches]), columns)

@@ -15,7 +15,7 @@ def place(array: np.ndarray, sharding: Sharding) -> jax.Array:
 
 def fetch(array: jax.Array) -> np.ndarray:
     """A global array with any sharding -> the whole array on the host of every process."""
-    while not array.is_ready():  # Python handles no signal while it waits inside JAX
+    while not array.is_ready():  # type: ignore[attr-defined]  # Python handles no signal while it waits inside JAX
         time.sleep(0.005)
     if array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)

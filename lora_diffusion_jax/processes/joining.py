@@ -92,7 +92,7 @@ def _join_explicitly(given: dict[str, Any], limit: float) -> None:
         # One interface is enough; by default JAX listens on all of them.
         host, port = _split(os.environ.get("JAX_COORDINATOR_BIND_ADDRESS") or address)
         try:
-            host = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4][0]
+            host = str(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4][0])
         except OSError as error:
             raise UserError(f"Process 0 cannot resolve {host!r}: {error.strerror}.") from error
         asyncio.run(check_in.lead(host, port, count, limit))

@@ -1,16 +1,16 @@
-"""The globals a snapshot may name, and what inert data each of them makes."""
+"""The allow-list: the globals a snapshot may refer to, and the inert data each of them makes."""
 
 from typing import Any
 
 import numpy as np
 
-from lora_diffusion_jax.readers.machine import Budget, Instance, Maker, Refused
+from lora_diffusion_jax.readers.machine import Budget, Corrupt, Instance, Maker, Refused
 from lora_diffusion_jax.readers.tensors import TENSORS, containers
 from lora_diffusion_jax.readers.torch_files import nested_storage
 
 PERSISTENCE_VERSION = 6  # of torch_utils.persistence, since 2021
 
-_MODULES = {  # classes saved by reference, known here by name only
+_MODULES = {  # classes pickled by reference, known here by name only
     "torch.nn.modules.container": ("ModuleDict", "ModuleList", "Sequential"),
     "torch.nn.modules.activation": ("SiLU",),
     "torch.nn.modules.conv": ("Conv1d", "Conv2d", "Conv3d"),
@@ -19,7 +19,7 @@ _MODULES = {  # classes saved by reference, known here by name only
 
 
 def snapshot_globals(budget: Budget) -> dict[tuple[str, str], Any]:
-    """(module, name) -> what stands for it; every global that is not here ends the reading."""
+    """(module, name) -> what stands for it; a file that refers to any other global is refused."""
     persistent = ("torch_utils.persistence", "_reconstruct_persistent_obj")
     return {
         **TENSORS,
@@ -40,24 +40,23 @@ def snapshot_globals(budget: Budget) -> dict[tuple[str, str], Any]:
 
 
 def _persistent_object(args: tuple) -> Instance:
-    """torch_utils.persistence: class name and state; the source text beside them is left alone."""
+    """torch_utils.persistence: class name and state; the source text beside them is ignored."""
     match args:
         case ({"type": "class", "version": int() as version, "class_name": str() as name},):
             state = args[0].get("state")
             if version != PERSISTENCE_VERSION:
                 raise Refused(
-                    f"it is in version {version} of the persistence format; "
-                    f"version {PERSISTENCE_VERSION} is understood"
+                    f"has version {version} of the persistence format; expected {PERSISTENCE_VERSION}"
                 )
             if type(state) is dict:
                 return Instance(name, state)
-    raise Refused("it is damaged: a persistent object without class or state")
+    raise Corrupt("a persistent object without class or state")
 
 
 def _module_maker(name: str) -> Any:
     def make(args: tuple) -> Instance:
         if args:
-            raise Refused(f"it is damaged: a {name} made with arguments")
+            raise Corrupt(f"a {name} made with arguments")
         return Instance(name)
 
     return make
@@ -65,7 +64,7 @@ def _module_maker(name: str) -> Any:
 
 def _empty_dict(args: tuple) -> dict:
     if args:
-        raise Refused("it is damaged: an EasyDict made with arguments")
+        raise Corrupt("an EasyDict made with arguments")
     return {}
 
 
@@ -74,7 +73,7 @@ def _encode(args: tuple) -> bytes:
     match args:
         case (str() as text, "latin1") if len(text) <= 16 and max(text, default="") <= "\xff":
             return text.encode("latin1")
-    raise Refused("it is damaged: _codecs.encode of anything but a number's bytes")
+    raise Corrupt("_codecs.encode of anything but a number's bytes")
 
 
 _NUMPY_KINDS = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1")
@@ -85,7 +84,7 @@ def _numpy_dtype(args: tuple) -> Instance:
     match args:
         case (str() as kind, *_) if kind in _NUMPY_KINDS:
             return Instance(kind)
-    raise Refused("it is damaged or foreign: a numpy type that is no plain number")
+    raise Corrupt("a numpy dtype that is not a plain number")
 
 
 def _numpy_scalar(args: tuple) -> int | float | bool:
@@ -94,4 +93,4 @@ def _numpy_scalar(args: tuple) -> int | float | bool:
         case (Instance(class_name=kind, state=(_, "<" | "|", *_)), data) if kind in _NUMPY_KINDS:
             if type(data) in (bytes, memoryview) and len(data) == int(kind[1:]):
                 return np.frombuffer(data, f"<{kind}")[0].item()
-    raise Refused("it is damaged or foreign: a numpy number that is none")
+    raise Corrupt("invalid numpy scalar")

@@ -1,10 +1,10 @@
 """A pickle machine that builds inert data: it imports nothing and calls nothing that a file names.
 
-Python's own unpickler calls what a file asks for; restricting what it finds still leaves its other
-doors (attribute access in BUILD, hashing of nested keys, allocation of declared sizes). This
-machine knows the opcodes that data needs, makes lists, dicts, strings and numbers itself, and looks
-every global up in a table that the caller gives. The work and the memory that a file can cause are
-bounded by its size and by a `Budget`.
+Python's own unpickler calls whatever a file refers to, and an allow-list of globals leaves other risks
+open: attribute access in BUILD, hashing of nested keys, allocation of declared sizes. This machine knows
+only the opcodes that data needs, makes lists, dicts, strings and numbers itself, and looks every global
+up in a table that the caller provides. A file's size and a `Budget` bound the work and the memory that
+it can cause.
 """
 
 import dataclasses
@@ -15,23 +15,30 @@ from typing import Any
 
 from lora_diffusion_jax.errors import printable
 
-MAX_INT_BYTES = 16  # the longest honest integer is PyTorch's ten-byte magic number
-MAX_KEY = 1 << 20  # integers hash to themselves: among large ones, many that collide can be chosen
+MAX_INT_BYTES = 16  # the longest legitimate integer is PyTorch's ten-byte magic number
+MAX_KEY = 1 << 20  # integers hash to themselves: large ones could be chosen to collide
 
 
 class Refused(Exception):  # noqa: N818 - a verdict on a file, not a fault of the program
     """Why a file is not read; public readers turn it into a UserError that names the file."""
 
 
+class Corrupt(Refused):
+    """A file that was damaged, or made to do harm."""
+
+    def __init__(self, reason: str):
+        super().__init__(f"is corrupt: {reason}")
+
+
 @dataclasses.dataclass
 class Budget:
-    """What reading one file may cost altogether.
+    """What reading one file may cost in total.
 
     Attributes:
-        work: opcodes, and items copied between containers. Honest snapshots need about 0.2 million.
+        work: opcodes, and items copied between containers; real snapshots need about 0.2 million.
         text: bytes of strings.
         tensors: bytes of arrays copied out of storages.
-        nested: bytes of files inside the file.
+        nested: bytes of files embedded in the file.
     """
 
     tensors: int
@@ -43,24 +50,24 @@ class Budget:
         """Takes `amount` from the budget named `what`.
 
         Raises:
-            Refused: there is not as much left.
+            Refused: less than that is left.
         """
         left = getattr(self, what) - amount
         if left < 0:
-            raise Refused(f"it asks for more {what} than a file of its size can need")
+            raise Refused(f"needs more {what} than a file of this size should")
         setattr(self, what, left)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)
 class Maker:
-    """A global that a file may call: our own function from the call's arguments to inert data."""
+    """Stands for a global that a file may call: our function from the arguments to inert data."""
 
     make: Callable[[tuple], Any]
 
 
 @dataclasses.dataclass(eq=False, repr=False, slots=True)
 class Instance:
-    """An object of a class that is known by name only, with the attributes that were saved."""
+    """An object whose class is known by name only, with the attributes that were saved."""
 
     class_name: str
     state: dict[str, Any] | tuple | None = None
@@ -77,20 +84,20 @@ class Cursor:
         """The next `count` bytes.
 
         Raises:
-            Refused: fewer are left, which is found before anything is allocated.
+            Corrupt: fewer are left; nothing is allocated before this is known.
         """
         end = self.position + count
         if end > len(self._data):
-            raise Refused(
-                f"it is truncated or damaged: {count} bytes are announced at byte {self.position}, "
-                f"but {len(self._data) - self.position} are left"
+            raise Corrupt(
+                f"{count} bytes declared at byte {self.position}, only "
+                f"{len(self._data) - self.position} left"
             )
         chunk = self._data[self.position : end]
         self.position = end
         return chunk
 
     def number(self, layout: str) -> Any:
-        """One number in the notation of `struct`."""
+        """One number, in `struct` notation."""
         return struct.unpack(layout, self.take(struct.calcsize(layout)))[0]
 
     def line(self, limit: int = 256) -> str:
@@ -98,7 +105,7 @@ class Cursor:
         text = bytes(self._data[self.position : self.position + limit])
         length = text.find(b"\n")
         if length < 0:
-            raise Refused(f"it is damaged: a name without an end at byte {self.position}")
+            raise Corrupt(f"unterminated string at byte {self.position}")
         self.position += length + 1
         return text[:length].decode("ascii")
 
@@ -112,11 +119,11 @@ class Machine:
     """Runs one pickle.
 
     Args:
-        cursor: where the pickle begins; afterwards just behind its end.
-        allowed: (module, name) -> what stands for that global: a `Maker` where calling is allowed,
-            else any inert value.
+        cursor: where the pickle begins; afterwards just after its end.
+        allowed: (module, name) -> what stands for that global: a `Maker` if it may be called, else any
+            inert value.
         budget: shared by all pickles of one file.
-        persistent: resolves persistent ids; None where the format has none.
+        persistent: resolves persistent ids; None if the format has none.
     """
 
     def __init__(
@@ -138,7 +145,7 @@ class Machine:
         """Returns what the pickle holds.
 
         Raises:
-            Refused: a forbidden global or opcode, damage, or a budget exceeded.
+            Refused: a global or opcode is not allowed, the data is corrupt, or a budget is exceeded.
         """
         while True:
             self._budget.spend("work", 1)
@@ -148,15 +155,13 @@ class Machine:
                 break
             step = _STEPS.get(code)
             if step is None:
-                raise Refused(f"it is damaged or foreign: pickle opcode {_name(code)} at byte {at}")
+                raise Corrupt(f"unexpected pickle opcode {_name(code)} at byte {at}")
             try:
                 step(self)
             except (IndexError, KeyError, UnicodeDecodeError) as error:
-                raise Refused(
-                    f"it is damaged: pickle opcode {_name(code)} at byte {at} does not fit"
-                ) from error
+                raise Corrupt(f"invalid use of pickle opcode {_name(code)} at byte {at}") from error
         if len(self._stack) != 1 or self._outer:
-            raise Refused(f"it is damaged: the pickle stops too early, at byte {at}")
+            raise Corrupt(f"the pickle stops early, at byte {at}")
         return self._stack[0]
 
     # Numbers and strings.
@@ -164,7 +169,7 @@ class Machine:
     def _push_long(self, layout: str) -> None:
         count = self._cursor.number(layout)
         if not 0 <= count <= MAX_INT_BYTES:
-            raise Refused(f"it is damaged: an integer of {count} bytes")
+            raise Corrupt(f"an integer of {count} bytes")
         self._stack.append(int.from_bytes(self._cursor.take(count), "little", signed=True))
 
     def _push_text(self, layout: str, encoding: str = "utf-8") -> None:
@@ -215,7 +220,9 @@ class Machine:
         _expect(module, str, "STACK_GLOBAL")
         _expect(name, str, "STACK_GLOBAL")
         if (module, name) not in self._allowed:
-            raise Refused(f"it asks for {printable(f'{module}.{name}')}, which data does not need")
+            raise Refused(
+                f"refers to {printable(f'{module}.{name}')}, which is not on the allow-list"
+            )
         self._stack.append(self._allowed[module, name])
 
     def _global_line(self) -> None:
@@ -233,19 +240,17 @@ class Machine:
     def _build(self) -> None:
         state = self._stack.pop()
         target = self._stack[-1]
-        if isinstance(
-            target, dict
-        ):  # attributes of an OrderedDict, such as a state_dict's versions
+        if isinstance(target, dict):  # an OrderedDict's attributes, such as a state_dict's versions
             _expect(state, dict, "BUILD")
             return
         _expect(target, Instance, "BUILD")
         if target.state is not None:
-            raise Refused("it is damaged: an object is filled twice")
+            raise Corrupt("an object is filled twice")
         target.state = state if type(state) is tuple else _expect(state, dict, "BUILD")
 
     def _persistent_id(self) -> None:
         if self._persistent is None:
-            raise Refused("it is foreign: persistent ids, which this format does not have")
+            raise Corrupt("persistent ids, which this format does not have")
         self._stack.append(self._persistent(self._stack.pop()))
 
     # The memo.
@@ -259,34 +264,29 @@ class Machine:
     def _protocol(self) -> None:
         protocol = self._cursor.number("<B")
         if not 2 <= protocol <= 5:
-            raise Refused(f"it is foreign: pickle protocol {protocol}, not 2 to 5")
+            raise Refused(f"has pickle protocol {protocol}, not 2 to 5")
 
     def _frame(self) -> None:
         length = self._cursor.number("<Q")
         if length > self._cursor.left:
-            raise Refused(
-                f"it is truncated or damaged: a frame of {length} bytes is announced, "
-                f"but {self._cursor.left} are left"
-            )
+            raise Corrupt(f"a frame of {length} bytes declared, only {self._cursor.left} left")
 
 
 def check_key(key: Any) -> Any:
-    """Returns a dict key or set member that is cheap to hash and cannot be made to collide.
+    """Returns a dict key or set member that is cheap to hash and cannot be chosen to collide.
 
     Raises:
-        Refused: any but strings, small integers, booleans and None. A tuple that holds itself
-            many times over would take exponential time to hash.
+        Corrupt: anything but strings, small integers, booleans and None. Hashing a tuple that holds
+            itself many times over would take exponential time.
     """
     if key is None or type(key) in (str, bool) or (type(key) is int and 0 <= key < MAX_KEY):
         return key
-    raise Refused(f"it is damaged or foreign: a {type(key).__name__} as a dictionary key")
+    raise Corrupt(f"a {type(key).__name__} as a dictionary key")
 
 
 def _expect(value: Any, kind: type, opcode: str) -> Any:
     if type(value) is not kind:
-        raise Refused(
-            f"it is damaged or hostile: pickle opcode {opcode} on a {type(value).__name__}"
-        )
+        raise Corrupt(f"pickle opcode {opcode} on a {type(value).__name__}")
     return value
 
 

@@ -1,9 +1,10 @@
 """Safe readers of official checkpoints: EDM snapshots (.pkl) and PyTorch files (.pt, .pth).
 
-Nothing in a file is ever executed: see `machine`. The source code that snapshots carry is ignored.
-PyTorch is not needed.
+Nothing in a file is ever executed (see `machine`): the source code in snapshots is ignored, and PyTorch
+is not needed.
 """
 
+import contextlib
 import dataclasses
 import mmap
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from lora_diffusion_jax.errors import UserError, printable
 from lora_diffusion_jax.readers.allowed import snapshot_globals
 from lora_diffusion_jax.readers.machine import (
     Budget,
+    Corrupt,
     Cursor,
     Instance,
     Machine,
@@ -31,12 +33,12 @@ SLACK = 16 << 20  # bytes that small files may take beyond their size
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class ModuleNode:
-    """A module or object of a snapshot: its class's name and what it held, all of it inert.
+    """A module or object of a snapshot, as inert data.
 
     Attributes:
         class_name: such as EDMPrecond or UNetBlock.
         attributes: plain values by name, such as `dropout`.
-        init_kwargs: keyword arguments that the object was made with; None where not recorded.
+        init_kwargs: keyword arguments of its constructor; None if they were not recorded.
         init_args: positional ones.
         params: parameters of this module itself.
         buffers: its persistent buffers.
@@ -72,8 +74,8 @@ class Snapshot:
 
     Attributes:
         ema: the network with averaged weights.
-        loss_fn: its training loss; None where absent.
-        augment_pipe: its augmentation; None without.
+        loss_fn: its training loss, if any.
+        augment_pipe: its augmentation, if any.
         dataset_kwargs: settings of the data set it was trained on.
     """
 
@@ -89,25 +91,20 @@ def read_snapshot(path: str | Path) -> Snapshot:
     Raises:
         UserError: one line that names the file and what was found in it.
     """
-    data = _map(path)
-    try:
+    expected = "an EDM network snapshot, such as network-snapshot-200000.pkl or edm-cifar10-32x32-cond-vp.pkl"
+    with _refusing(path, expected):
+        data, budget = _map(path)
         if bytes(data[:4]) == ZIP_MAGIC:
-            raise Refused(f"it is {describe(data)} (a training state has no averaged weights)")
+            raise Refused(f"is {describe(data)} (a training state has no averaged weights)")
         if bytes(data[:1]) != b"\x80":
-            raise Refused(f"it is {describe(data)}")
-        budget = Budget(tensors=2 * len(data) + SLACK, nested=len(data))
+            raise Refused(f"is {describe(data)}")
         cursor = Cursor(data)
         value = Machine(cursor, snapshot_globals(budget), budget).run()
         if type(value) is int:
-            raise Refused("it is a PyTorch file (.pt), not a network snapshot")
+            raise Refused("is a PyTorch file (.pt), not a network snapshot")
         if cursor.left:
-            raise Refused(f"{cursor.left} bytes follow its end")
+            raise Corrupt(f"{cursor.left} bytes follow its end")
         return _snapshot(value, budget)
-    except Refused as error:
-        raise UserError(
-            f"{path}: {error}. Nothing in it was run. Expected an EDM network snapshot, such as "
-            "network-snapshot-200000.pkl or edm-cifar10-32x32-cond-vp.pkl."
-        ) from None
 
 
 def read_torch_state_dict(path: str | Path, key: str | None = None) -> dict[str, np.ndarray]:
@@ -115,7 +112,7 @@ def read_torch_state_dict(path: str | Path, key: str | None = None) -> dict[str,
 
     Args:
         path: a .pt or .pth file.
-        key: the entry that holds the state_dict, where the file holds a larger dict.
+        key: the entry that holds the state_dict, if the file holds a larger dict.
 
     Returns:
         Arrays by their names, in the file's order; bfloat16 as ml_dtypes.bfloat16.
@@ -123,24 +120,28 @@ def read_torch_state_dict(path: str | Path, key: str | None = None) -> dict[str,
     Raises:
         UserError: one line that names the file and what was found in it.
     """
-    data = _map(path)
-    try:
+    expected = "a file of tensors by name, as torch.save(model.state_dict(), path) writes it"
+    with _refusing(path, expected):
+        data, budget = _map(path)
         if bytes(data[:1]) != b"\x80" and bytes(data[:4]) != ZIP_MAGIC:
-            raise Refused(f"it is {describe(data)}")
-        budget = Budget(tensors=2 * len(data) + SLACK, nested=len(data))
+            raise Refused(f"is {describe(data)}")
         value, left = read_torch(data, containers(budget), budget)
         if left:
-            raise Refused(f"{left} bytes follow its end")
+            raise Corrupt(f"{left} bytes follow its end")
         return _tensors(value, key, budget)
+
+
+@contextlib.contextmanager
+def _refusing(path: str | Path, expected: str) -> Iterator[None]:
+    """Turns Refused into a UserError that names the file and what was expected."""
+    try:
+        yield
     except Refused as error:
-        raise UserError(
-            f"{path}: {error}. Nothing in it was run. Expected a file of tensors by name, as "
-            "torch.save(model.state_dict(), path) writes it."
-        ) from None
+        raise UserError(f"{path} {error}. Nothing in it was run. Expected {expected}.") from None
 
 
 def describe(data: memoryview | bytes) -> str:
-    """What a file that is no checkpoint seems to be, for error messages."""
+    """What a file that is not a checkpoint seems to be, for error messages."""
     head = bytes(data[:4096])
     if not head:
         return "an empty file"
@@ -160,31 +161,32 @@ def describe(data: memoryview | bytes) -> str:
         return f"a file of another kind, which begins with the bytes {head[:8].hex(' ')}"
 
 
-def _map(path: str | Path) -> memoryview:
-    """The file's bytes, mapped rather than read; freed with the last view of them."""
+def _map(path: str | Path) -> tuple[memoryview, Budget]:
+    """The file's bytes, mapped rather than read, and what reading them may cost."""
     path = Path(path)
     if not path.is_file():
         found = "is a directory or device" if path.exists() else "does not exist"
         raise UserError(f"{path} {found}; expected a checkpoint file.")
+    data = memoryview(b"")
     try:
         with path.open("rb") as file:
-            if not path.stat().st_size:
-                return memoryview(b"")
-            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            if path.stat().st_size:
+                data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
+    return data, Budget(tensors=2 * len(data) + SLACK, nested=len(data))
 
 
 def _tensors(value: Any, key: str | None, budget: Budget) -> dict[str, np.ndarray]:
     if type(value) is not dict:
-        raise Refused(f"it holds a {type(value).__name__}, not a dict of tensors")
+        raise Refused(f"holds a {type(value).__name__}, not a dict of tensors")
     if key is not None:
         if type(value.get(key)) is not dict:
-            raise Refused(f"it has no dict named {key!r}; it has {_names(value)}")
+            raise Refused(f"has no dict named {key!r}, but {_names(value)}")
         value = value[key]
     others = [name for name, item in value.items() if type(item) is not Tensor]
     if others or not all(type(name) is str for name in value):
-        raise Refused(f"it holds more than tensors: {_names(value)}")
+        raise Refused(f"holds more than tensors: {_names(value)}")
     return {name: tensor.array(budget) for name, tensor in value.items()}
 
 
@@ -193,22 +195,20 @@ def _names(value: dict) -> str:
     return ", ".join(names) + (", ..." if len(value) > 6 else "") if names else "nothing"
 
 
-# From the raw tree to modules.
-
-
 def _snapshot(value: Any, budget: Budget) -> Snapshot:
     if type(value) is not dict:
-        raise Refused(f"it holds a {type(value).__name__}, not a snapshot's dict")
+        raise Refused(f"holds a {type(value).__name__}, not a snapshot's dict")
     if type(value.get("ema")) is not Instance:
-        raise Refused(f"it holds no network under 'ema', but {_names(value)}")
+        raise Refused(f"holds no network under 'ema', but {_names(value)}")
     modules = _Modules(budget)
     kwargs = value.get("dataset_kwargs") or {}
     if type(kwargs) is not dict:
-        raise Refused("it is damaged: dataset_kwargs that is no dict")
+        raise Corrupt("dataset_kwargs is not a dict")
     return Snapshot(
         modules.convert(value["ema"]),
-        *(modules.optional(value.get(name)) for name in ("loss_fn", "augment_pipe")),
-        dataset_kwargs=kwargs,
+        modules.optional(value.get("loss_fn")),
+        modules.optional(value.get("augment_pipe")),
+        kwargs,
     )
 
 
@@ -224,13 +224,13 @@ class _Modules:
 
     def convert(self, value: Any, depth: int = 0) -> ModuleNode:
         if type(value) is not Instance:
-            raise Refused(f"it is damaged: a {type(value).__name__} in the place of a module")
+            raise Corrupt(f"a {type(value).__name__} in the place of a module")
         self._left -= 1
         if depth > MAX_DEPTH or self._left < 0:
-            raise Refused("it is damaged or hostile: modules that contain themselves, or too many")
+            raise Corrupt("modules that contain themselves, or too many")
         state = value.state or {}
         if type(state) is not dict:
-            raise Refused(f"it is damaged: a {printable(value.class_name)} whose state is no dict")
+            raise Corrupt(f"a {printable(value.class_name)} whose state is not a dict")
         hidden = self._names(state.get("_non_persistent_buffers_set") or set())
         children = self._items(state, "_modules")
         kwargs, args = state.get("_init_kwargs"), state.get("_init_args")
@@ -254,13 +254,13 @@ class _Modules:
         """Entries of a module's registry, whose names must make unambiguous paths."""
         items = state.get(field) or {}
         if type(items) is not dict:
-            raise Refused(f"it is damaged: {field} that is no dict")
+            raise Corrupt(f"{field} is not a dict")
         self._names(items)
         return items
 
     def _names(self, names: Any) -> Any:
         if any(type(name) is not str or not name or "." in name for name in names):
-            raise Refused("it is damaged: a module or tensor without a proper name")
+            raise Corrupt("a module or tensor without a valid name")
         return names
 
     def _arrays(self, items: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -269,8 +269,6 @@ class _Modules:
             if item is None:
                 continue
             if type(item) is not Tensor:
-                raise Refused(
-                    f"it is damaged: {printable(name)} is a {type(item).__name__}, not a tensor"
-                )
+                raise Corrupt(f"{printable(name)} is a {type(item).__name__}, not a tensor")
             arrays[name] = item.array(self._budget)
         return arrays

@@ -8,21 +8,28 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from lora_diffusion_jax.readers.machine import Budget, Instance, Maker, Refused, check_key
+from lora_diffusion_jax.readers.machine import (
+    Budget,
+    Corrupt,
+    Instance,
+    Maker,
+    Refused,
+    check_key,
+)
 
 MAX_DIMS = 8
 
-_DTYPES = {
-    "Float": np.dtype("<f4"),
-    "Double": np.dtype("<f8"),
-    "Half": np.dtype("<f2"),
-    "BFloat16": np.dtype(ml_dtypes.bfloat16),
-    "Long": np.dtype("<i8"),
-    "Int": np.dtype("<i4"),
-    "Short": np.dtype("<i2"),
-    "Char": np.dtype("i1"),
-    "Byte": np.dtype("u1"),
-    "Bool": np.dtype("?"),
+_DTYPES = {  # name of a storage class -> name of the dtype in torch, and here
+    "Float": ("float32", np.dtype("<f4")),
+    "Double": ("float64", np.dtype("<f8")),
+    "Half": ("float16", np.dtype("<f2")),
+    "BFloat16": ("bfloat16", np.dtype(ml_dtypes.bfloat16)),
+    "Long": ("int64", np.dtype("<i8")),
+    "Int": ("int32", np.dtype("<i4")),
+    "Short": ("int16", np.dtype("<i2")),
+    "Char": ("int8", np.dtype("i1")),
+    "Byte": ("uint8", np.dtype("u1")),
+    "Bool": ("bool", np.dtype("?")),
 }
 
 
@@ -35,7 +42,7 @@ class StorageType:
 
 @dataclasses.dataclass(eq=False, repr=False, slots=True)
 class Storage:
-    """A run of elements that tensors are windows into; legacy files bring the bytes at the end."""
+    """A run of elements that tensors are windows into; in legacy files its bytes follow at the end."""
 
     dtype: np.dtype
     count: int
@@ -49,7 +56,7 @@ class Storage:
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False, slots=True)
 class Tensor:
-    """A window into a storage, known to lie within it; offset and strides in elements."""
+    """A window into a storage, checked to lie within it; offset and strides in elements."""
 
     storage: Storage
     dtype: np.dtype
@@ -61,12 +68,12 @@ class Tensor:
         """Returns a contiguous copy.
 
         Raises:
-            Refused: the file holds too few bytes for all the tensors that it declares (many windows
-                into one storage, or strides of zero, repeat elements).
+            Refused: the file is too small for all the tensors that it declares: windows into one
+                storage, or strides of zero, may repeat elements without end.
         """
         size = self.dtype.itemsize
         budget.spend("tensors", size * math.prod(max(n, 1) for n in self.shape))
-        flat = np.frombuffer(self.storage.data, np.uint8)[self.offset * size :]
+        flat = np.frombuffer(self.storage.data or b"", np.uint8)[self.offset * size :]
         flat = flat[: flat.size // size * size].view(self.dtype)
         if 0 in self.shape:
             return np.empty(self.shape, self.dtype)
@@ -82,20 +89,15 @@ def _rebuild_tensor(args: tuple) -> Tensor:
             dtypes = [value.dtype for value in rest if type(value) is StorageType]
             dtype = dtypes[0] if dtypes else storage.dtype
         case _:
-            raise Refused("it is damaged: a tensor without storage, shape or strides")
+            raise Corrupt("a tensor without storage, shape or strides")
     if any(type(value) is dict and value for value in rest):
-        raise Refused(
-            "it holds a tensor with hooks, or a conjugate or negative view; save plain ones"
-        )
+        raise Refused("holds a tensor with hooks, or a conjugate or negative view; save plain ones")
     extent = _numbers(shape), _numbers(strides)
     if not all(extent) or len(shape) != len(strides) or len(shape) > MAX_DIMS or offset < 0:
-        raise Refused("it is damaged: a tensor of impossible shape or strides")
+        raise Corrupt("a tensor of impossible shape or strides")
     last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
     if 0 not in shape and (last + 1) * dtype.itemsize > storage.nbytes:
-        raise Refused(
-            f"it is damaged: a tensor of shape {shape} that reaches beyond its storage "
-            f"of {storage.count} elements"
-        )
+        raise Corrupt(f"a tensor of shape {shape} beyond its storage of {storage.count} elements")
     return Tensor(storage, dtype, offset, shape, strides)
 
 
@@ -107,7 +109,7 @@ def _rebuild_parameter(args: tuple) -> Tensor:
     match args:
         case (Tensor() as tensor, *_):
             return tensor
-    raise Refused("it is damaged: a parameter without a tensor")
+    raise Corrupt("a parameter without a tensor")
 
 
 def _ordered_dict(budget: Budget) -> Callable[[tuple], dict]:
@@ -120,7 +122,7 @@ def _ordered_dict(budget: Budget) -> Callable[[tuple], dict]:
             case (list() as pairs,) if all(type(p) in (list, tuple) and len(p) == 2 for p in pairs):
                 budget.spend("work", len(pairs))
                 return {check_key(key): value for key, value in pairs}
-        raise Refused("it is damaged: an OrderedDict that is none")
+        raise Corrupt("invalid OrderedDict")
 
     return make
 
@@ -131,7 +133,7 @@ def _set(budget: Budget) -> Callable[[tuple], set]:
             case (list() as items,):
                 budget.spend("work", len(items))
                 return set(map(check_key, items))
-        raise Refused("it is damaged: a set that is none")
+        raise Corrupt("invalid set")
 
     return make
 
@@ -140,7 +142,7 @@ def _size(args: tuple) -> tuple:
     match args:
         case (tuple() as sizes,):
             return sizes
-    raise Refused("it is damaged: a torch.Size that is none")
+    raise Corrupt("invalid torch.Size")
 
 
 def containers(budget: Budget) -> dict[tuple[str, str], Maker]:
@@ -153,33 +155,17 @@ def containers(budget: Budget) -> dict[tuple[str, str], Maker]:
 
 
 STORAGES: dict[tuple[str, str], Any] = {
-    **{
-        (module, f"{name}Storage"): StorageType(dtype)
-        for module in ("torch", "torch.cuda", "torch.storage")
-        for name, dtype in {
-            **_DTYPES,
-            "Untyped": _DTYPES["Byte"],
-            "_Untyped": _DTYPES["Byte"],
-        }.items()
-    },
+    (module, f"{kind}Storage"): StorageType(dtype)
+    for module in ("torch", "torch.cuda", "torch.storage")
+    for kind, (_, dtype) in {
+        **_DTYPES,
+        "Untyped": _DTYPES["Byte"],
+        "_Untyped": _DTYPES["Byte"],
+    }.items()
 }
 TENSORS: dict[tuple[str, str], Any] = {
     **STORAGES,
-    **{
-        ("torch", name): StorageType(_DTYPES[kind])
-        for name, kind in {
-            "float32": "Float",
-            "float64": "Double",
-            "float16": "Half",
-            "bfloat16": "BFloat16",
-            "int64": "Long",
-            "int32": "Int",
-            "int16": "Short",
-            "int8": "Char",
-            "uint8": "Byte",
-            "bool": "Bool",
-        }.items()
-    },
+    **{("torch", name): StorageType(dtype) for name, dtype in _DTYPES.values()},
     ("torch._utils", "_rebuild_tensor"): Maker(_rebuild_tensor),
     ("torch._utils", "_rebuild_tensor_v2"): Maker(_rebuild_tensor),
     ("torch._utils", "_rebuild_tensor_v3"): Maker(_rebuild_tensor),

@@ -168,9 +168,10 @@ def _read_newest(
     directory: Path, steps: Sequence[int], like: Parts | None
 ) -> tuple[int, dict[str, PyTree], list[int]]:
     """(step, its parts, the newer steps that cannot be read); see `_read` for `like`."""
-    unreadable = []
+    unreadable: list[int] = []
     for step in reversed(steps):
-        parts = error = None
+        parts: dict[str, PyTree] = {}
+        error = None
         try:
             parts = _read(directory / str(step), like)
         except UserError:
@@ -217,8 +218,7 @@ def _check_fit(like: PyTree, saved: PyTree, path: Path) -> None:
     )
     wrong = [
         f"  {name}: {there.get(name, 'absent')} saved, {here.get(name, 'absent')} wanted"
-        for name in sorted(here.keys() | there.keys())
-        if here.get(name) != there.get(name)
+        for name in sorted(dict(here.items() ^ there.items()))
     ]
     if wrong:
         raise UserError(
@@ -234,8 +234,8 @@ def _set_aside(directory: Path, unreadable: Sequence[int]) -> None:
     def rename() -> None:
         with files.disk_errors(directory):
             for step in unreadable:
-                names = itertools.chain([""], map("-{}".format, itertools.count(2)))
-                targets = (directory / f"unreadable-{step}{name}" for name in names)
+                suffixes = (f"-{n}" if n > 1 else "" for n in itertools.count(1))
+                targets = (directory / f"unreadable-{step}{suffix}" for suffix in suffixes)
                 (directory / str(step)).rename(next(t for t in targets if not t.exists()))
 
     processes.from_leader("setting unreadable checkpoints aside", rename)
@@ -297,8 +297,8 @@ def to_parts(state: TrainState, metrics: PyTree) -> dict[str, PyTree]:
 
 def from_parts(parts: Parts, state: TrainState, metrics: PyTree) -> tuple[TrainState, PyTree]:
     """The inverse of `to_parts`; what `parts` lacks is taken from the state and metrics given."""
-    present = {**flax.serialization.to_state_dict(state)}
-    present |= parts.get("weights", {}) | parts.get("optimizer", {})
+    present = flax.serialization.to_state_dict(state)
+    present = present | parts.get("weights", {}) | parts.get("optimizer", {})
     if "interval" in parts:
         metrics = flax.serialization.from_state_dict(metrics, parts["interval"])
     return flax.serialization.from_state_dict(state, present), metrics

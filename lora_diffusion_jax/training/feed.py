@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from lora_diffusion_jax.training.sharding import local_rows, put_batch, put_replicated
+from lora_diffusion_jax.training.sharding import batch_sharding, local_rows, put_replicated
 
 DEVICE_BYTES = 2**30  # the largest data set that every device holds whole
 
@@ -84,7 +84,7 @@ class Feed:
         self.waited = 0.0
         self.data: Held | dict = {}
         self._iterator = None
-        self._no_signal = put_signal(0, mesh)
+        self._no_signal = self._put_signal(0)
         if batches.images is not None and batches.images.nbytes <= DEVICE_BYTES:
             self.data = put_replicated(Held.of(batches.images, batches.labels), mesh)
         else:
@@ -104,17 +104,15 @@ class Feed:
             rows = {"index": self.batches.indices(self.step)}
         else:
             rows = next(self._iterator)
-        item = put_batch(rows, self.mesh)
-        item["signal"] = put_signal(signal, self.mesh) if signal else self._no_signal
+        item = jax.make_array_from_process_local_data(batch_sharding(self.mesh), dict(rows))
+        item["signal"] = self._put_signal(signal) if signal else self._no_signal
         self.step += 1
         self.waited += time.perf_counter() - start
         return item
 
-
-def put_signal(signal: int, mesh: Mesh) -> jax.Array:
-    """An array int32 [devices] that holds the signal in the places of this process's devices."""
-    rows = np.full(local_rows(mesh.size, mesh).shape, signal, np.int32)
-    return put_batch({"signal": rows}, mesh)["signal"]
+    def _put_signal(self, signal: int) -> jax.Array:
+        here = np.full(local_rows(self.mesh.size, self.mesh).shape, signal, np.int32)
+        return jax.make_array_from_process_local_data(batch_sharding(self.mesh), here)
 
 
 def take(data: Held | Mapping, item: Mapping[str, jax.Array]) -> dict[str, jax.Array]:

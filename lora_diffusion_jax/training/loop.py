@@ -71,8 +71,8 @@ class Cadence:
 
     def due(self, step: int, batch_size: int) -> set[str]:
         """The events after a number of steps: log, checkpoint, samples, eval; all after the last."""
-        every = dict(log=self.log_every, checkpoint=self.checkpoint_every)
-        every |= dict(samples=self.sample_every, eval=self.eval_every)
+        every = {"log": self.log_every, "checkpoint": self.checkpoint_every}
+        every |= {"samples": self.sample_every, "eval": self.eval_every}
         images, last = step * batch_size, step == self.steps(batch_size)
         return {
             event
@@ -153,6 +153,7 @@ def train(
         if step >= total or stopped_by is not None:
             return Result(state, step, stopped_by)
 
+        # Outside of Interrupts: a signal while the step compiles ends the program at once.
         key = jax.jit(lambda: purpose_key(seed, TRAIN), out_shardings=replicated(mesh))()
         item, began = feed.next(), time.perf_counter()
         lowered = jit_step(step_fn, state, mesh).lower(state, interval, feed.data, item, key)
@@ -161,8 +162,8 @@ def train(
         clock.lap(step)
         with Interrupts() as interrupts:
             while True:
-                checkpoints.check()
-                with jax.transfer_guard("disallow"):
+                checkpoints.check()  # a full disk ends the run here, not at the next checkpoint
+                with jax.transfer_guard("disallow"):  # a hidden transfer would stall every step
                     state, interval, status = compiled(state, interval, feed.data, item, key)
                 step += 1
                 flight.add(step, status)
@@ -178,9 +179,9 @@ def train(
                     break
                 item = feed.next(interrupts.received)
             flight.land()
-            checkpoints.save(step, to_parts(state, interval))
+            checkpoints.save(step, to_parts(state, interval))  # unless that was due anyway
             checkpoints.wait()
-            processes.barrier("the last checkpoint")
+            processes.barrier("the last checkpoint")  # all write their part before any exits
         if stopped_by is not None:
             name = signal.Signals(stopped_by).name
             log(f"stopped by {name} after step {step:,}; rerun the same command to resume")
@@ -255,11 +256,11 @@ class Flight:
             self.seen = self.seen or int(number) or None
             if halted:
                 saved, workdir = self.checkpoints.latest_step(), self.checkpoints.directory.parent
+                start = "" if saved is None else f" and init_from={workdir}, of step {saved}"
                 raise DivergedError(
                     f"The loss was NaN or infinite in {int(bad_in_row)} steps in a row, from step "
-                    f"{step - int(bad_in_row) + 1} to {step}. These steps changed nothing; the last "
-                    f"checkpoint is {'missing' if saved is None else f'of step {saved}'}. Lower "
-                    f"train.learning_rate, in a new workdir with init_from={workdir}."
+                    f"{step - int(bad_in_row) + 1} to {step}. These steps changed nothing. Train in "
+                    f"another workdir, with a lower train.learning_rate{start}."
                 )
             self.progress.update(step * self.batch_size, loss)
 
@@ -278,12 +279,8 @@ class Callbacks:
 
     def catch_up(self, due: set[str], state: TrainState, step: int) -> int | None:
         """Runs those that a killed run left undone; returns a signal that came meanwhile."""
-        directory = self.writer.path.parent
         with Interrupts() as interrupts:
-            done = processes.from_leader(
-                "reading which callbacks are done",
-                lambda: sorted(writers.callbacks_done(directory, step)),
-            )
+            done = processes.from_leader("listing callbacks", lambda: sorted(self.writer.done))
             stopped_by = self.run(due - set(done), state, step, interrupts)
             with contextlib.suppress(Interrupted):  # since the last callback, or without any
                 pause_point()
@@ -347,9 +344,8 @@ def _begin(
     """(step, state, metrics of the interval) from the newest checkpoint, or from `init`."""
     shapes = jax.eval_shape(init if callable(init) else lambda: init)
     layout, interval = tree_sharding(shapes, mesh), empty_metrics(mesh)
-    like = jax.tree.map(_with_sharding, shapes, layout)
-    wanted = jax.tree.map(lambda array: _with_sharding(array, array.sharding), interval)
-    found = checkpoints.restore(to_parts(like, wanted))
+    like = jax.tree.map(lambda shape, where: shape.update(sharding=where), shapes, layout)
+    found = checkpoints.restore(to_parts(like, interval))
     if found is not None and "optimizer" in found[1]:
         log(f"resuming from the checkpoint of step {found[0]:,}")
         return found[0], *from_parts(found[1], like, interval)
@@ -362,10 +358,6 @@ def _begin(
         state, _ = from_parts(found[1], state, interval)
         log(f"starting from the weights of checkpoint {found[0]}")
     return 0, state, interval
-
-
-def _with_sharding(array: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
 
 
 def _write_overview(directory: Path, state: TrainState) -> None:
@@ -414,15 +406,15 @@ def _log(
     values = to_scalars(interval) | clock.lap(step)
     values |= {"train/nonfinite_grads": float(bad), "train/skipped_steps": float(skipped)}
     writer.write(step, values)
-    parts = [f"step {step:,}", f"{step * writer.batch_size:,} img"]
-    if "train/loss" in values:
-        parts.append(f"loss {values['train/loss']:.4f}")
-    parts.append(f"{values['perf/images_per_sec']:.1f} img/s")
-    if "perf/tflops_per_sec" in values:
-        parts.append(f"{values['perf/tflops_per_sec']:.3f} TFLOP/s")
-    if skipped:
-        parts.append(f"{skipped} steps skipped")
-    log(" | ".join([*parts, f"{writers.duration(values['perf/eta_sec'])} left"]))
+    shown = {
+        "loss {:.4f}": values.get("train/loss"),
+        "{:.1f} img/s": values["perf/images_per_sec"],
+        "{:.3f} TFLOP/s": values.get("perf/tflops_per_sec"),
+        "{} steps skipped": int(skipped) or None,
+        "{} left": writers.duration(values["perf/eta_sec"]),
+    }
+    known = [text.format(value) for text, value in shown.items() if value is not None]
+    log(" | ".join([f"step {step:,}", f"{step * writer.batch_size:,} img", *known]))
 
 
 def _memory() -> dict[str, float]:

@@ -1,6 +1,6 @@
-"""The mesh (data, fsdp), the layout of arrays on it, and the transfer of host batches to it."""
+"""The mesh (data, fsdp), and the layout of arrays on it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -29,18 +29,13 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | Non
         UserError: data * fsdp is not the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
-    count = len(devices)
-    if fsdp < 1 or data == 0 or data < -1:
-        raise UserError(
-            f"mesh.data={data}, mesh.fsdp={fsdp}: give sizes of at least 1, or data=-1."
-        )
-    if data == -1 and count % fsdp == 0:
+    count, asked = len(devices), f"data={data} x fsdp={fsdp}"
+    if data == -1 and fsdp > 0:
         data = count // fsdp
-    if data * fsdp != count:
+    if min(data, fsdp) < 1 or data * fsdp != count:
         raise UserError(
-            f"The mesh asks for data={data} x fsdp={fsdp} devices, but there are {count} "
-            f"({devices[0].platform}). Choose sizes whose product is {count}, or data=-1 and an "
-            "fsdp that divides it."
+            f"The mesh asks for {asked} devices, but there are {count} ({devices[0].platform}). "
+            f"Choose sizes whose product is {count}, or data=-1 and an fsdp that divides it."
         )
     return jax.make_mesh((data, fsdp), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
 
@@ -120,11 +115,6 @@ def local_rows(batch_size: int, mesh: Mesh) -> Int[np.ndarray, " local"]:
     places = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
     rows = [np.arange(batch_size)[place] for place in places.values()]
     return np.unique(np.concatenate(rows))
-
-
-def put_batch(local: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Arrays of this process's rows (`local_rows`) -> global arrays, split over all devices."""
-    return jax.make_array_from_process_local_data(batch_sharding(mesh), dict(local))
 
 
 def put_replicated(tree: PyTree, mesh: Mesh) -> PyTree:

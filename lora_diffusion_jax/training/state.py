@@ -58,14 +58,8 @@ def create_state(
         trainable: path of a parameter, like 'model/enc/qkv/lora/down/kernel' -> is it trained.
 
     Raises:
-        UserError: nothing is trained; a collection that training cannot keep.
+        UserError: nothing is trained.
     """
-    unknown = set(variables) - {"params", "buffers"}
-    if unknown:
-        raise UserError(
-            f"The network has variables {sorted(unknown)}; training keeps 'params' and 'buffers' "
-            "only. Move them to 'buffers' if they are constants."
-        )
     params, frozen = split(variables["params"], trainable)
     if not jax.tree.leaves(params):
         raise UserError("No parameter is trained; check train.freeze_base and lora.mode.")

@@ -27,8 +27,6 @@ from lora_diffusion_jax.training.state import TrainState, assemble
 
 Batch = Mapping[str, Array]  # 'image' uint8 or [-1, 1] float [B, H, W, C]; 'label' ids or float
 StepFn = Callable[[TrainState, Batch, Key], tuple[TrainState, TrainMetrics]]
-# Fields of the state that a skipped step leaves alone
-UPDATED = ("params", "opt_state", "ema", "nonfinite_grads")
 NORMS = ("grad_norm", "lora_grad_norm", "update_norm", "param_norm")
 # (params, part of a batch) -> (gradient, loss per image)
 Gradient = Callable[[PyTree, PyTree], tuple[PyTree, Float[Array, " b"]]]
@@ -97,10 +95,13 @@ def make_train_step(
 
         def loss(params: PyTree, part: PyTree) -> tuple[Float[Array, ""], Float[Array, " B"]]:
             variables = gathered(assemble(params, state.frozen, state.buffers), mesh)
-            pixels = objective.loss(variables, *part, True)
+            images, labels, draws = part
+            pixels = objective.loss(variables, images, labels, draws, True)
             per_image = pixels.mean(axis=(1, 2, 3), dtype=jnp.float32)
             return pixels.astype(jnp.float32).sum() / batch_size, per_image
 
+        # The draws are made for the whole batch before it is cut: the size of the parts must not
+        # change what is learned.
         gradient, whole = jax.grad(loss, has_aux=True), (images, labels, draws)
         if chunks == 1:
             grads, image_loss = gradient(state.params, whole)
@@ -108,21 +109,19 @@ def make_train_step(
             grads, image_loss = accumulate(gradient, state.params, whole, chunks, unroll)
         good = jnp.isfinite(image_loss.mean()) & ~state.halted
 
-        def update() -> tuple[dict[str, PyTree], dict[str, Array]]:
+        def update() -> tuple[tuple, dict[str, Array], Array]:
             finite = clean(grads)
             updates, opt_state = optimizer.update(finite, state.opt_state, state.params, seen)
             params = optax.apply_updates(state.params, updates)
             average = ema.update(state.ema, params, seen, batch_size)
-            replaced = state.nonfinite_grads + count_nonfinite(grads)
-            after = dict(zip(UPDATED, (params, opt_state, average, replaced), strict=True))
-            return after, norms(finite, updates, params)
+            return (params, opt_state, average), norms(finite, updates, params), nonfinite(grads)
 
-        def skip() -> tuple[dict[str, PyTree], dict[str, Array]]:
+        def skip() -> tuple[tuple, dict[str, Array], Array]:
             unknown = dict.fromkeys(NORMS, jnp.float32(0))  # masked below
-            return {name: getattr(state, name) for name in UPDATED}, unknown
+            return (state.params, state.opt_state, state.ema), unknown, jnp.float32(0)
 
-        # Two branches rather than a choice per array: XLA then makes half as many kernels.
-        after, measured = jax.lax.cond(good, update, skip)
+        # Two branches rather than a choice per array: XLA then generates half as many kernels.
+        (params, opt_state, average), measured, replaced = jax.lax.cond(good, update, skip)
         bad_in_row = jnp.where(good, 0, state.bad_in_row + ~state.halted)
         scalars = {**measured, "loss": image_loss.mean(), "learning_rate": optimizer.rate(seen)}
         metrics = TrainMetrics.single_from_model_output(
@@ -132,8 +131,11 @@ def make_train_step(
             **{name: value[None] for name, value in scalars.items()},
         )
         return state.replace(
-            **after,
             step=state.step + 1,
+            params=params,
+            opt_state=opt_state,
+            ema=average,
+            nonfinite_grads=state.nonfinite_grads + replaced,
             skipped_steps=state.skipped_steps + ~good,
             bad_in_row=bad_in_row,
             halted=bad_in_row >= max_bad_steps,
@@ -198,7 +200,7 @@ def clean(grads: PyTree) -> PyTree:
     return jax.tree.map(lambda g: jnp.nan_to_num(g, nan=0.0, posinf=1e5, neginf=-1e5), grads)
 
 
-def count_nonfinite(grads: PyTree) -> Float[Array, ""]:
+def nonfinite(grads: PyTree) -> Float[Array, ""]:
     """The number of entries that are NaN or infinite."""
     counts = [jnp.sum(~jnp.isfinite(g), dtype=jnp.float32) for g in jax.tree.leaves(grads)]
     return jnp.stack(counts).sum()
@@ -209,6 +211,6 @@ def norms(grads: PyTree, updates: PyTree, params: PyTree) -> dict[str, Float[Arr
     adapters, _ = split(grads, is_adapter)
     trees = dict(zip(NORMS, (grads, adapters, updates, params), strict=True))
     values = {name: optax.tree.norm(tree) for name, tree in trees.items()}
-    return (
-        values if jax.tree.leaves(adapters) else {**values, "lora_grad_norm": jnp.float32(jnp.nan)}
-    )
+    if not jax.tree.leaves(adapters):
+        values["lora_grad_norm"] = jnp.float32(jnp.nan)
+    return values

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from flax import traverse_util
 
 from lora_diffusion_jax import files, processes
 from lora_diffusion_jax.errors import UserError
@@ -45,34 +46,26 @@ def open_workdir(
         def create_and_lock() -> None:
             with files.disk_errors(directory):
                 directory.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(_lock(directory))
+            now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+            lock = files.Lock(
+                directory / LOCK,
+                taken=f"Another run is using {directory} ({{holder}}). Wait for it or stop it, or "
+                "choose another workdir.",
+                holder=f"process {os.getpid()} on {socket.gethostname()} since {now}",
+            )
+            stack.enter_context(lock)
 
         processes.from_leader("opening the workdir", create_and_lock)
-        if not _appears(directory):
+        deadline = time.monotonic() + 60  # NFS may cache for a while that it was missing
+        while not directory.is_dir() and time.monotonic() < deadline:
+            time.sleep(0.5)
+        if not directory.is_dir():
             raise UserError(
                 f"{directory}, which process 0 created, is not visible to process "
                 f"{jax.process_index()}. Choose a workdir that all processes share."
             )
         reconcile_config(directory, config, may_change)
         yield directory
-
-
-def _lock(directory: Path) -> files.Lock:
-    now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-    return files.Lock(
-        directory / LOCK,
-        taken=f"Another run is using {directory} ({{holder}}). Wait for it or stop it, or choose "
-        "another workdir.",
-        holder=f"process {os.getpid()} on {socket.gethostname()} since {now}",
-    )
-
-
-def _appears(directory: Path, limit: float = 60.0) -> bool:
-    """Waits for a directory that another machine created: NFS may cache for a while that it was missing."""
-    deadline = time.monotonic() + limit
-    while not directory.is_dir() and time.monotonic() < deadline:
-        time.sleep(0.5)
-    return directory.is_dir()
 
 
 def reconcile_config(
@@ -120,7 +113,10 @@ def differences(
         Two dictionaries, of the fields that may not and that may change: name -> (old value, new
         value), where a missing field is the word 'absent'.
     """
-    before, after = _flatten(old), _flatten(json.loads(json.dumps(new)))
+    before, after = (
+        traverse_util.flatten_dict(tree, keep_empty_nodes=True, sep=".")
+        for tree in (old, json.loads(json.dumps(new)))
+    )
     fixed, free = {}, {}
     for name in sorted(before.keys() | after.keys()):
         values = before.get(name, "absent"), after.get(name, "absent")
@@ -128,17 +124,6 @@ def differences(
             allowed = any(fnmatch.fnmatchcase(name, pattern) for pattern in may_change)
             (free if allowed else fixed)[name] = values
     return fixed, free
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{'a': {'b': 1}} -> {'a.b': 1}."""
-    flat = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            flat |= _flatten(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
 
 
 def read_config(directory: str | os.PathLike) -> dict[str, Any]:

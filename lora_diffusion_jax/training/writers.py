@@ -1,11 +1,12 @@
 """Where a run logs: metrics.jsonl, TensorBoard events, standard output and a progress bar."""
 
+import datetime
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,23 +34,32 @@ class Writers:
         directory: the workdir.
         batch_size: images per step.
         step: the step that the run starts or resumes from.
+
+    Attributes:
+        done: the callbacks that had finished at that step.
     """
 
     def __init__(self, directory: Path, batch_size: int, step: int):
         self.path, self.batch_size = directory / METRICS, batch_size
-        self.lines, self.events = None, None
+        self.lines, self.events, self.done = None, None, set()
         if not processes.is_leader():
             return
         with files.disk_errors(directory):
-            _drop_after(self.path, step)
+            kept = [line for line in read_metrics(directory) if line["step"] <= step]
+            self.done = {
+                line["callback"] for line in kept if "callback" in line and line["step"] == step
+            }
+            text = "".join(json.dumps(line) + "\n" for line in kept)
+            if self.path.exists() and self.path.read_text() != text:
+                files.write_text(self.path, text)
             self.lines = self.path.open("ab", buffering=0)  # closing has nothing left to write
-            self.events = _Events(directory, purge_from=step * batch_size + 1)
+            self.events = _open_events(directory, purge_from=step * batch_size + 1)
 
     def __enter__(self) -> "Writers":
         return self
 
     def __exit__(self, kind: type | None, *error: Any) -> None:
-        if self.lines is None:
+        if self.lines is None or self.events is None:
             return
         self.lines.close()
         try:
@@ -66,11 +76,11 @@ class Writers:
             UserError: the disk is full, or the file has disappeared.
         """
         check_names(values)
-        if self.lines is None:
+        if self.lines is None or self.events is None:
             return
         scalars = {name: float(v) for name, v in values.items() if np.ndim(v) == 0}
         images = step * self.batch_size
-        line = {"step": step, "images": images, "time": round(time.time(), 3)}
+        line: dict[str, Any] = {"step": step, "images": images, "time": round(time.time(), 3)}
         if callback is not None:
             line["callback"] = callback
         # JSON has no NaN or infinity.
@@ -79,41 +89,27 @@ class Writers:
             raise files.disappeared(self.path)
         with files.disk_errors(self.path):
             self.lines.write((json.dumps(line) + "\n").encode())
-            parts = [summary.scalar(name, value) for name, value in scalars.items()]
-            parts += [
-                summary.image(name, np.asarray(values[name]), dataformats="HWC")
-                for name in values.keys() - scalars.keys()
-            ]
-            self.events.write(images, parts)
+            for name, value in values.items():
+                if name in scalars:
+                    item = summary.scalar(name, scalars[name])
+                else:
+                    item = summary.image(name, np.asarray(value), dataformats="HWC")
+                self.events.write_event(Event(step=images, wall_time=time.time(), summary=item))
+            self.events.flush()
 
 
-class _Events:
-    """A TensorBoard event file, written synchronously.
+def _open_events(directory: Path, purge_from: int) -> EventsWriter:
+    """A TensorBoard event file; what earlier files have from `purge_from` images on is void.
 
-    tensorboardX's SummaryWriter writes in a thread, and does not notice when that dies on a full
-    disk: its queue fills, and the program waits forever.
-
-    Args:
-        directory: where the file is created.
-        purge_from: events of earlier files from this point of the axis on are void.
+    Not tensorboardX's SummaryWriter: that writes in a thread, and does not notice when the thread
+    dies on a full disk: its queue fills, and the program waits forever.
     """
-
-    def __init__(self, directory: Path, purge_from: int):
-        self.file = EventsWriter(str(directory / "events"))
-        start = SessionLog(status=SessionLog.START)
-        self.file.write_event(Event(step=purge_from, file_version="brain.Event:2"))
-        self.file.write_event(Event(step=purge_from, session_log=start))
-        self.file.flush()
-
-    def write(self, step: int, summaries: Sequence[Any]) -> None:
-        """Writes summaries (of tensorboardX.summary) at a point of the axis."""
-        for values in summaries:
-            self.file.write_event(Event(step=step, wall_time=time.time(), summary=values))
-        self.file.flush()
-
-    def close(self) -> None:
-        """Closes the file."""
-        self.file.close()
+    events = EventsWriter(str(directory / "events"))
+    events.write_event(Event(step=purge_from, file_version="brain.Event:2"))
+    start = SessionLog(status=SessionLog.START)
+    events.write_event(Event(step=purge_from, session_log=start))
+    events.flush()
+    return events
 
 
 def read_metrics(directory: str | os.PathLike) -> list[dict[str, Any]]:
@@ -128,22 +124,6 @@ def read_metrics(directory: str | os.PathLike) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return lines
-
-
-def callbacks_done(directory: str | os.PathLike, step: int) -> set[str]:
-    """The callbacks that finished at a step."""
-    return {
-        line["callback"]
-        for line in read_metrics(directory)
-        if line["step"] == step and "callback" in line
-    }
-
-
-def _drop_after(path: Path, step: int) -> None:
-    """Cuts metrics.jsonl back to what belongs to the first `step` steps."""
-    kept = [json.dumps(line) + "\n" for line in read_metrics(path.parent) if line["step"] <= step]
-    if path.exists() and path.read_text() != "".join(kept):
-        files.write_text(path, "".join(kept))
 
 
 def log(text: str) -> None:
@@ -196,10 +176,5 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """'2d 03:10:00', '1:05:00' or '0:42'."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    days, hour = divmod(hours, 24)
-    if days:
-        return f"{days}d {hour:02}:{minute:02}:{second:02}"
-    return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute}:{second:02}"
+    """'2 days, 3:10:00' or '0:00:42'."""
+    return str(datetime.timedelta(seconds=round(min(seconds, 1e12))))

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +21,7 @@ from lora_diffusion_jax.data.augment import (
     draws_from_raw,
 )
 from lora_diffusion_jax.errors import UserError
+from tests.small import ROOT, fast_compile_env
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "augment_small.npz"
 EVERYTHING = AugmentConfig(
@@ -198,11 +198,11 @@ SHARDED = """
 import jax, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from lora_diffusion_jax.data.augment import augment, draw
-assert jax.device_count() == 8
+assert jax.device_count() == 4
 key, images = jax.random.key(0), jax.random.uniform(jax.random.key(1), (16, 8, 8, 3))
 step = lambda images, key: augment(images, draw(key, 16, p=0.9))
 alone = jax.jit(step)(images, key)
-mesh = jax.make_mesh((4, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+mesh = jax.make_mesh((2, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
 rows = NamedSharding(mesh, P(("data", "fsdp")))
 sharded = jax.jit(step, in_shardings=(rows, None), out_shardings=rows)
 spread = sharded(jax.device_put(images, rows), key)
@@ -215,13 +215,12 @@ print("done")
 
 
 def test_a_sharded_batch_gives_the_same_without_communication():
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-    }
     result = subprocess.run(
-        [sys.executable, "-c", SHARDED], env=environment, capture_output=True, text=True
+        [sys.executable, "-c", SHARDED],
+        cwd=ROOT,
+        env=fast_compile_env("--xla_force_host_platform_device_count=4"),
+        capture_output=True,
+        text=True,
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "done"
@@ -259,7 +258,6 @@ def test_mistakes_are_named():
     cases = (
         (lambda: draw(jax.random.key(0), 2, p=1.5), "augment.p is 1.5; expected 0 to 1"),
         (lambda: AugmentConfig(hue=-1), "hue is -1"),
-        (lambda: AugmentConfig(translate_int=1, translate_int_max=0), "translate_int_max"),
         (lambda: augment(np.zeros([3, 8, 8, 3], np.float32), draws), "[2, height, width"),
         (lambda: augment(np.zeros([2, 8, 1, 3], np.float32), draws), "2 or more"),
         (lambda: augment(np.zeros([2, 8, 8, 3], np.uint8), draws), "are uint8 (2, 8, 8, 3)"),

@@ -27,6 +27,7 @@ from lora_diffusion_jax.diffusion.samplers import (
 )
 from lora_diffusion_jax.diffusion.samplers.plan import stack, step_noise
 from lora_diffusion_jax.errors import UserError
+from tests.small import fast_jit
 
 MEAN, STD = 0.3, 0.5
 SHAPE = (3, 2, 2, 1)
@@ -188,7 +189,7 @@ def test_network_is_traced_once_and_evaluated_2n_minus_1_times(latents):
 
 
 def test_churn_draws_each_image_from_its_own_key(latents):
-    sample = functools.partial(edm_sampler, gaussian, num_steps=5, s_churn=10.0)
+    sample = fast_jit(functools.partial(edm_sampler, gaussian, num_steps=5, s_churn=10.0))
     keys = jax.vmap(jax.random.key)(jnp.arange(3))
     whole = sample(latents, key=keys)
     alone = sample(latents[1:2], key=keys[1:2])
@@ -203,7 +204,8 @@ def test_churn_draws_each_image_from_its_own_key(latents):
 def test_churn_keeps_the_distribution():
     """Stochastic sampling of Gaussian data still gives its mean and standard deviation."""
     latents = jax.random.normal(jax.random.key(0), (4000, 2, 2, 1))
-    got = edm_sampler(gaussian, latents, num_steps=64, s_churn=20.0, key=jax.random.key(1))
+    sample = fast_jit(functools.partial(edm_sampler, gaussian, num_steps=64, s_churn=20.0))
+    got = sample(latents, key=jax.random.key(1))
     assert float(got.mean()) == pytest.approx(MEAN, abs=0.02)  # 16,000 values: 5 sigma is 0.02
     assert float(got.std()) == pytest.approx(STD, abs=0.02)
 
@@ -219,7 +221,7 @@ def test_grids_decrease_between_the_ends(grid):
         "edm": lambda: schedules.edm_grid(10, 0.02, 50.0),
         "vp": lambda: schedules.vp_grid(10, 0.02, 50.0, 1e-3),
         "ve": lambda: schedules.ve_grid(10, 0.02, 50.0),
-        "iddpm": lambda: schedules.iddpm_grid(10, 0.02, 50.0),
+        "iddpm": lambda: schedules.iddpm_grid(10, 0.02, 50.0, 0.001, 0.008, 1000),
     }[grid]()
     assert sigmas.shape == (10,)
     assert (np.diff(sigmas) < 0).all()

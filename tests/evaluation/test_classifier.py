@@ -100,5 +100,3 @@ def test_wrong_images_are_plain_errors(detector):
         detector(np.zeros((2, 8, 8, 1), np.float32))
     with pytest.raises(UserError, match=r"\(8, 8, 1\); expected"):
         detector(np.zeros((8, 8, 1), np.uint8))
-    with pytest.raises(UserError, match="same size"):
-        list(extract(detector, [np.zeros((1, s, 8, 1), np.uint8) for s in (8, 9)]))

@@ -52,7 +52,11 @@ def edm_lora_config():
 def test_configs_of_the_golden_snapshots():
     assert infer_config(snapshot("edm_lora")).to_dict() == edm_lora_config().to_dict()
     ncsnpp = infer_config(snapshot("ve_ncsnpp"))
-    assert (ncsnpp.model.name, ncsnpp.precond.name, ncsnpp.lora.mode) == ("ncsnpp", "ve", "baseline")
+    assert (ncsnpp.model.name, ncsnpp.precond.name, ncsnpp.lora.mode) == (
+        "ncsnpp",
+        "ve",
+        "baseline",
+    )
     assert ncsnpp.model.dropout == 0.1  # the official default, as none was given
     assert ncsnpp.augment.p == 0
     adm = infer_config(snapshot("iddpm_adm"))
@@ -68,7 +72,11 @@ def test_format_1_describes_the_same_network():
     assert config_from_format_1(FORMAT_1).to_dict() == edm_lora_config().to_dict()
     adm = FORMAT_1 | {"model": "adm", "precond": "iddpm", "precond_args": {"num_steps": 1000}}
     config = config_from_format_1(adm | {"lora": None})
-    assert (config.model.name, config.precond.num_steps, config.lora.mode) == ("adm", None, "baseline")
+    assert (config.model.name, config.precond.num_steps, config.lora.mode) == (
+        "adm",
+        None,
+        "baseline",
+    )
     build_denoiser(config)
 
 

@@ -55,9 +55,7 @@ def test_adapters_load_with_their_base_and_ask_for_it(adapted, tmp_path):
     base, config = without_lora(adapted)
     paths = tmp_path / "base.safetensors", tmp_path / "adapters.safetensors"
     export_network(paths[0], base, config, weights="ema")
-    export_network(
-        paths[1], adapted.variables, adapted.config, weights="ema", adapters_only=True
-    )
+    export_network(paths[1], adapted.variables, adapted.config, weights="ema", adapters_only=True)
     again = load_pretrained(paths[1], base=paths[0])
     jax.tree.map(np.testing.assert_array_equal, again.variables, adapted.variables)
     with pytest.raises(UserError, match="holds adapters alone"):

@@ -9,30 +9,7 @@ from flax import traverse_util
 
 from lora_diffusion_jax import lora
 from lora_diffusion_jax.errors import UserError
-
-
-class Net(nn.Module):
-    """An embedding `map`, a Dense `qkv`, a 3x3 Conv, and flax's attention."""
-
-    remat: bool = False
-
-    @nn.compact
-    def __call__(self, x, condition):
-        emb = nn.Dense(8, name="map")(condition)
-        block = nn.remat(Block) if self.remat else Block
-        return block(name="block")(x) + nn.Dense(1, name="head")(emb)[:, None, None]
-
-
-class Block(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        x = nn.Dense(6, name="qkv")(x)
-        x = nn.Conv(6, (3, 3), strides=2, name="conv")(x)
-        batch, height, width, channels = x.shape
-        tokens = x.reshape(batch, height * width, channels)
-        tokens = nn.MultiHeadDotProductAttention(num_heads=2, name="attention")(tokens)
-        return nn.Dense(4, use_bias=False, name="proj")(tokens.reshape(x.shape))
-
+from tests.small import ConditionedNet, fast_apply, fast_jit, random_variables
 
 SITES = r".*/(qkv|conv|query|key|value|out|proj)"
 ADAPTER = lora.UCLoRA(rank=2, bases=3, widths=(16, 8))
@@ -46,26 +23,34 @@ def inputs():
 
 
 def adapted(condition="map", sites=SITES, remat=False, adapter=ADAPTER):
-    return lora.attach(Net(remat), sites=sites, adapter=adapter, condition=condition)
+    net = ConditionedNet(remat)
+    return lora.attach(net, sites=sites, adapter=adapter, condition=condition)
 
 
-def perturbed(params, scale=0.3):
-    """The parameters with every adapter leaf moved off its start, zeros included."""
-    flat = traverse_util.flatten_dict(params)
-    rng = np.random.default_rng(1)
-    moved = {
-        k: v + scale * rng.normal(size=v.shape).astype(np.float32) if "lora" in k else v
-        for k, v in flat.items()
-    }
-    return traverse_util.unflatten_dict(moved)
+@pytest.fixture(scope="module")
+def variables(inputs):
+    """Of `adapted()`, with nothing at its start: no zero hides a mistake."""
+    return random_variables(adapted(), *inputs, scale=0.4)
+
+
+def shapes_of(module, *args):
+    """The variables' shapes; nothing is compiled or run."""
+    return jax.eval_shape(module.init, jax.random.key(0), *args)
 
 
 def test_base_keeps_names_values_and_output(inputs):
-    key = jax.random.key(3)
-    bare, wrapped = Net().init(key, *inputs), adapted().init(key, *inputs)
-    base, adapters = lora.split(wrapped["params"])
+    net, wrapped = ConditionedNet(), adapted()
+
+    @fast_jit
+    def run(key):
+        bare, with_lora = net.init(key, *inputs), wrapped.init(key, *inputs)
+        return bare, with_lora, net.apply(bare, *inputs), wrapped.apply(with_lora, *inputs)
+
+    bare, with_lora, expected, found = run(jax.random.key(3))
+    base, adapters = lora.split(with_lora["params"])
     jax.tree.map(np.testing.assert_array_equal, base, bare["params"])
-    np.testing.assert_array_equal(adapted().apply(wrapped, *inputs), Net().apply(bare, *inputs))
+    np.testing.assert_array_equal(found, expected)
+    assert np.ptp(expected) > 0
     assert lora.list_sites(adapters) == [
         "block/attention/key",
         "block/attention/out",
@@ -78,8 +63,8 @@ def test_base_keeps_names_values_and_output(inputs):
 
 
 def test_parameter_tree_of_a_site(inputs):
-    variables = adapted(sites=r".*/qkv").init(jax.random.key(0), *inputs)
-    shapes = jax.tree.map(jnp.shape, variables["params"]["block"]["qkv"])
+    tree = shapes_of(adapted(sites=r".*/qkv"), *inputs)["params"]["block"]["qkv"]
+    shapes = jax.tree.map(lambda leaf: leaf.shape, tree)
     assert shapes == {
         "kernel": (5, 6),
         "bias": (6,),
@@ -109,17 +94,13 @@ def test_dense_site_computes_the_formula(inputs):
     class Given(lora.LowRankAdapter):
         use_bias: bool = True
 
-        @property
-        def num_bases(self):
-            return 3
-
         def compose(self, condition):
             return condition
 
     rng = np.random.default_rng(5)
     x, omega = rng.normal(size=(2, 7, 5)), rng.normal(size=(2, 3))
     wrapped = lora.attach(Single(), sites="qkv", adapter=Given(rank=2), condition=lambda x, w: w)
-    params = perturbed(wrapped.init(jax.random.key(0), x, omega)["params"])
+    params = random_variables(wrapped, x, omega, scale=0.5)["params"]
     site = jax.tree.map(lambda v: np.asarray(v, np.float64), params["qkv"])
     expected = x @ site["kernel"] + site["bias"]
     for i in range(3):
@@ -133,62 +114,60 @@ def test_dense_site_computes_the_formula(inputs):
     np.testing.assert_allclose(got, expected, rtol=0, atol=3e-6)  # float32 against float64
 
 
-def test_gradient_reaches_every_adapter_leaf_under_jit_and_remat(inputs):
+def test_gradient_reaches_every_adapter_leaf_under_jit_and_remat(inputs, variables):
     """Off the zero start every leaf has a gradient, and remat changes none of them."""
-    grads = []
-    params = perturbed(adapted().init(jax.random.key(0), *inputs)["params"])
-    for remat in (False, True):
+
+    def gradients(remat):
         wrapped = adapted(remat=remat)
+        loss = lambda params: jnp.square(wrapped.apply({"params": params}, *inputs)).sum()  # noqa: E731
+        return fast_jit(jax.grad(loss))(variables["params"])
 
-        @jax.jit
-        def loss(params, wrapped=wrapped):
-            return jnp.square(wrapped.apply({"params": params}, *inputs)).sum()
-
-        grads.append(jax.jit(jax.grad(loss))(params))
-    flat = traverse_util.flatten_dict(lora.split(grads[0])[1])
+    plain, rematerialised = gradients(False), gradients(True)
+    flat = traverse_util.flatten_dict(lora.split(plain)[1])
     # The key's bias shifts all logits of a query alike, which softmax ignores: true gradient zero.
     assert all(np.abs(v).max() > 0 for k, v in flat.items() if k[-2:] != ("lora", "bias"))
     # One scale for all: a key's bias has the true gradient zero, so that its values are rounding.
     atol = 1e-5 * max(np.abs(v).max() for v in flat.values())
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol), *grads)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol), plain, rematerialised)
 
 
-def test_condition_function_equals_tap(inputs):
+def test_condition_function_equals_tap(inputs, variables):
     """A function that computes what the tapped module gives is the same condition."""
-    tapped = adapted()
-    variables = {"params": perturbed(tapped.init(jax.random.key(0), *inputs)["params"])}
     layer = variables["params"]["map"]
     given = adapted(condition=lambda x, c: c @ layer["kernel"] + layer["bias"])
     np.testing.assert_allclose(
-        given.apply(variables, *inputs), tapped.apply(variables, *inputs), rtol=1e-5, atol=1e-5
-    )
-
-
-def test_condition_decides_and_bypass_is_the_base(inputs):
-    x, condition = inputs
-    wrapped = adapted()
-    variables = {"params": perturbed(wrapped.init(jax.random.key(0), *inputs)["params"])}
-    base = {"params": lora.split(variables["params"])[0]}
-    off = wrapped.clone(enabled=False)
-    np.testing.assert_array_equal(off.apply(variables, *inputs), Net().apply(base, *inputs))
-    one_row = wrapped.apply(variables, x, np.stack([condition[0]] * 2))
-    assert np.abs(one_row[1] - wrapped.apply(variables, *inputs)[1]).max() > 1e-3
-
-
-def test_one_condition_row_serves_the_batch(inputs):
-    x, condition = inputs
-    wrapped = adapted(condition=lambda x, c: c)
-    params = perturbed(wrapped.init(jax.random.key(0), x, condition[:1])["params"])
-    wide = np.repeat(condition[:1], 2, axis=0)
-    np.testing.assert_allclose(
-        wrapped.apply({"params": params}, x, condition[:1]),
-        wrapped.apply({"params": params}, x, wide),
+        fast_apply(given, variables, *inputs),
+        fast_apply(adapted(), variables, *inputs),
         rtol=1e-5,
         atol=1e-5,
     )
 
 
-def test_nested_in_another_module_and_called_twice(inputs):
+def test_condition_decides_and_bypass_is_the_base(inputs, variables):
+    x, condition = inputs
+    wrapped = adapted()
+    base = {"params": lora.split(variables["params"])[0]}
+    np.testing.assert_array_equal(
+        fast_apply(wrapped.clone(enabled=False), variables, *inputs),
+        fast_apply(ConditionedNet(), base, *inputs),
+    )
+    same = fast_apply(wrapped, variables, x, np.stack([condition[0]] * 2))
+    assert np.abs(same[1] - fast_apply(wrapped, variables, *inputs)[1]).max() > 1e-3
+
+
+def test_one_condition_row_serves_the_batch(inputs):
+    x, condition = inputs
+    wrapped = adapted(condition=lambda x, c: c)
+    params = random_variables(wrapped, x, condition[:1])
+    np.testing.assert_allclose(
+        fast_apply(wrapped, params, x, condition[:1]),
+        fast_apply(wrapped, params, x, np.repeat(condition[:1], 2, axis=0)),
+        rtol=1e-5,
+        atol=1e-5,
+    )
+
+
+def test_nested_in_another_module_and_called_twice(inputs, variables):
     """Inside a larger module, and with the adapted module shared between two calls."""
 
     class Outer(nn.Module):
@@ -198,13 +177,12 @@ def test_nested_in_another_module_and_called_twice(inputs):
             return self.inner(x, condition) + self.inner(2 * x, condition)
 
     outer = Outer(adapted())
-    variables = outer.init(jax.random.key(0), *inputs)
-    assert set(variables["params"]["inner"]) == {"block", "head", "map"}
-    params = {"params": perturbed(variables["params"])}
-    inner = {"params": params["params"]["inner"]}
+    tree = shapes_of(outer, *inputs)["params"]
+    assert set(tree["inner"]) == {"block", "head", "map"}
     x, condition = inputs
-    expected = adapted().apply(inner, x, condition) + adapted().apply(inner, 2 * x, condition)
-    np.testing.assert_allclose(outer.apply(params, x, condition), expected, atol=1e-5)
+    once = [fast_apply(adapted(), variables, scale * x, condition) for scale in (1, 2)]
+    found = fast_apply(outer, {"params": {"inner": variables["params"]}}, x, condition)
+    np.testing.assert_allclose(found, sum(once), rtol=1e-5, atol=1e-5)
 
 
 def test_a_layer_called_twice_has_one_adapter():
@@ -216,10 +194,9 @@ def test_a_layer_called_twice_has_one_adapter():
 
     wrapped = lora.attach(Shared(), sites="qkv", adapter=ADAPTER, condition=lambda x, c: c)
     x, c = jnp.ones((2, 5)), jnp.ones((2, 3))
-    variables = wrapped.init(jax.random.key(0), x, c)
-    params = {"params": perturbed(variables["params"])}
+    variables = random_variables(wrapped, x, c)
     assert lora.list_sites(variables["params"]) == ["qkv"]
-    assert wrapped.apply(params, x, c).shape == (2, 5)
+    assert fast_apply(wrapped, variables, x, c).shape == (2, 5)
 
 
 @pytest.mark.parametrize(
@@ -229,7 +206,7 @@ def test_a_layer_called_twice_has_one_adapter():
         ({"sites": r".*/block"}, ["'block'", "Block", "Dense, DenseGeneral and Conv"]),
         ({"condition": "block/proj"}, ["was reached before", "block/proj"]),
         ({"sites": "("}, ["not a regular expression"]),
-        ({"adapter": lora.UCLoRA(rank=0, bases=3)}, ["rank is 0", "at least 1"]),
+        ({"adapter": lora.UCLoRA(rank=0, bases=3)}, ["rank is 0", "positive integer"]),
         ({"adapter": lora.UCLoRA(rank=1, bases=-1)}, ["bases is -1"]),
         ({"adapter": lora.UCLoRA(rank=1, bases=2, widths=(4, 0))}, ["widths are (4, 0)"]),
         ({"condition": lambda x, c: jnp.ones((3, 8))}, ["3 rows for a batch of 2"]),
@@ -237,15 +214,16 @@ def test_a_layer_called_twice_has_one_adapter():
 )
 def test_mistakes_are_named(inputs, change, words):
     with pytest.raises(UserError) as error:
-        adapted(**change).init(jax.random.key(0), *inputs)
+        shapes_of(adapted(**change), *inputs)
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
 def test_rank_one_with_one_basis_works(inputs):
     """The reference refuses rank * bases = 1."""
     wrapped = adapted(adapter=lora.UCLoRA(rank=1, bases=1, widths=()))
-    variables = wrapped.init(jax.random.key(0), *inputs)
-    assert variables["params"]["block"]["qkv"]["lora"]["down"]["kernel"].shape == (5, 1)
+    assert shapes_of(wrapped, *inputs)["params"]["block"]["qkv"]["lora"]["down"][
+        "kernel"
+    ].shape == (5, 1)
 
 
 def test_attaching_twice_gives_equal_modules():

@@ -9,6 +9,7 @@ from flax import linen as nn
 from lora_diffusion_jax import lora
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.lora.composition import ConditionMLP, TimeTable, hat_functions
+from tests.small import fast_apply, fast_jit, random_variables
 
 
 def test_hat_functions_are_linear_interpolation():
@@ -24,9 +25,9 @@ def test_hat_functions_are_linear_interpolation():
 
 def test_time_table_has_the_papers_size_and_interpolates_times():
     table = TimeTable(bases=11, num_timesteps=4000)
-    params = table.init(jax.random.key(0), jnp.zeros(1))
+    params = fast_jit(table.init)(jax.random.key(0), jnp.zeros(1))
     assert lora.count(params) == 44_011
-    got = table.apply(params, jnp.array([0.0, 400.0, 600.0, 601.5, 4000.0]))
+    got = fast_apply(table, params, jnp.array([0.0, 400.0, 600.0, 601.5, 4000.0]))
     expected = np.zeros((5, 11))
     expected[0, 0] = expected[1, 1] = expected[4, 10] = 1
     expected[2, 1:3] = 0.5
@@ -37,7 +38,7 @@ def test_time_table_has_the_papers_size_and_interpolates_times():
 def test_condition_mlp_starts_with_unit_gain():
     """Weights N(0, 1/fan_in), zero biases; GroupNorm makes each hidden layer's input unit size."""
     mlp = ConditionMLP(bases=18, widths=(128, 64))
-    params = mlp.init(jax.random.key(0), jnp.zeros((1, 512)))["params"]
+    params = fast_jit(mlp.init)(jax.random.key(0), jnp.zeros((1, 512)))["params"]
     for name, fan_in in (("dense_0", 512), ("dense_1", 128), ("dense_out", 64)):
         assert np.std(params[name]["kernel"]) == pytest.approx(fan_in**-0.5, rel=0.06)
         assert not np.any(params[name]["bias"])
@@ -65,8 +66,7 @@ def test_time_and_class_adapters_add_up():
     )
     x = np.random.default_rng(0).normal(size=(2, 5, 6)).astype(np.float32)
     time, ids = jnp.array([5.0, 2.0]), jnp.array([3, 0])
-    params = wrapped.init(jax.random.key(0), x, time, ids)["params"]
-    params = jax.tree.map(lambda v: jax.random.normal(jax.random.key(v.size), v.shape), params)
+    params = random_variables(wrapped, x, time, ids, scale=1.0)["params"]
     site = jax.tree.map(np.asarray, params["proj"])
     expected = x @ site["kernel"] + site["bias"]
     table = site["lora"]["time"]["composition"]["table"]
@@ -78,9 +78,9 @@ def test_time_and_class_adapters_add_up():
                 product = pair["down"]["kernel"][:, inner] @ pair["up"]["kernel"][inner]
                 expected[b] += weight * (x[b] @ product)
     for labels in (ids, jax.nn.one_hot(ids, 4)):
-        got = wrapped.apply({"params": params}, x, time, labels)
+        got = fast_apply(wrapped, {"params": params}, x, time, labels)
         np.testing.assert_allclose(got, expected, atol=2e-5)
     with pytest.raises(UserError, match="one condition per adapter"):
         lora.attach(
             Layer(), sites="proj", adapter=both, condition=lambda x, t, c: {"time": t}
-        ).apply({"params": params}, x, time, ids)
+        ).apply({"params": params}, x, time, ids)  # eager: it fails before it computes

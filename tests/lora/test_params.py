@@ -7,8 +7,9 @@ import pytest
 
 from lora_diffusion_jax import lora
 from lora_diffusion_jax.errors import UserError
-from tests.lora.test_attach import Net, adapted, perturbed
+from tests.lora.test_attach import adapted
 from tests.lora.test_composition import Layer
+from tests.small import ConditionedNet, fast_apply, fast_jit, random_variables
 
 TREE = {"a": {"kernel": np.ones((2, 3)), "lora": {"down": np.ones((2, 4))}}, "b": np.ones(5)}
 
@@ -35,16 +36,17 @@ def test_folded_base_equals_the_adapted_net():
     x = rng.normal(size=(2, 4, 4, 5)).astype(np.float32)
     condition = np.repeat(rng.normal(size=(1, 7)).astype(np.float32), 2, axis=0)
     wrapped = adapted(sites=r".*/(qkv|conv|query|key|value|out)")
-    params = perturbed(wrapped.init(jax.random.key(0), x, condition)["params"], scale=0.1)
-    omegas = lora.composition_weights(wrapped, {"params": params}, x, condition[:1])
+    variables = random_variables(wrapped, x, condition, scale=0.3)
+    weights = fast_jit(lambda *args: lora.composition_weights(wrapped, variables, *args))
+    omegas = weights(x, condition[:1])
     assert {v.shape for v in omegas.values()} == {(1, 3)}
-    folded = lora.fold(params, omegas)
+    folded = lora.fold(variables["params"], omegas)
     assert lora.list_sites(folded) == []
-    expected = wrapped.apply({"params": params}, x, condition)
-    moved = np.abs(expected - Net().apply({"params": lora.split(params)[0]}, x, condition)).max()
-    assert moved > 0.1
-    got = Net().apply({"params": folded}, x, condition)
-    np.testing.assert_allclose(got, expected, atol=1e-5)  # float32 sums in another order
+    expected = fast_apply(wrapped, variables, x, condition)
+    base = {"params": lora.split(variables["params"])[0]}
+    assert np.abs(expected - fast_apply(ConditionedNet(), base, x, condition)).max() > 0.1
+    found = fast_apply(ConditionedNet(), {"params": folded}, x, condition)
+    np.testing.assert_allclose(found, expected, atol=1e-5)  # float32 sums in another order
 
 
 def test_fold_of_a_sum_of_adapters():
@@ -58,20 +60,19 @@ def test_fold_of_a_sum_of_adapters():
         Layer(), sites="proj", adapter=both, condition=lambda x, t, c: {"time": t, "class": c}
     )
     x, time, ids = jnp.ones((2, 5, 6)), jnp.full(1, 3.0), jnp.full(1, 2)
-    params = perturbed(wrapped.init(jax.random.key(0), x, time, ids)["params"])
-    omegas = lora.composition_weights(wrapped, {"params": params}, x, time, ids)
-    folded = lora.fold(params, omegas)
+    variables = random_variables(wrapped, x, time, ids)
+    weights = fast_jit(lambda *args: lora.composition_weights(wrapped, variables, *args))
+    folded = lora.fold(variables["params"], weights(x, time, ids))
     np.testing.assert_allclose(
-        Layer().apply({"params": folded}, x, time, ids),
-        wrapped.apply({"params": params}, x, time, ids),
+        fast_apply(Layer(), {"params": folded}, x, time, ids),
+        fast_apply(wrapped, variables, x, time, ids),
         atol=1e-5,
     )
 
 
 def test_fold_names_what_is_wrong():
-    params = adapted(sites=".*/proj").init(
-        jax.random.key(0), jnp.ones((1, 4, 4, 5)), jnp.ones((1, 7))
-    )["params"]
+    inputs = jnp.ones((1, 4, 4, 5)), jnp.ones((1, 7))
+    params = random_variables(adapted(sites=".*/proj"), *inputs)["params"]
     with pytest.raises(UserError, match="adapted sites are"):
         lora.fold(params, {})
     with pytest.raises(UserError, match="one weight per basis"):

@@ -14,15 +14,16 @@ from flax import traverse_util
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.models.adm_unet import ADMMapping, ADMUNet
 from lora_diffusion_jax.models.song_unet import SongMapping, SongUNet
+from lora_diffusion_jax.models.unet import check_image_size
 from tests.models.running import run_once
 
 SMALL = {
-    "resolution": 8,
-    "img_channels": 3,
+    "image_size": 8,
+    "in_channels": 3,
     "out_channels": 3,
-    "label_dim": 4,
+    "num_classes": 4,
     "augment_dim": 2,
-    "model_channels": 8,
+    "channels": 8,
     "channel_mult": (1, 2),
     "num_blocks": 1,
     "attn_resolutions": (4,),
@@ -65,8 +66,8 @@ def evaluation(make: Callable) -> tuple[Callable, Any]:
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ((2, 9, 8, 3), "multiples of 2.*9x8"),
-        ((2, 8, 7, 3), "multiples of 2.*8x7"),
+        ((2, 9, 8, 3), "9x8.*multiples of 2, such as 8 or 10"),
+        ((2, 8, 7, 3), "8x7.*multiples of 2, such as 6 or 8"),
         ((2, 8, 8, 1), "built for 3 channels.*have 1"),
         ((8, 8, 3), r"shape \(8, 8, 3\)"),
     ],
@@ -76,6 +77,23 @@ def test_images_that_do_not_fit_are_refused_in_plain_words(
 ) -> None:
     with pytest.raises(UserError, match=message):
         jax.eval_shape(make().init, jax.random.key(0), jnp.zeros(shape), jnp.zeros(2))
+
+
+@pytest.mark.parametrize(
+    ("size", "levels", "message"),
+    [
+        ((30, 30), 3, "30x30.*3 levels halves them 2 times.*multiples of 4, such as 28 or 32. "),
+        ((8, 6), 4, "8x6.*multiples of 8, such as 8 or 16. "),
+        ((3, 3), 3, "such as 4. "),
+    ],
+)
+def test_image_sizes_that_a_network_cannot_halve_are_named(
+    size: tuple[int, int], levels: int, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        check_image_size(*size, levels)
+    for height, width, fitting in ((32, 32, 4), (8, 8, 1), (28, 28, 3), (16, 64, 5)):
+        check_image_size(height, width, fitting)  # does not raise
 
 
 @NETWORKS
@@ -98,9 +116,9 @@ def test_dropout_acts_in_training_alone(make: Callable) -> None:
 MAPPINGS = pytest.mark.parametrize(
     "make",
     [
-        lambda **kw: SongMapping("positional", 8, 16, label_dim=4, augment_dim=2, **kw),
-        lambda **kw: SongMapping("fourier", 8, 16, label_dim=4, augment_dim=2, **kw),
-        lambda **kw: ADMMapping(8, 16, label_dim=4, augment_dim=2, **kw),
+        lambda **kw: SongMapping("positional", 8, 16, num_classes=4, augment_dim=2, **kw),
+        lambda **kw: SongMapping("fourier", 8, 16, num_classes=4, augment_dim=2, **kw),
+        lambda **kw: ADMMapping(8, 16, num_classes=4, augment_dim=2, **kw),
     ],
     ids=["ddpmpp", "ncsnpp", "adm"],
 )
@@ -147,7 +165,7 @@ def test_missing_labels_are_zeros(make: Callable) -> None:
     ids=["ddpmpp", "adm"],
 )
 def test_ddpmpp_scales_labels_by_the_root_of_their_number(mapping: Any, factor: float) -> None:
-    module = mapping(8, 16, label_dim=4)
+    module = mapping(8, 16, num_classes=4)
     levels, labels = np.zeros(1, np.float32), np.float32([[0.5, 0, 0.25, 0.25]])
     variables = random_variables(module, levels, labels)
     _, state = module.apply(
@@ -197,7 +215,7 @@ def test_attention_stands_where_the_papers_put_it() -> None:
         paths = traverse_util.flatten_dict(shapes["params"])
         return {"/".join(path[:-2]) for path in paths if path[-2] == "qkv"}
 
-    wide = {"model_channels": 64, "channel_mult": (1, 1)}
+    wide = {"channels": 64, "channel_mult": (1, 1)}
     assert sites(song(attn_resolutions=())) == {"dec/4x4_in0"}
     assert sites(song(attn_resolutions=(8,))) == {"enc/8x8_block0", "dec/4x4_in0", "dec/8x8_block1"}
     adm_sites = {"enc/8x8_block0", "dec/4x4_in0", "dec/8x8_block0", "dec/8x8_block1"}

@@ -1,5 +1,6 @@
 """What the doctor says about machines that are well and machines that are not."""
 
+import fnmatch
 import json
 
 import pytest
@@ -13,25 +14,24 @@ GPU = {"count": 2, "platform": "gpu", "memory": 80 * 2**30}
 
 
 @pytest.mark.parametrize(
-    ("found", "hardware", "chosen", "words"),
+    ("found", "hardware", "words"),
     [
-        (CPU, [], "", ""),
-        (GPU, ["nvidia0"], "", ""),
-        (CPU, ["nvidia0"], "", "jax[cuda13]"),
-        (CPU, ["accel0"], "", "jax[tpu]"),
-        (CPU, ["nvidia0"], "cpu", "unset JAX_PLATFORMS=cpu"),
-        ({"error": "Unknown backend gpux"}, [], "gpux", "unset JAX_PLATFORMS=gpux"),
-        ({"error": "Unknown flag in XLA_FLAGS"}, [], "", "remove the flag"),
+        (CPU, "", ""),
+        (GPU, "nvidia0", ""),
+        (CPU, "nvidia0", "jax[cuda13]"),
+        (CPU, "accel0", "jax[tpu]"),
+        (
+            {"error": "Unknown backend gpux"},
+            "",
+            "(Unknown backend gpux). Correct JAX_PLATFORMS",
+        ),
     ],
 )
-def test_idle_accelerators_and_missing_devices(monkeypatch, found, hardware, chosen, words):
+def test_idle_accelerators_and_missing_devices(monkeypatch, found, hardware, words):
     monkeypatch.setattr(doctor, "probe", lambda: found)
     monkeypatch.setattr(
-        doctor.glob,
-        "glob",
-        lambda pattern: [h for h in hardware if h.startswith(pattern[5:].partition("[")[0])],
+        doctor.glob, "glob", lambda pattern: fnmatch.filter([f"/dev/{hardware}"], pattern)
     )
-    monkeypatch.setenv("JAX_PLATFORMS", chosen)
     if not words:
         (line,) = doctor.devices()
         assert f"{found['count']} x {found['platform']}" in line
@@ -44,7 +44,7 @@ def test_idle_accelerators_and_missing_devices(monkeypatch, found, hardware, cho
 def test_an_unknown_flag_is_found_without_ending_this_process(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_no_such_flag=1")
     monkeypatch.setattr(doctor, "probe", doctor.probe.__wrapped__)
-    with pytest.raises(UserError, match="--xla_no_such_flag.*remove the flag"):
+    with pytest.raises(UserError, match="nknown flag.*--xla_no_such_flag=1.*Correct.*XLA_FLAGS"):
         list(doctor.devices())
 
 
@@ -53,7 +53,7 @@ def test_a_cache_and_a_workdir_that_cannot_be_written(tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "file" / "x"))
     with pytest.raises(UserError, match="JAX_COMPILATION_CACHE_DIR"):
         list(doctor.cache())
-    with pytest.raises(UserError, match="another workdir"):
+    with pytest.raises(UserError, match="Choose another workdir"):
         list(doctor.run(tmp_path / "file" / "run", may_be_new=True))
     (line,) = doctor.run(tmp_path / "new", may_be_new=True)
     assert "GiB free" in line
@@ -78,7 +78,13 @@ def test_the_command_counts_problems(tmp_path, data_dir):
     data = f"--config.data.data_dir={data_dir}"
     config = ["--mode=doctor", "--config=digits", data]
     text = run(*config, f"--workdir={tmp_path / 'run'}")
-    for words in ("jaxlib ", "devices: 1 x cpu", "mesh: data=1, fsdp=1", "1,500 images", "GiB free"):
+    for words in (
+        "jaxlib ",
+        "devices: 1 x cpu",
+        "mesh: data=1, fsdp=1",
+        "1,500 images",
+        "GiB free",
+    ):
         assert words in text
     assert text.endswith("\nNo problems found.\n")
     text = run(*config, "--config.mesh.data=3", "--workdir=/proc/nothing", status=1)

@@ -10,32 +10,21 @@ import numpy as np
 import pytest
 
 from lora_diffusion_jax.errors import UserError
-from lora_diffusion_jax.interop import infer_architecture, to_variables
+from lora_diffusion_jax.interop.infer import infer_config
 from lora_diffusion_jax.readers.pickles import read_snapshot, read_torch_state_dict
 from tests.readers.watching import nothing_runs
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"
-SHARED = ROOT.parent / "shared" / "golden"
-LONG = [
-    path
-    for folder, pattern in (
-        (GOLDEN, "snapshot_*.pkl"),
-        (GOLDEN, "tensors_*.pt"),
-        (SHARED, "*.pkl"),
-        (SHARED, "*.pt"),
-    )
-    for path in sorted(folder.glob(pattern))
-]
+LONG = [*sorted(GOLDEN.glob("snapshot_*.pkl")), *sorted(GOLDEN.glob("tensors_*.pt"))]
 
 
 def load(path: Path) -> None:
-    """All that a program does with a file before it builds a network."""
+    """What a program does with a file before it builds a network."""
     if path.suffix == ".pt":
         read_torch_state_dict(path)
-        return
-    ema = read_snapshot(path).ema
-    to_variables(ema.state_dict(), infer_architecture(ema))
+    else:
+        infer_config(read_snapshot(path).ema)
 
 
 def flip(data: bytearray, rng: np.random.Generator) -> None:

@@ -13,7 +13,6 @@ from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.training.writers import (
     Progress,
     Writers,
-    callbacks_done,
     duration,
     read_metrics,
 )
@@ -45,11 +44,11 @@ def test_lines_and_events_hold_the_same_numbers(tmp_path):
     assert [v[:2] for v in values] == [
         (80, "train/loss"),
         (80, "perf/eta_sec"),
-        (80, "eval/fd"),
         (80, "samples/grid"),
+        (80, "eval/fd"),
     ]
     assert values[0][2].simple_value == 0.5
-    assert (values[3][2].image.height, values[3][2].image.width) == (4, 6)
+    assert (values[2][2].image.height, values[2][2].image.width) == (4, 6)
 
 
 def test_reopening_drops_what_came_after_the_restored_step(tmp_path):
@@ -58,12 +57,13 @@ def test_reopening_drops_what_came_after_the_restored_step(tmp_path):
     whole = "".join(json.dumps(line) + "\n" for line in lines)
     path.write_text(whole + '{"step": 40, "trai')
     with Writers(tmp_path, 16, 20) as writers:
+        assert writers.done == {"eval"}
         writers.write(30, {"train/loss": 2.0})
     kept = read_metrics(tmp_path)
     assert kept[:2] == lines[:2]
     assert [line["step"] for line in kept] == [10, 20, 30]
-    assert callbacks_done(tmp_path, 20) == {"eval"}
-    assert callbacks_done(tmp_path, 10) == set()
+    with Writers(tmp_path, 16, 30) as writers:
+        assert writers.done == set()
 
 
 def test_an_unknown_name_is_refused_before_anything_is_written(tmp_path):
@@ -90,16 +90,16 @@ def test_progress_is_printed_now_and_then_without_a_terminal(capsys):
     out = capsys.readouterr().out
     assert out.startswith("300 of 1,000 img | loss 0.2500 | ")
     # 100 images in ten seconds since the first step; what came before it does not count.
-    rate = float(re.search(r"([\d.]+) img/s \| 1:1\d left", out)[1])
+    rate = float(re.search(r"([\d.]+) img/s \| 0:01:1\d left", out)[1])
     assert rate == pytest.approx(10, abs=0.1)
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0, "0:00"), (62.4, "1:02"), (3661, "1:01:01"), (2 * 86400 + 5, "2d 00:00:05")],
+    [(0, "0:00:00"), (62.4, "0:01:02"), (2 * 86400 + 5, "2 days, 0:00:05"), (1e300, "11574074 d")],
 )
 def test_durations(seconds, text):
-    assert duration(seconds) == text
+    assert duration(seconds).startswith(text)
 
 
 FULL = """

@@ -4,7 +4,7 @@ The table is written on the host in float64. One `lax.scan` over its rows traces
 Heun's method calls it at two places, and gives it a scalar noise level shared by all images.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -34,8 +34,9 @@ def bind(
     denoiser: Denoiser, variables: Variables, class_labels: Labels | None = None
 ) -> BoundDenoiser:
     """D(x; sigma) of a network with its weights and labels, for a sampler."""
+    apply: Callable[..., Any] = denoiser.apply
     return BoundDenoiser(
-        lambda x, sigma: denoiser.apply(variables, x, sigma, class_labels), denoiser.precond
+        lambda x, sigma: apply(variables, x, sigma, class_labels), denoiser.precond
     )
 
 
@@ -110,6 +111,7 @@ def run_plan(
     def draw(step: jax.Array) -> Images:
         if noise is not None:
             return jnp.asarray(noise, jnp.float32)[step]
+        assert key is not None
         return step_noise(key, step, latents.shape)
 
     def body(carry: tuple, row: Plan) -> tuple[tuple, None]:

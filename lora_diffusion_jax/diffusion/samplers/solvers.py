@@ -72,7 +72,7 @@ def make_plan(
         gamma = churn.gamma(sigma, len(sigmas))
         t_hat = t
         if gamma:
-            t_hat = float(schedule.time(precond.round_sigma(sigma + gamma * sigma)))
+            t_hat = float(schedule.time(precond.round_sigma(np.asarray(sigma + gamma * sigma))))
         sigma_hat = float(schedule.sigma(t_hat))
         # Rounding may put sigma_hat below sigma; then there is nothing to add.
         added = np.sqrt(max(sigma_hat**2 - sigma**2, 0.0)) * scaling.scale(t_hat) * churn.s_noise

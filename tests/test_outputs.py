@@ -1,0 +1,97 @@
+"""Outputs hold the images of their seeds, survive interruptions, and are written by one process."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lora_diffusion_jax.outputs import Output, grid
+
+SEEDS = np.array([4, 1, 9, 3, 11])
+LABELS = np.array([0, 7, 2, 2, 5], np.int32)
+IMAGES = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 1), np.uint8)
+ABOUT = {"weights": "ema"}
+
+
+def save(path, identity="one"):
+    output = Output(path, SEEDS, LABELS, identity)
+    output.write(IMAGES)
+    output.finish(ABOUT)
+
+
+def contents(path):
+    paths = [path] if path.is_file() else sorted(path.iterdir())
+    return {p.name: p.read_bytes() for p in paths}
+
+
+def test_a_file_holds_images_seeds_and_labels(tmp_path):
+    path = tmp_path / "new" / "samples.npz"
+    save(path)
+    with np.load(path) as file:
+        assert set(file) == {"images", "seeds", "labels", "about"}
+        assert file["images"].dtype == np.uint8
+        for name, expected in (("images", IMAGES), ("seeds", SEEDS), ("labels", LABELS)):
+            np.testing.assert_array_equal(file[name], expected)
+        assert json.loads(str(file["about"])) == ABOUT
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_a_folder_holds_one_picture_per_seed(tmp_path):
+    save(tmp_path)
+    with Image.open(tmp_path / "000011.png") as picture:
+        np.testing.assert_array_equal(np.asarray(picture), IMAGES[4, ..., 0])
+    listed = json.loads((tmp_path / "dataset.json").read_text())["labels"]
+    assert listed == [[f"{s:06d}.png", int(c)] for s, c in zip(SEEDS, LABELS, strict=True)]
+    assert len(list(tmp_path.iterdir())) == 6
+
+
+@pytest.mark.parametrize("name", ["samples.npz", "grid.png", "folder"])
+def test_what_was_done_before_a_kill_is_kept(tmp_path, name):
+    """If the run is the same."""
+    path = tmp_path / name
+    whole = path.with_name(f"whole_{name}")
+    save(whole)
+    first = Output(path, SEEDS, LABELS, "one")
+    assert not first.done.any()
+    first.write(IMAGES[:2])
+    again = Output(path, SEEDS, LABELS, "one")
+    np.testing.assert_array_equal(again.done, [True, True, False, False, False])
+    again.write(IMAGES[2:])
+    again.finish(ABOUT)
+    found, expected = contents(path), contents(whole)
+    assert list(found.values()) == list(expected.values())
+    assert not Output(path, SEEDS, LABELS, "another").done.any()
+
+
+def test_an_earlier_result_does_not_pass_for_this_one(tmp_path):
+    save(tmp_path)
+    assert not Output(tmp_path, SEEDS, LABELS, "another").done.any()
+    assert not list(tmp_path.glob("*.png"))
+    assert not (tmp_path / "dataset.json").exists()
+
+
+@pytest.mark.parametrize("name", ["samples.npz", "folder"])
+def test_two_processes_do_not_write_one_output(tmp_path, name):
+    held = Output(tmp_path / name, SEEDS, LABELS, "one")
+    program = f"""
+import numpy as np
+from pathlib import Path
+from lora_diffusion_jax.outputs import Output
+Output(Path({str(tmp_path / name)!r}), np.array([1]), np.zeros(1, np.int32), "one")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "UserError: Another process is writing" in done.stderr
+    held.write(IMAGES)
+    held.finish(ABOUT)
+
+
+def test_grid_places_images_row_by_row():
+    images = np.arange(5, dtype=np.uint8).reshape(5, 1, 1, 1) * np.ones((1, 2, 3, 1), np.uint8)
+    picture = grid(images, columns=3, min_side=4, gap=1)
+    assert picture.shape == (1 + 2 * 5, 1 + 3 * 7, 1)
+    assert (picture[1:5, 8:14] == 1).all()
+    assert (picture[6:10, 1:7] == 3).all()
+    assert (picture[6:10, 15:21] == 96).all()  # the sixth place is empty

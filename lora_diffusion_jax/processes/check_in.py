@@ -65,8 +65,8 @@ class _Callers:
         self.names[index] = who
         if len(self.names) == count:
             self.complete.set()
-        hung_up = asyncio.ensure_future(reader.read(1))
-        await asyncio.wait({hung_up, self.answer}, return_when=asyncio.FIRST_COMPLETED)
+        hung_up: asyncio.Future = asyncio.ensure_future(reader.read(1))
+        await asyncio.wait([hung_up, self.answer], return_when=asyncio.FIRST_COMPLETED)
         if hung_up.done():  # the same process may be started again
             del self.names[index]
         return await self.answer

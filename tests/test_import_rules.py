@@ -1,94 +1,125 @@
-"""Who may import whom (docs/design.md): the arrows of the package, read from its source."""
+"""Who may import whom (docs/design.md), read from the source: every import counts, lazy ones too."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "lora_diffusion_jax"
-SHARED = {"array_types", "errors", "processes"}
-ALLOWED = {  # part -> parts of the package it may import at module level, besides itself and SHARED
-    "models": set(),
-    "lora": set(),
-    "diffusion": set(),
-    "data": set(),
-    "interop": set(),
-    "training": set(),
-    "analysis": {"lora"},
-    "evaluation": {"interop"},
-    "generate": {"diffusion"},
-    "outputs": {"generate"},
-    "default_config": {"diffusion"},
-    "factory": {
-        "models",
-        "lora",
-        "diffusion",
-        "data",
-        "interop",
-        "training",
-        "generate",
-        "default_config",
-    },
+SHARED = {"errors", "array_types", "keys", "paths", "files"}  # for everyone
+BELOW_FACTORY = {
+    *("processes", "lora", "models", "diffusion", "data", "readers"),
+    *("default_config", "generate", "outputs", "training", "evaluation"),
 }
-# Libraries that only these parts may import.
+# Part -> parts of the package that it may import, besides itself and SHARED; from the bottom up.
+ALLOWED = {
+    "errors": set(),
+    "array_types": set(),
+    "keys": set(),
+    "paths": set(),
+    "files": set(),
+    "processes": set(),
+    "lora": set(),
+    "models": set(),
+    "diffusion": set(),
+    "readers": set(),
+    "data": {"processes"},
+    "default_config": {"diffusion"},
+    "generate": {"diffusion", "processes"},
+    "outputs": {"generate"},
+    "training": {"processes"},
+    "evaluation": {"readers", "processes"},
+    "factory": BELOW_FACTORY - {"outputs", "evaluation", "readers"},
+    "interop": {"factory", "readers", "default_config", "lora", "models", "diffusion"},
+    "compile_cache": set(),
+    "cli": {"compile_cache", "processes", "default_config"},
+    "modes": {*BELOW_FACTORY, "factory", "interop", "compile_cache", "cli"},
+}
+# Part -> the third-party libraries that it may import: these two serve models and files of anybody.
+LIBRARIES = {
+    "lora": {"jax", "flax", "numpy", "jaxtyping"},
+    "readers": {"numpy", "ml_dtypes", "safetensors"},
+}
+# Library -> the only parts that may import it.
 CONFINED = {
-    "ml_collections": {"default_config", "factory", "experiment", "modes"},
+    "ml_collections": {"default_config", "factory", "interop", "cli", "modes"},
     "tensorflow_datasets": {"data"},
     "orbax": {"training"},
-    "safetensors": {"interop", "evaluation"},
+    "safetensors": {"readers", "interop", "evaluation"},
 }
 
 
-def imports_of(path: Path, *, top_only: bool = True) -> set[str]:
-    tree = ast.parse(path.read_text())
-    nodes = tree.body if top_only else list(ast.walk(tree))
+def imports_of(path: Path) -> set[str]:
+    """Dotted names of all that a file imports, at any depth."""
     found = set()
-    for node in nodes:
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+            assert node.level == 0, f"{path.relative_to(ROOT)} has a relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
     return found
 
 
-def part_of(module: str) -> str | None:
-    names = module.split(".")
-    return names[1] if names[0] == PACKAGE and len(names) > 1 else None
+def parts_of(path: Path) -> set[str]:
+    """Parts of the package that a file imports."""
+    names = [name.split(".") for name in imports_of(path)]
+    return {name[1] for name in names if name[0] == PACKAGE and len(name) > 1}
 
 
-def files() -> list[tuple[str, Path]]:
-    paths = sorted((ROOT / PACKAGE).rglob("*.py"))
-    return [(path.relative_to(ROOT / PACKAGE).parts[0].removesuffix(".py"), path) for path in paths]
+def files_of(part: str) -> list[Path]:
+    folder = ROOT / PACKAGE / part
+    return sorted(folder.rglob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]
+
+
+def test_the_table_covers_every_part_from_the_bottom_up():
+    paths = {p for p in (ROOT / PACKAGE).iterdir() if p.suffix == ".py" or any(p.glob("*.py"))}
+    assert {p.stem for p in paths} - {"__init__"} == set(ALLOWED)
+    for index, allowed in enumerate(ALLOWED.values()):
+        assert allowed <= set(list(ALLOWED)[:index])  # so no two parts can need one another
 
 
 @pytest.mark.parametrize("part", ALLOWED)
 def test_parts_import_only_what_lies_below_them(part):
-    for owner, path in files():
-        if owner == part:
-            used = {part_of(name) for name in imports_of(path)} - {None, part} - SHARED
-            known = used & (set(ALLOWED) | {"experiment"})
-            assert known <= ALLOWED[part], (
-                f"{path.relative_to(ROOT)} imports {known - ALLOWED[part]}"
-            )
+    shared = {"errors"} if part in SHARED else SHARED
+    for path in files_of(part):
+        above = parts_of(path) - ALLOWED[part] - shared - {part}
+        assert not above, f"{path.relative_to(ROOT)} imports {above}"
 
 
-@pytest.mark.parametrize("library", CONFINED)
-def test_heavy_libraries_stay_where_they_belong(library):
-    for owner, path in files():
-        if any(name.split(".")[0] == library for name in imports_of(path, top_only=False)):
-            assert owner in CONFINED[library], f"{path.relative_to(ROOT)} imports {library}"
+def test_only_the_readers_know_how_files_are_read():
+    """The pickle machine and its words stay inside: others use the readers' two entrances."""
+    entrances = {f"{PACKAGE}.readers.{name}" for name in ("pickles", "safetensors")}
+    for part in set(ALLOWED) - {"readers"}:
+        for path in files_of(part):
+            used = {n.rpartition(".")[0] for n in imports_of(path) if f"{PACKAGE}.readers" in n}
+            assert used <= entrances, path.relative_to(ROOT)
 
 
-def test_nothing_imports_tensorflow_or_torch():
-    for _, path in files():
-        roots = {name.split(".")[0] for name in imports_of(path, top_only=False)}
-        assert not roots & {"tensorflow", "torch", "torchvision"}, path
+@pytest.mark.parametrize("part", LIBRARIES)
+def test_parts_for_use_elsewhere_need_few_libraries(part):
+    for path in files_of(part):
+        roots = {name.split(".")[0] for name in imports_of(path)}
+        unwanted = roots - LIBRARIES[part] - {PACKAGE} - sys.stdlib_module_names
+        assert not unwanted, f"{path.relative_to(ROOT)} imports {unwanted}"
 
 
-def test_configs_import_only_the_base_config():
-    allowed = {"ml_collections", "configs", f"{PACKAGE}"}
+def test_heavy_libraries_stay_where_they_belong():
+    for part in ALLOWED:
+        for path in files_of(part):
+            roots = {name.split(".")[0] for name in imports_of(path)}
+            misplaced = {lib for lib in roots & set(CONFINED) if part not in CONFINED[lib]}
+            misplaced |= roots & {"tensorflow", "torch", "torchvision"}
+            assert not misplaced, f"{path.relative_to(ROOT)} imports {misplaced}"
+
+
+def test_the_programs_call_modes_and_configs_know_the_base_alone():
+    for name in ("main.py", "eval_fid.py"):
+        assert parts_of(ROOT / name) == {"modes"}
     for path in (ROOT / "configs").glob("*.py"):
-        names = imports_of(path, top_only=False)
-        assert {name.split(".")[0] for name in names} <= allowed
-        assert {part_of(n) for n in names if n.startswith(PACKAGE)} <= {"default_config"}
+        assert parts_of(path) <= {"default_config"}, path.name
+        assert {name.split(".")[0] for name in imports_of(path)} <= {
+            *("ml_collections", "configs", PACKAGE)
+        }

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from lora_diffusion_jax import factory
 from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.factory.checks import check
+from lora_diffusion_jax.factory.networks import build_denoiser, init_variables
+from lora_diffusion_jax.factory.objectives import build_objective
 from lora_diffusion_jax.models.blocks import REMAT
 from tests.small import fast_jit, small_config
 
@@ -36,9 +38,9 @@ def small(remat: str, *, network: str = "ddpmpp", mode: str = "with_lora") -> Co
 
 def training_loss(config: ConfigDict, batch: int = 2) -> tuple[Callable, Any]:
     """The loss as a function of the variables, and variables in which nothing is zero."""
-    denoiser = factory.build_denoiser(config)
-    objective = factory.build_objective(config, denoiser)
-    shapes = jax.eval_shape(lambda: factory.init_variables(config, denoiser, jax.random.key(0)))
+    denoiser = build_denoiser(config)
+    objective = build_objective(config, denoiser)
+    shapes = jax.eval_shape(lambda: init_variables(config, denoiser, jax.random.key(0)))
     rng = np.random.default_rng(0)
     variables = jax.tree.map(
         lambda s: jnp.asarray(0.1 * rng.standard_normal(s.shape), s.dtype), shapes
@@ -95,4 +97,4 @@ def test_less_is_kept_in_the_order_of_the_options():
 
 def test_unknown_policy_is_a_plain_error():
     with pytest.raises(UserError, match=r"train.remat is 'some'.*none, norms, blocks"):
-        factory.check(small("some"))
+        check(small("some"))

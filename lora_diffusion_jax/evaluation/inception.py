@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from lora_diffusion_jax import files
@@ -34,7 +33,7 @@ from lora_diffusion_jax.evaluation.inception_network import (
 )
 from lora_diffusion_jax.evaluation.resize import PREPROCESS
 from lora_diffusion_jax.readers.pickles import read_torch_state_dict
-from lora_diffusion_jax.readers.safetensors import is_safetensors
+from lora_diffusion_jax.readers.safetensors import is_safetensors, read_safetensors
 
 FILE_NAME = "pt_inception-2015-12-05-6726825d.pth"
 FILE_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -148,20 +147,17 @@ def metadata_of(state_dict: Mapping[str, np.ndarray], source_hash: str) -> dict[
 
 def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], str]:
     """Reads one of our files, or another, whose origin is unknown: then its own hash is returned."""
-    try:
-        with safe_open(path, framework="numpy") as file:
-            meta = json.loads((file.metadata() or {}).get("inception", "{}"))
-            state_dict = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{path} is a damaged safetensors file, or has a type that numpy lacks ({error}). "
-            f"{HOW_TO_GET_IT}"
-        ) from error
-    if not meta:
+    metadata, state_dict = read_safetensors(path)
+    if "inception" not in metadata:
         return state_dict, sha256_of(path)
-    if meta.get("content") != tree_hash(state_dict):
+    try:
+        meta = json.loads(metadata["inception"])
+        content, source_hash = meta["content"], str(meta["source_sha256"])
+    except (KeyError, TypeError, ValueError):
+        content = None
+    if content != tree_hash(state_dict):
         raise UserError(f"{path} was changed or damaged after it was written. {HOW_TO_GET_IT}")
-    return state_dict, meta["source_sha256"]
+    return state_dict, source_hash
 
 
 @functools.cache

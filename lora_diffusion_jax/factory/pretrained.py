@@ -114,13 +114,12 @@ def mismatch(found: Mapping[str, tuple], wanted: Mapping[str, tuple], limit: int
             f"{k} is {found[k]} there, {wanted[k]} here" for k in both if found[k] != wanted[k]
         ],
     }
-    listed = []
+    parts = []
     for problem, names in problems.items():
         more = f" and {len(names) - limit} more" if len(names) > limit else ""
-        listed += [
-            f"{problem}: {', '.join(printable(n, 160) for n in names[:limit])}{more}"
-        ] * bool(names)
-    return "; ".join(listed)
+        if names:
+            parts.append(f"{problem}: {', '.join(printable(n, 160) for n in names[:limit])}{more}")
+    return "; ".join(parts)
 
 
 def overlay(fresh: Variables, loaded: Variables, origin: str) -> Variables:

@@ -49,7 +49,7 @@ def load_pretrained(path: str | Path, base: str | Path | None = None) -> Pretrai
 def _read(path: str | Path, base: str | Path | None) -> tuple[Variables, ConfigDict]:
     """Variables and config of the network in a file."""
     if not (Path(path).is_file() and is_safetensors(path)):
-        ema = read_snapshot(path).ema
+        ema = read_snapshot(path)
         with _naming(path):
             config, state_dict, adapters = infer_config(ema), ema.state_dict(), False
     else:

@@ -40,6 +40,10 @@ _FIELDS = {  # official argument of a network -> our field
     "resample_filter": "model.resample_filter",
 }
 _REQUIRED = ("img_resolution", "in_channels")
+_IGNORED = (
+    "out_channels",
+    "decoder_type",
+)  # what they decide shows in the tensors' names and shapes
 # Official class -> the network of that class here, whose defaults are the official ones.
 _NETWORKS = {"SongUNet": "ddpmpp", "DhariwalUNet": "adm"}
 
@@ -111,11 +115,6 @@ def config_from_official(
     Raises:
         UserError: a value has the wrong type, or an option is unknown here.
     """
-    arguments = dict(arguments)
-    if (decoder := arguments.pop("decoder_type", "standard")) != "standard":
-        raise UserError(
-            f"The network has decoder_type = {printable(decoder)}; only standard is known."
-        )
     if adapters is None and not use_affine:
         raise UserError("No lora.mode describes a network with neither scale-and-shift nor LoRA.")
     config = default_config()
@@ -178,14 +177,14 @@ def _arguments(model: ModuleNode) -> dict[str, Any]:
         raise UserError(
             f"The snapshot does not record the arguments of its {model.class_name} by name."
         )
-    ignored = ("out_channels", "decoder_type")
-    unknown = [name for name in given if name not in (*_known(model.class_name), *ignored)]
+    known = _known(model.class_name)
+    unknown = [name for name in given if name not in (*known, *_IGNORED)]
     if unknown:
         listed = ", ".join(printable(name) for name in unknown[:8])
         raise UserError(f"The snapshot's {model.class_name} was built with {listed}, unknown here.")
     if missing := [name for name in _REQUIRED if name not in given]:
         raise UserError(f"The snapshot does not record {', '.join(missing)} of its network.")
-    return {name: value for name, value in given.items() if name != "out_channels"}
+    return {name: given[name] for name in known if name in given}
 
 
 def _rates(model: ModuleNode) -> dict[str, Any]:

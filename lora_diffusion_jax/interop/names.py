@@ -21,7 +21,7 @@ from lora_diffusion_jax.diffusion.precond import IDDPM
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.factory.networks import build_denoiser, variable_shapes
 from lora_diffusion_jax.factory.pretrained import mismatch
-from lora_diffusion_jax.lora.attach import NAME
+from lora_diffusion_jax.paths import ADAPTER
 
 Path = tuple[str, ...]  # of a variable, its collection first
 Shape = tuple[int, ...]
@@ -29,11 +29,11 @@ StateDict = Mapping[str, np.ndarray]  # arrays by official names
 
 _RULES = (  # applied in turn to the path below its collection
     (r"^model/map/", "model/map_"),
-    (rf"/{NAME}/composition/dense_(\d+)/", r"/comp_weights/\1/0/"),
-    (rf"/{NAME}/composition/norm_(\d+)/", r"/comp_weights/\1/1/"),
-    (rf"/{NAME}/composition/", "/comp_weights/"),
-    (rf"/{NAME}/bias$", "/bias"),
-    (rf"/{NAME}/", "/lora_"),
+    (rf"/{ADAPTER}/composition/dense_(\d+)/", r"/comp_weights/\1/0/"),
+    (rf"/{ADAPTER}/composition/norm_(\d+)/", r"/comp_weights/\1/1/"),
+    (rf"/{ADAPTER}/composition/", "/comp_weights/"),
+    (rf"/{ADAPTER}/bias$", "/bias"),
+    (rf"/{ADAPTER}/", "/lora_"),
     (r"/(kernel|scale)$", "/weight"),
 )
 _POINTWISE = ("qkv", "proj", "skip", "down", "up")  # matrices here, 1x1 convolutions officially
@@ -46,7 +46,7 @@ def official_names(paths: Iterable[Path]) -> dict[Path, str]:
     and `X.conv.bias`. The composition MLP's last layer is numbered after the hidden ones.
     """
     paths = list(paths)
-    sites = {path[: path.index(NAME)] for path in paths if NAME in path}
+    sites = {path[: path.index(ADAPTER)] for path in paths if ADAPTER in path}
     hidden = {path[-2] for path in paths if "composition" in path and path[-1] == "scale"}
     names = {}
     for path in paths:

@@ -13,8 +13,6 @@ from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.lora.adapter import LAYER_TYPES, check_layer
 from lora_diffusion_jax.paths import ADAPTER
 
-NAME = ADAPTER  # of the parameter subtree below each site
-
 
 class _Call:
     """The state of one forward call of an adapted module."""
@@ -34,7 +32,7 @@ class _Call:
         """The interceptor: taps the condition, and adds the adapter's output at the sites."""
         module = context.module
         parts = module.path[len(self.wrapper.path) :]
-        if context.method_name != "__call__" or not parts or NAME in parts:
+        if context.method_name != "__call__" or not parts or ADAPTER in parts:
             return next_fun(*args, **kwargs)
         path = "/".join(parts)
         self.paths.add(path)
@@ -62,7 +60,7 @@ class _Call:
     def _adapter(self, layer: nn.Module) -> nn.Module:
         """The layer's adapter, made once per call."""
         if id(layer) not in self.adapters:  # holding on to the layer keeps its id from being reused
-            adapter = self.wrapper.template.adapter.clone(parent=layer, name=NAME)
+            adapter = self.wrapper.template.adapter.clone(parent=layer, name=ADAPTER)
             self.adapters[id(layer)] = (layer, adapter)
         return self.adapters[id(layer)][1]
 
@@ -180,9 +178,9 @@ def composition_weights(
     _, state = wrapped.apply(variables, *args, mutable=["intermediates"], **kwargs)
     weights: dict = {}
     for path, values in traverse_util.flatten_dict(state["intermediates"]).items():
-        if path[-1] != "omega" or NAME not in path:
+        if path[-1] != "omega" or ADAPTER not in path:
             continue
-        at = path.index(NAME)
+        at = path.index(ADAPTER)
         site, rest = "/".join(path[:at]), path[at + 1 : -1]
         if rest:
             weights.setdefault(site, {})[rest] = values[-1]

@@ -8,25 +8,23 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from lora_diffusion_jax import paths
 from lora_diffusion_jax.errors import UserError
-from lora_diffusion_jax.lora.attach import NAME
-from lora_diffusion_jax.paths import is_adapter
+from lora_diffusion_jax.paths import ADAPTER, is_adapter
 
 PyTree = Any
 
 
 def list_sites(params: PyTree) -> list[str]:
     """Paths of the adapted layers in a parameter tree, sorted."""
-    paths = [path for path in traverse_util.flatten_dict(params) if is_adapter("/".join(path))]
-    return sorted({"/".join(path[: path.index(NAME)]) for path in paths})
+    adapted = [path for path in traverse_util.flatten_dict(params) if ADAPTER in path]
+    return sorted({"/".join(path[: path.index(ADAPTER)]) for path in adapted})
 
 
 def split(params: PyTree) -> tuple[PyTree, PyTree]:
     """Splits {a: {kernel, lora: {...}}} into the base {a: {kernel}} and the adapters {a: {lora: ...}}."""
-    flat = traverse_util.flatten_dict(params)
-    base = {k: v for k, v in flat.items() if not is_adapter("/".join(k))}
-    adapters = {k: v for k, v in flat.items() if is_adapter("/".join(k))}
-    return traverse_util.unflatten_dict(base), traverse_util.unflatten_dict(adapters)
+    adapters, base = paths.split(params, is_adapter)
+    return base, adapters
 
 
 def merge(base: PyTree, adapters: PyTree) -> PyTree:

@@ -68,25 +68,11 @@ class ModuleNode:
         }
 
 
-@dataclasses.dataclass(frozen=True, repr=False)
-class Snapshot:
-    """An EDM network snapshot.
+def read_snapshot(path: str | Path) -> ModuleNode:
+    """Reads the network with averaged weights of an EDM snapshot, without running anything.
 
-    Attributes:
-        ema: the network with averaged weights.
-        loss_fn: its training loss, if any.
-        augment_pipe: its augmentation, if any.
-        dataset_kwargs: settings of the data set it was trained on.
-    """
-
-    ema: ModuleNode
-    loss_fn: ModuleNode | None
-    augment_pipe: ModuleNode | None
-    dataset_kwargs: dict[str, Any]
-
-
-def read_snapshot(path: str | Path) -> Snapshot:
-    """Reads an EDM snapshot (`network-snapshot-*.pkl` and the published ones) without running it.
+    Args:
+        path: a `network-snapshot-*.pkl`, or one of the published files.
 
     Raises:
         UserError: one line that names the file and what was found in it.
@@ -104,7 +90,11 @@ def read_snapshot(path: str | Path) -> Snapshot:
             raise Refused("is a PyTorch file (.pt), not a network snapshot")
         if cursor.left:
             raise Corrupt(f"{cursor.left} bytes follow its end")
-        return _snapshot(value, budget)
+        if type(value) is not dict:
+            raise Refused(f"holds a {type(value).__name__}, not a snapshot's dict")
+        if type(value.get("ema")) is not Instance:
+            raise Refused(f"holds no network under 'ema', but {_names(value)}")
+        return _Modules(budget).convert(value["ema"])
 
 
 def read_torch_state_dict(path: str | Path, key: str | None = None) -> dict[str, np.ndarray]:
@@ -195,32 +185,12 @@ def _names(value: dict) -> str:
     return ", ".join(names) + (", ..." if len(value) > 6 else "") if names else "nothing"
 
 
-def _snapshot(value: Any, budget: Budget) -> Snapshot:
-    if type(value) is not dict:
-        raise Refused(f"holds a {type(value).__name__}, not a snapshot's dict")
-    if type(value.get("ema")) is not Instance:
-        raise Refused(f"holds no network under 'ema', but {_names(value)}")
-    modules = _Modules(budget)
-    kwargs = value.get("dataset_kwargs") or {}
-    if type(kwargs) is not dict:
-        raise Corrupt("dataset_kwargs is not a dict")
-    return Snapshot(
-        modules.convert(value["ema"]),
-        modules.optional(value.get("loss_fn")),
-        modules.optional(value.get("augment_pipe")),
-        kwargs,
-    )
-
-
 class _Modules:
     """Turns instances into `ModuleNode`, within limits on their number and nesting."""
 
     def __init__(self, budget: Budget):
         self._budget = budget
         self._left = MAX_MODULES
-
-    def optional(self, value: Any) -> ModuleNode | None:
-        return None if value is None else self.convert(value)
 
     def convert(self, value: Any, depth: int = 0) -> ModuleNode:
         if type(value) is not Instance:

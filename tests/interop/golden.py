@@ -19,7 +19,7 @@ def snapshot_path(name: str) -> Path:
 
 @functools.cache
 def snapshot(name: str) -> ModuleNode:
-    return read_snapshot(snapshot_path(name)).ema
+    return read_snapshot(snapshot_path(name))
 
 
 def outputs(name: str) -> dict[str, np.ndarray]:

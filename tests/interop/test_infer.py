@@ -112,7 +112,6 @@ def test_unknown_classes_and_options_are_named():
         "UViT": replaced(ema, "model", class_name="UViT"),
         "rotary": with_arguments(ema, rotary=True),
         "model.encoder is 'skip'": with_arguments(ema, encoder_type="skip"),
-        "decoder_type = skip": with_arguments(ema, decoder_type="skip"),
         "data.image_size is 1000000000": with_arguments(ema, img_resolution=10**9),
         r"channel_mult is \[1.5\]": with_arguments(ema, channel_mult=[1.5]),
         "model_channels = 8.5": with_arguments(ema, model_channels=8.5),

@@ -24,7 +24,7 @@ def load(path: Path) -> None:
     if path.suffix == ".pt":
         read_torch_state_dict(path)
     else:
-        infer_config(read_snapshot(path).ema)
+        infer_config(read_snapshot(path))
 
 
 def flip(data: bytearray, rng: np.random.Generator) -> None:

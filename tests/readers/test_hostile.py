@@ -148,7 +148,7 @@ def test_special_attribute_names_stay_plain_data():
     state = {"__class__": "x", "__setstate__": "x", "__reduce__": "x", "__dict__": {"a": 1}}
     Path("odd.pkl").write_bytes(p.snapshot(p.persistent("EDMPrecond", state)))
     with nothing_runs():
-        node = read_snapshot("odd.pkl").ema
+        node = read_snapshot("odd.pkl")
     assert type(node).__name__ == "ModuleNode"
     assert node.attributes == {}
 
@@ -256,7 +256,7 @@ def test_structures_that_unfold_exponentially_are_never_unfolded():
     ema = p.module("EDMPrecond", children={"model": model})
     Path("bomb.pkl").write_bytes(p.snapshot(ema))
     with pytest.raises(UserError, match="img_resolution = a tuple"):
-        infer_config(read_snapshot("bomb.pkl").ema)
+        infer_config(read_snapshot("bomb.pkl"))
 
 
 def test_modules_inside_themselves_or_shared_without_end_are_refused():

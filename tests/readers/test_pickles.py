@@ -33,20 +33,16 @@ def assert_same(found: dict, expected: dict) -> None:
 def test_official_snapshot_gives_its_weights_and_never_runs_its_source(name):
     read_snapshot(GOLDEN / f"snapshot_{name}.pkl")  # codecs that Python imports on first use
     with nothing_runs():
-        snapshot = read_snapshot(GOLDEN / f"snapshot_{name}.pkl")
-    weights = snapshot.ema.state_dict()
+        weights = read_snapshot(GOLDEN / f"snapshot_{name}.pkl").state_dict()
     assert len(weights) > 80
     for index, (key, array) in enumerate(weights.items()):
         if key != "u" and not key.endswith("resample_filter"):
             np.testing.assert_array_equal(array, values(index, array.shape), err_msg=key)
             assert array.dtype == np.float32
-    assert snapshot.augment_pipe.attributes["p"] == 0.12
-    assert snapshot.loss_fn.class_name == "EDMLoss"
-    assert snapshot.dataset_kwargs == {"path": "cifar10.zip", "use_labels": True}
 
 
 def test_snapshot_keeps_classes_attributes_and_recorded_arguments():
-    ema = read_snapshot(GOLDEN / "snapshot_edm_lora.pkl").ema
+    ema = read_snapshot(GOLDEN / "snapshot_edm_lora.pkl")
     nodes = dict(ema.walk())
     assert ema.class_name == "EDMPrecond"
     assert ema.attributes["sigma_data"] == 0.5
@@ -59,7 +55,7 @@ def test_snapshot_keeps_classes_attributes_and_recorded_arguments():
 
 def test_snapshot_of_torch_1_12_and_numpy_1_24_equals_the_reference():
     """The SHA-256 is that of the state_dict which the authors' code gave for the same network."""
-    weights = read_snapshot(GOLDEN / "snapshot_torch112.pkl").ema.state_dict()
+    weights = read_snapshot(GOLDEN / "snapshot_torch112.pkl").state_dict()
     digest = hashlib.sha256()
     for name, array in weights.items():
         digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
@@ -104,7 +100,7 @@ def test_numpy_scalars_of_both_generations_and_protocols(tmp_path, module, proto
     scalar = p.Call(p.Global(module, "scalar"), (dtype, data))
     path = tmp_path / "snapshot.pkl"
     path.write_bytes(p.snapshot(p.module("EDMPrecond", sigma_data=scalar)))
-    assert read_snapshot(path).ema.attributes["sigma_data"] == 0.1
+    assert read_snapshot(path).attributes["sigma_data"] == 0.1
 
 
 def test_storages_embedded_as_zip_files_are_read(tmp_path):
@@ -115,7 +111,7 @@ def test_storages_embedded_as_zip_files_are_read(tmp_path):
     path = tmp_path / "snapshot.pkl"
     ema = p.module("EDMPrecond", params={"w": p.tensor(array, storage)})
     path.write_bytes(p.snapshot(ema))
-    np.testing.assert_array_equal(read_snapshot(path).ema.params["w"], array)
+    np.testing.assert_array_equal(read_snapshot(path).params["w"], array)
 
 
 def test_big_endian_archives_are_swapped(tmp_path):

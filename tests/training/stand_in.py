@@ -176,16 +176,11 @@ def main():
     parser.add_argument("--pause", type=float, default=0.0, help="seconds per batch")
     parser.add_argument("--die-at", type=int, help="kill -9 when this step's batch is asked for")
     parser.add_argument("--break-at", type=int, help="a UserError when this step's batch is due")
-    parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--process", type=int, default=0)
-    parser.add_argument("--address")
     parser.add_argument("--width", type=int, default=BATCH, help="batch size the config names")
     options = parser.parse_args()
     sharding.FSDP_MIN_SIZE = 512  # the network's layers are small
     try:
-        if options.processes > 1:
-            count, index = options.processes, options.process
-            processes.join(options.address, count, index, limit=60, heartbeat_timeout_seconds=6)
+        processes.join(limit=60, heartbeat_timeout_seconds=6)
         with processes.ending_together():
             sys.exit(go(options))
     except UserError as error:

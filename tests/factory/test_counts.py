@@ -6,8 +6,10 @@ import pytest
 from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
-from lora_diffusion_jax import factory, lora
+from lora_diffusion_jax import lora
 from lora_diffusion_jax.default_config import base
+from lora_diffusion_jax.factory.networks import build_denoiser, init_variables, variable_shapes
+from lora_diffusion_jax.factory.training import build_optimizer
 from lora_diffusion_jax.training import sharding, state
 
 MODES = ("baseline", "only_lora", "with_lora")
@@ -63,10 +65,8 @@ COUNTS = [
 def test_parameter_count(config: ConfigDict, mode: str, expected: int) -> None:
     config = config.copy_and_resolve_references()
     config.lora.mode = mode
-    denoiser = factory.build_denoiser(config)
-    init = lambda key: factory.init_variables(config, denoiser, key)  # noqa: E731
-    variables = jax.eval_shape(init, jax.random.key(0))
-    assert lora.count(variables["params"]) == expected
+    shapes = variable_shapes(config, build_denoiser(config))
+    assert lora.count(shapes["params"]) == expected
 
 
 @pytest.mark.parametrize(
@@ -74,11 +74,11 @@ def test_parameter_count(config: ConfigDict, mode: str, expected: int) -> None:
 )
 def test_fsdp_divides_the_state(config: ConfigDict, most: float) -> None:
     """Parameters, moments and average take 1/n of the bytes per device, but for small arrays."""
-    denoiser = factory.build_denoiser(config)
+    denoiser = build_denoiser(config)
 
     def init() -> state.TrainState:
-        variables = factory.init_variables(config, denoiser, jax.random.key(0))
-        return state.create_state(variables, factory.build_optimizer(config))
+        variables = init_variables(config, denoiser, jax.random.key(0))
+        return state.create_state(variables, build_optimizer(config))
 
     shapes = jax.eval_shape(init)
     whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))

@@ -1,0 +1,127 @@
+"""lora.adapter by config: each adapter on a whole network, and what it sees as its condition."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from lora_diffusion_jax import lora
+from lora_diffusion_jax.factory.networks import build_denoiser, init_variables, variable_shapes
+from tests.small import fast_jit, random_variables, small_config
+
+ADAPTERS = ("uc", "time", "class", "time_class")
+X = np.random.default_rng(0).normal(size=(3, 8, 8, 1)).astype(np.float32)
+SIGMA = np.float32([0.3, 1.0, 5.0])
+LABELS = np.eye(3, dtype=np.float32)
+
+
+def config(adapter, **changes):
+    """A class-conditional network with 3 classes and attention in its middle block alone."""
+    return small_config(
+        class_conditional=True,
+        data__num_classes=3,
+        model__attn_resolutions=(),
+        lora__adapter=adapter,
+        **{"lora__num_timesteps": 10, **changes},
+    )
+
+
+@functools.cache
+def network(adapter):
+    """The denoiser, and variables none of which is zero."""
+    denoiser = build_denoiser(config(adapter))
+    return denoiser, random_variables(denoiser, X, SIGMA, LABELS)
+
+
+def composition(denoiser, variables, *args):
+    """Composition weights of the site `qkv` of the middle block."""
+    omegas = fast_jit(functools.partial(lora.composition_weights, denoiser))(variables, *args)
+    return omegas["model/dec/4x4_in0/qkv"]
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_at_initialisation_the_network_equals_its_base_exactly(adapter):
+    bare = config(adapter, lora__mode="baseline")
+    found = {}
+    for name, c in (("adapted", config(adapter)), ("bare", bare)):
+        denoiser = build_denoiser(c)
+        variables = fast_jit(functools.partial(init_variables, c, denoiser))(jax.random.key(3))
+        images = fast_jit(denoiser.apply)(variables, X, SIGMA, LABELS)
+        found[name] = lora.split(variables["params"])[0], images
+    jax.tree.map(np.testing.assert_array_equal, found["adapted"], found["bare"])
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_gradients_reach_every_part_of_an_adapter(adapter):
+    denoiser, variables = network(adapter)
+
+    def loss(params):
+        return jnp.square(denoiser.apply({"params": params}, X, SIGMA, LABELS)).sum()
+
+    gradients = fast_jit(jax.grad(loss))(variables["params"])
+    flat = traverse_util.flatten_dict(lora.split(gradients)[1], sep="/")
+    assert flat
+    for path, gradient in flat.items():
+        if path.endswith(("down/kernel", "up/kernel", "table")):
+            assert np.abs(gradient).max() > 0, path
+        if path.endswith("table"):  # the rows beside the three times, and no others
+            rows = np.abs(gradient).max(axis=1) > 0
+            times = 10 * np.log(SIGMA / 0.002) / np.log(80 / 0.002)
+            near = {int(np.floor(t)) for t in times} | {int(np.ceil(t)) for t in times}
+            assert set(np.flatnonzero(rows)) == near
+
+
+def test_time_is_linear_in_the_logarithm_of_edms_noise_level():
+    """At the noise level of time k, the composition weights are row k of the learned table."""
+    denoiser, variables = network("time")
+    table = variables["params"]["model"]["dec"]["4x4_in0"]["qkv"]["lora"]["composition"]["table"]
+    rows = [0, 4, 10]
+    sigma = np.float32([0.002 * (80 / 0.002) ** (k / 10) for k in rows])
+    found = composition(denoiser, variables, X, sigma, LABELS)
+    np.testing.assert_allclose(found, table[np.array(rows)], atol=1e-4)
+    beyond = composition(denoiser, variables, X, np.float32([1e-4, 80, 1e4]), LABELS)
+    np.testing.assert_allclose(beyond, table[np.array([0, 10, 10])], atol=1e-6)
+
+
+def test_times_of_iddpm_are_its_steps():
+    denoiser = build_denoiser(
+        config("time", precond__name="iddpm", precond__num_steps=11, lora__num_timesteps=10)
+    )
+    variables = random_variables(denoiser, X, SIGMA, LABELS)
+    table = variables["params"]["model"]["dec"]["4x4_in0"]["qkv"]["lora"]["composition"]["table"]
+    levels = denoiser.precond.levels()  # of the steps 10, 9, ..., 0, and zero
+    found = composition(denoiser, variables, X, levels[np.array([10, 3, 0])], LABELS)
+    np.testing.assert_allclose(found, table[np.array([0, 7, 10])], atol=1e-6)
+
+
+def test_classes_weight_their_own_pairs():
+    denoiser, variables = network("time_class")
+    mixture = np.float32([[1, 0, 0], [0, 0.5, 0.5], [0, 0, 0]])
+    weights = composition(denoiser, variables, X, SIGMA, mixture)
+    np.testing.assert_array_equal(weights[("class",)], mixture)
+    assert weights[("time",)].shape == (3, 3)
+    without = composition(denoiser, variables, X, SIGMA)
+    np.testing.assert_array_equal(without[("class",)], np.zeros((1, 3)))
+
+
+def test_networks_of_equal_configs_are_equal():
+    for adapter in ADAPTERS:
+        assert build_denoiser(config(adapter)) == build_denoiser(config(adapter))
+    assert build_denoiser(config("time")) != build_denoiser(config("time", lora__num_timesteps=9))
+
+
+def test_parameters_of_the_papers_adapters():
+    """TimeLoRA has a [T + 1, m] table and m pairs per site, ClassLoRA a pair per class; no bias."""
+    paper = {"lora__rank": 4, "lora__bases": 11, "lora__num_timesteps": 4000}
+    counts = {}
+    for adapter in ("time", "time_class"):
+        c = config(adapter, **paper)
+        params = variable_shapes(c, build_denoiser(c))["params"]
+        counts[adapter] = lora.count(lora.split(params)[1])
+    width = 16  # of the middle block: qkv maps it to 48, proj to 16
+    pairs = 4 * (width + 3 * width) + 4 * (width + width)  # of rank 4, at both sites
+    assert counts["time"] == 2 * 44_011 + 11 * pairs
+    assert counts["time_class"] == counts["time"] + 3 * pairs

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from lora_diffusion_jax import factory
+from lora_diffusion_jax.factory.networks import build_denoiser, image_shape, init_variables
+from lora_diffusion_jax.factory.objectives import build_objective
 
 
 def variant(name: str, **changes: object) -> ConfigDict:
@@ -33,9 +34,9 @@ def variant(name: str, **changes: object) -> ConfigDict:
 
 def evaluation(config: ConfigDict, batch: int, *, scalar: bool) -> Callable[[], jax.Array]:
     """A compiled call of the denoiser."""
-    denoiser = factory.build_denoiser(config)
-    variables = factory.init_variables(config, denoiser, jax.random.key(0))
-    x = jnp.ones((batch, *factory.image_shape(config)))
+    denoiser = build_denoiser(config)
+    variables = init_variables(config, denoiser, jax.random.key(0))
+    x = jnp.ones((batch, *image_shape(config)))
     sigma = jnp.ones(()) if scalar else jnp.ones(batch)
     labels = jnp.eye(10)[np.arange(batch) % 10] if config.class_conditional else None
     call = jax.jit(denoiser.apply)
@@ -44,10 +45,10 @@ def evaluation(config: ConfigDict, batch: int, *, scalar: bool) -> Callable[[], 
 
 def step(config: ConfigDict, batch: int) -> Callable[[], jax.Array]:
     """A compiled call of the loss and its gradients."""
-    denoiser = factory.build_denoiser(config)
-    variables = factory.init_variables(config, denoiser, jax.random.key(0))
-    objective = factory.build_objective(config, denoiser)
-    images = jnp.zeros((batch, *factory.image_shape(config)))
+    denoiser = build_denoiser(config)
+    variables = init_variables(config, denoiser, jax.random.key(0))
+    objective = build_objective(config, denoiser)
+    images = jnp.zeros((batch, *image_shape(config)))
     labels = jnp.eye(10)[np.arange(batch) % 10]
 
     def loss(variables: dict, key: jax.Array) -> jax.Array:

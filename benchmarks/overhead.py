@@ -27,7 +27,10 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from lora_diffusion_jax import compile_cache, factory
+from lora_diffusion_jax import compile_cache
+from lora_diffusion_jax.factory.data import build_batches, complete, open_source
+from lora_diffusion_jax.factory.networks import build_denoiser, init_variables
+from lora_diffusion_jax.factory.training import build_mesh, build_optimizer, build_step, trainable
 from lora_diffusion_jax.training import loop, sharding, state
 from lora_diffusion_jax.training.checkpoint import Checkpoints, to_parts
 from lora_diffusion_jax.training.feed import Feed
@@ -47,29 +50,27 @@ def open_config(name: str, data_dir: str) -> tuple[ConfigDict, object]:
         config.model.num_blocks = 1
         config.train.batch_size = 32
     config.data.data_dir = data_dir
-    source = factory.open_source(config)
-    return factory.complete(config, source), source
+    source = open_source(config)
+    return complete(config, source), source
 
 
 class Trainer:
     """The pieces of the training loop, run by hand."""
 
     def __init__(self, config: ConfigDict, source: object):
-        self.config, self.mesh = config, factory.build_mesh(config)
-        denoiser, optimizer = factory.build_denoiser(config), factory.build_optimizer(config)
-        self.feed = Feed(factory.build_batches(config, source, self.mesh), self.mesh, 0)
+        self.config, self.mesh = config, build_mesh(config)
+        denoiser, optimizer = build_denoiser(config), build_optimizer(config)
+        self.feed = Feed(build_batches(config, source, self.mesh), self.mesh, 0)
 
         def init() -> state.TrainState:
-            variables = factory.init_variables(config, denoiser, jax.random.key(0))
-            return state.create_state(variables, optimizer, factory.trainable(config))
+            variables = init_variables(config, denoiser, jax.random.key(0))
+            return state.create_state(variables, optimizer, trainable(config))
 
         layout = sharding.tree_sharding(jax.eval_shape(init), self.mesh)
         self.state = jax.jit(init, out_shardings=layout)()
         self.interval = loop.empty_metrics(self.mesh)
         self.key = jax.device_put(jax.random.key(1), sharding.replicated(self.mesh))
-        program = loop.jit_step(
-            factory.build_step(config, denoiser, self.mesh), self.state, self.mesh
-        )
+        program = loop.jit_step(build_step(config, denoiser, self.mesh), self.state, self.mesh)
         self.compiled = program.lower(
             self.state, self.interval, self.feed.data, self.feed.next(), self.key
         ).compile()

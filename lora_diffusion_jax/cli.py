@@ -163,7 +163,10 @@ class Parser(argparse.ArgumentParser):
             ("--config.GROUP.FIELD=VALUE", "override a field; the last value of a field counts"),
         ):
             self.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
-        self.add_argument("--helpfull", action=_HelpFull, nargs=0, help="list all config fields")
+        full = "this text, and all config fields with their defaults"
+        self.add_argument(
+            "--helpfull", action=_HelpFull, nargs=0, default=argparse.SUPPRESS, help=full
+        )
 
 
 class _HelpFull(argparse.Action):

@@ -12,7 +12,7 @@ TRAIN = 1  # number: the step; its sigma, augmentation, noise and dropout are sp
 LATENT = 2  # unit normal noise that sampling starts from; seed: the image's
 CLASS = 3  # class of a sample for which none was requested; seed: the image's
 CHURN = 4  # noise added by stochastic samplers; seed: the image's, number: the step
-CLASSIFIER = 5  # weights and batches of the feature network; seed: its settings', number: the step
+CLASSIFIER = 5  # the feature network; seed: its settings', number: 0 its weights, k its step k - 1
 
 
 def purpose_key(seed: int | jax.Array, purpose: int) -> jax.Array:

@@ -5,7 +5,7 @@ import pytest
 from lora_diffusion_jax.default_config import adopt_sampler, base, sampler
 from lora_diffusion_jax.diffusion.samplers import SAMPLERS
 from lora_diffusion_jax.errors import UserError
-from lora_diffusion_jax.factory import config_from_dict
+from lora_diffusion_jax.factory.pretrained import config_from_dict
 
 COMMON = {"name", "num_steps", "sigma_min", "sigma_max", "batch_size"}
 

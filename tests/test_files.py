@@ -13,9 +13,14 @@ from lora_diffusion_jax.errors import UserError
 def test_a_file_is_replaced_whole_or_stays(tmp_path):
     path = tmp_path / "a.txt"
     files.write_text(path, "old")
-    with pytest.raises(ValueError, match="half way"), files.atomic(path) as temporary:
-        temporary.write_text("ne")
-        raise ValueError("half way")
+
+    def fail_half_way():
+        with files.atomic(path) as temporary:
+            temporary.write_text("ne")
+            raise ValueError("half way")
+
+    with pytest.raises(ValueError, match="half way"):
+        fail_half_way()
     assert path.read_text() == "old"
     files.write_text(path, "new")
     assert path.read_text() == "new"

@@ -9,33 +9,38 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from lora_diffusion_jax import factory
-from lora_diffusion_jax.default_config import base
 from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.factory.checks import check
+from lora_diffusion_jax.factory.networks import build_denoiser, init_variables
+from lora_diffusion_jax.factory.objectives import build_objective
 from lora_diffusion_jax.models.blocks import REMAT
-from tests.models.running import run_once
+from tests.small import fast_jit, small_config
 
 
 def small(remat: str, *, network: str = "ddpmpp", mode: str = "with_lora") -> ConfigDict:
-    config = base()
-    config.class_conditional = True
-    config.data.image_size, config.data.channels, config.data.num_classes = 8, 3, 4
-    config.model.name = network
-    # ADM has no attention, and so no LoRA, below 64 channels.
-    config.model.channels = 64 if network == "adm" else 16
-    config.model.channel_mult, config.model.num_blocks = (1,), 1
-    config.model.attn_resolutions, config.model.dropout = (8,), 0.5
-    config.model.augment_dim, config.augment.p = 0, 0.0
-    config.lora.bases, config.lora.rank, config.lora.widths = 3, 2, (8,)
-    config.lora.mode, config.train.remat = mode, remat
-    return config
+    return small_config(
+        class_conditional=True,
+        data__channels=3,
+        data__num_classes=4,
+        model__name=network,
+        # ADM has no attention, and so no LoRA, below 64 channels.
+        model__channels=64 if network == "adm" else 16,
+        model__channel_mult=(1,),
+        model__attn_resolutions=(8,),
+        model__dropout=0.5,
+        model__augment_dim=0,
+        augment__p=0.0,
+        lora__widths=(8,),
+        lora__mode=mode,
+        train__remat=remat,
+    )
 
 
 def training_loss(config: ConfigDict, batch: int = 2) -> tuple[Callable, Any]:
     """The loss as a function of the variables, and variables in which nothing is zero."""
-    denoiser = factory.build_denoiser(config)
-    objective = factory.build_objective(config, denoiser)
-    shapes = jax.eval_shape(lambda: factory.init_variables(config, denoiser, jax.random.key(0)))
+    denoiser = build_denoiser(config)
+    objective = build_objective(config, denoiser)
+    shapes = jax.eval_shape(lambda: init_variables(config, denoiser, jax.random.key(0)))
     rng = np.random.default_rng(0)
     variables = jax.tree.map(
         lambda s: jnp.asarray(0.1 * rng.standard_normal(s.shape), s.dtype), shapes
@@ -62,7 +67,7 @@ def test_gradients_parameters_and_dropout_stay(network, mode, remats):
     results = []
     for remat in ("none", *remats):
         loss, variables = training_loss(small(remat, network=network, mode=mode))
-        results.append(run_once(jax.value_and_grad(loss))(variables))
+        results.append(fast_jit(jax.value_and_grad(loss))(variables))
     (value, plain), *others = results
     scale = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(plain))
     for again, grads in others:
@@ -92,4 +97,4 @@ def test_less_is_kept_in_the_order_of_the_options():
 
 def test_unknown_policy_is_a_plain_error():
     with pytest.raises(UserError, match=r"train.remat is 'some'.*none, norms, blocks"):
-        factory.check(small("some"))
+        check(small("some"))

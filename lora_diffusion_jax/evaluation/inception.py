@@ -147,16 +147,17 @@ def metadata_of(state_dict: Mapping[str, np.ndarray], source_hash: str) -> dict[
 
 def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], str]:
     """Reads one of our files, or another, whose origin is unknown: then its own hash is returned."""
-    try:
-        metadata, state_dict = read_safetensors(path)
-        meta = json.loads(metadata.get("inception", "{}"))
-    except ValueError as error:  # a UserError, or metadata that is not JSON
-        raise UserError(f"{path} cannot be used: {error} {HOW_TO_GET_IT}") from error
-    if not meta:
+    metadata, state_dict = read_safetensors(path)
+    if "inception" not in metadata:
         return state_dict, sha256_of(path)
-    if meta.get("content") != tree_hash(state_dict):
+    try:
+        meta = json.loads(metadata["inception"])
+        content, source_hash = meta["content"], str(meta["source_sha256"])
+    except (KeyError, TypeError, ValueError):
+        content = None
+    if content != tree_hash(state_dict):
         raise UserError(f"{path} was changed or damaged after it was written. {HOW_TO_GET_IT}")
-    return state_dict, meta["source_sha256"]
+    return state_dict, source_hash
 
 
 @functools.cache

@@ -32,8 +32,15 @@ class Network(NamedTuple):
     labels: Record  # for its results: settings that its images depend on, and further facts
 
     def images(self, seeds: Sequence[int], skip: int) -> Iterator[np.ndarray]:
-        """Yields uint8 batches [n, H, W, C], one image per seed, without the first `skip`."""
-        return (batch.images for batch in self.generator.batches(self.variables, seeds[skip:]))
+        """Yields uint8 batches [n, H, W, C], one image per seed, without the first `skip`.
+
+        Whole batches of an undisturbed run are sampled: an image's place in its batch can change
+        how XLA rounds it, and flip a byte.
+        """
+        surplus = skip % self.generator.call_size
+        for batch in self.generator.batches(self.variables, seeds[skip - surplus :]):
+            yield batch.images[surplus:]
+            surplus = 0
 
 
 class Run(Protocol):

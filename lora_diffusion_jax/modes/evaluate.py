@@ -18,7 +18,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from lora_diffusion_jax import cli, factory, generate, interop, processes
+from lora_diffusion_jax import cli, generate, interop, processes
 from lora_diffusion_jax.array_types import Source
 from lora_diffusion_jax.data.sources import open_source
 from lora_diffusion_jax.errors import UserError
@@ -30,6 +30,8 @@ from lora_diffusion_jax.evaluation.features import Detector, cache_folder
 from lora_diffusion_jax.evaluation.npz import check_target
 from lora_diffusion_jax.evaluation.references import make_reference, save_reference
 from lora_diffusion_jax.evaluation.results import Record
+from lora_diffusion_jax.factory.pretrained import config_from_dict, load_workdir, with_config
+from lora_diffusion_jax.factory.training import build_generator, build_mesh
 from lora_diffusion_jax.interop.export import read_export
 from lora_diffusion_jax.readers.safetensors import is_safetensors
 from lora_diffusion_jax.training import checkpoint, workdir
@@ -289,20 +291,18 @@ class SavedRun:
         return _settings(self._config(), self.weights, step)
 
     def _config(self) -> ConfigDict:
-        return cli.override(
-            factory.config_from_dict(workdir.read_config(self.where)), self.overrides
-        )
+        return cli.override(config_from_dict(workdir.read_config(self.where)), self.overrides)
 
     def open(self, step: int | None) -> runs.Network:
         """The network of one checkpoint; None for a file."""
         if step is None:
             loaded = interop.load_pretrained(self.where)
         else:
-            loaded = factory.load_workdir(self.where, weights=self.weights, at_step=step)
+            loaded = load_workdir(self.where, weights=self.weights, at_step=step)
         config = cli.override(loaded.config, self.overrides)
         config.sampler.batch_size = self.batch_size or config.sampler.batch_size
-        loaded = factory.with_config(loaded, config)
-        generator = factory.build_generator(config, loaded.denoiser, factory.build_mesh(config))
+        loaded = with_config(loaded, config)
+        generator = build_generator(config, loaded.denoiser, build_mesh(config))
         seen = None if step is None else step * config.train.batch_size
         labels = {**_settings(config, self.weights, step), "images_seen": seen}
         return runs.Network(generator, loaded.variables, labels)

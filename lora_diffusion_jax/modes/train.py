@@ -19,7 +19,7 @@ from lora_diffusion_jax.evaluation.evaluator import for_training
 from lora_diffusion_jax.factory.checks import check
 from lora_diffusion_jax.factory.data import build_batches, complete, open_heldout, open_source
 from lora_diffusion_jax.factory.networks import build_denoiser, forward_flops, init_variables
-from lora_diffusion_jax.factory.pretrained import overlay
+from lora_diffusion_jax.factory.pretrained import config_from_dict, overlay
 from lora_diffusion_jax.factory.training import (
     build_cadence,
     build_generator,
@@ -75,7 +75,12 @@ def train(config: ConfigDict, directory: str | os.PathLike) -> loop.Result:
         callbacks=callbacks(config, directory, denoiser, mesh, source),
         flops_per_image=3 * forward_flops(config, denoiser),  # backward costs two forwards
     )
-    with workdir.open_workdir(directory, config.to_dict(), may_change(directory)) as path:
+    with workdir.open_workdir(
+        directory,
+        config.to_dict(),
+        may_change(directory),
+        complete=lambda saved: config_from_dict(saved).to_dict(),
+    ) as path:
         return run(path)
 
 

@@ -28,49 +28,59 @@ def _token() -> str:
     return hashlib.sha256(os.environ.get(TOKEN, "").encode()).hexdigest()
 
 
+class _Callers:
+    """The processes that have called, with process 0, which answers all of them at once."""
+
+    def __init__(self, count: int):
+        self.count = count
+        self.names = {0: WHO}
+        self.complete = asyncio.Event()
+        self.answer: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    def __str__(self) -> str:
+        return "; ".join(f"{i} ({who})" for i, who in sorted(self.names.items()))[:1000]
+
+    async def receive(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Handles one connection."""
+        try:
+            async with asyncio.timeout(_LINE_SECONDS):
+                call = _CALL.fullmatch((await reader.readline()).decode())
+            if call and hmac.compare_digest(call[3], _token()):
+                answer = await self.wait(int(call[1]), int(call[2]), call[4], reader)
+                writer.write(f"{answer}\n".encode())
+        except (OSError, ValueError, asyncio.CancelledError):  # gone, slow, or not a line of text
+            pass
+        finally:
+            writer.close()
+
+    async def wait(self, index: int, count: int, who: str, reader: asyncio.StreamReader) -> str:
+        """The answer to a caller, when all have called."""
+        if count != self.count or index >= count or index in self.names:
+            problem = (
+                f"{who} has --process_id={index} and --num_processes={count}; expected a free number of "
+                f"{self.count}. Present: {self}."
+            )
+            print(f"warning: refused a process: {problem}", file=sys.stderr, flush=True)
+            return f"error {problem}"
+        self.names[index] = who
+        if len(self.names) == count:
+            self.complete.set()
+        hung_up: asyncio.Future = asyncio.ensure_future(reader.read(1))
+        await asyncio.wait([hung_up, self.answer], return_when=asyncio.FIRST_COMPLETED)
+        if hung_up.done():  # the same process may be started again
+            del self.names[index]
+        return await self.answer
+
+
 async def lead(host: str, port: int, count: int, limit: float) -> None:
     """Process 0: listens until all have called.
 
     Raises:
         UserError: some have not called within `limit` seconds, or the address cannot be used.
     """
-    callers = {0: WHO}
-    complete, answer = asyncio.Event(), asyncio.get_running_loop().create_future()
-
-    def present() -> str:
-        return "; ".join(f"{i} ({who})" for i, who in sorted(callers.items()))[:1000]
-
-    async def receive(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            async with asyncio.timeout(_LINE_SECONDS):
-                call = _CALL.fullmatch((await reader.readline()).decode())
-            if call is None or not hmac.compare_digest(call[3], _token()):
-                return
-            index, who = int(call[1]), call[4]
-            if int(call[2]) != count or index >= count or index in callers:
-                problem = (
-                    f"{who} has --process_id={index} and --num_processes={call[2]}; expected a free "
-                    f"number of {count}. Present: {present()}."
-                )
-                print(f"warning: refused a process: {problem}", file=sys.stderr, flush=True)
-                writer.write(f"error {problem}\n".encode())
-                return
-            callers[index] = who
-            if len(callers) == count:
-                complete.set()
-            hung_up = asyncio.ensure_future(reader.read(1))
-            await asyncio.wait({hung_up, answer}, return_when=asyncio.FIRST_COMPLETED)
-            if answer.done():
-                writer.write(answer.result())
-            else:  # it may be started again
-                del callers[index]
-        except (OSError, ValueError, asyncio.CancelledError):  # gone, slow, or not a line of text
-            pass
-        finally:
-            writer.close()
-
+    callers = _Callers(count)
     try:
-        server = await asyncio.start_server(receive, host, port, limit=_MAX_LINE)
+        server = await asyncio.start_server(callers.receive, host, port, limit=_MAX_LINE)
     except OSError as error:
         raise UserError(
             f"Process 0 cannot listen at {host}:{port}: {error.strerror or error}. Choose another port, or "
@@ -79,16 +89,16 @@ async def lead(host: str, port: int, count: int, limit: float) -> None:
         ) from error
     problem = ""
     try:
-        await asyncio.wait_for(complete.wait(), limit)
+        await asyncio.wait_for(callers.complete.wait(), limit)
     except TimeoutError:
-        missing = ", ".join(str(i) for i in range(count) if i not in callers)
+        missing = ", ".join(str(i) for i in range(count) if i not in callers.names)
         problem = (
             f"After {limit:.0f} s, process {missing} of {count} had not called at {host}:{port}. Present: "
-            f"{present()}. Start the others with the same command and their own --process_id, and check "
+            f"{callers}. Start the others with the same command and their own --process_id, and check "
             f"that they can reach this address and have the same {TOKEN}."
         )
     server.close()
-    answer.set_result(f"error {problem}\n".encode() if problem else b"ok\n")
+    callers.answer.set_result(f"error {problem}" if problem else "ok")
     await asyncio.sleep(0.1)  # until the answers are sent
     if problem:
         raise UserError(problem)

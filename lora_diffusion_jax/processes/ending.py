@@ -24,24 +24,27 @@ _LOST = re.compile("gloo|nccl|connection|unavailable", re.IGNORECASE)  # errors 
 _DELIVERY_MS, _FOREVER_MS = 5000, 10**12
 
 _reported = threading.Lock()  # taken by whoever tells the user why this process exits
-_abort_message = ""
 
 
-def explain_aborts(message: str) -> None:
-    """Makes an abort of this process print a message and exit with status 2.
+def explain_aborts() -> None:
+    """Adds a sentence to JAX's abort of this process, and makes its exit status 2.
 
-    JAX aborts from a C++ thread when another process dies. Its callback for that case fails (jaxlib
-    0.10 and 0.12 cannot convert the argument), and Python's own signal handlers do not run any more.
+    JAX aborts from a C++ thread when another process dies or does not start in time. Its callback for
+    that case fails (jaxlib 0.10 and 0.12 cannot convert the argument), and Python's own signal
+    handlers do not run any more.
     """
-    global _abort_message
-    _abort_message = message
     ctypes.CDLL(None).signal(signal.SIGABRT, _on_abort)
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _on_abort(number: int) -> None:
     if _reported.acquire(blocking=False):
-        os.write(2, f"error: {_abort_message}\n".encode())
+        text = (
+            "error: JAX aborted this process, probably because another one was killed, cannot be reached "
+            "or did not start; its log above has the number, or process 0 itself is gone. Rerun the same "
+            "command to resume from the last checkpoint.\n"
+        )
+        os.write(2, text.encode())
     os._exit(2)
 
 

@@ -112,10 +112,7 @@ def _split(address: str) -> tuple[str, int]:
 def _initialize(limit: float, **given: Any) -> None:
     # SIGTERM is handled in interrupts.py; JAX's preemption service would take it.
     jax.config.update("jax_enable_preemption_service", False)
-    explain_aborts(
-        f"not all processes joined within {limit:.0f} s. Check that each was started and can reach the "
-        "host of process 0."
-    )
+    explain_aborts()
     try:
         jax.distributed.initialize(
             initialization_timeout=math.ceil(limit),
@@ -128,11 +125,6 @@ def _initialize(limit: float, **given: Any) -> None:
             "Outside Slurm, Open MPI, Kubernetes and TPU pods, set --coordinator_address, "
             "--num_processes and --process_id."
         ) from error
-    explain_aborts(
-        "JAX aborted this process, probably because another one was killed or cannot be reached; its log "
-        "above has the number, or process 0 itself is gone. Rerun the same command to resume from the "
-        "last checkpoint."
-    )
 
 
 def check_joined() -> None:

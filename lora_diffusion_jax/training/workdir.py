@@ -7,7 +7,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,10 @@ LOCK = ".lock"
 
 @contextlib.contextmanager
 def open_workdir(
-    path: str | os.PathLike, config: Mapping[str, Any], may_change: Sequence[str] = ()
+    path: str | os.PathLike,
+    config: Mapping[str, Any],
+    may_change: Sequence[str] = (),
+    complete: Callable[[dict[str, Any]], Mapping[str, Any]] = lambda saved: saved,
 ) -> Iterator[Path]:
     """Creates the directory where it is missing, locks it, and writes or compares its config.json.
 
@@ -34,6 +37,7 @@ def open_workdir(
         path: the directory.
         config: what config.json holds, JSON types alone.
         may_change: patterns of config fields that may change between runs; see `differences`.
+        complete: gives a saved config the fields that were added since, with the values they stand for.
 
     Raises:
         UserError: the directory cannot be written, another run is using it, or it holds a run with
@@ -64,12 +68,15 @@ def open_workdir(
                 f"{directory}, which process 0 created, is not visible to process "
                 f"{jax.process_index()}. Choose a workdir that all processes share."
             )
-        reconcile_config(directory, config, may_change)
+        reconcile_config(directory, config, may_change, complete)
         yield directory
 
 
 def reconcile_config(
-    directory: Path, config: Mapping[str, Any], may_change: Sequence[str] = ()
+    directory: Path,
+    config: Mapping[str, Any],
+    may_change: Sequence[str] = (),
+    complete: Callable[[dict[str, Any]], Mapping[str, Any]] = lambda saved: saved,
 ) -> None:
     """Writes config.json, or compares the one that is there with this run's.
 
@@ -80,7 +87,7 @@ def reconcile_config(
     def reconcile() -> None:
         path = directory / CONFIG
         if path.exists():
-            fixed, free = differences(read_config(directory), config, may_change)
+            fixed, free = differences(complete(read_config(directory)), config, may_change)
             if fixed:
                 lines = [
                     f"  {name}: {old!r} there, {new!r} now" for name, (old, new) in fixed.items()
@@ -105,8 +112,8 @@ def differences(
     """Compares two configs field by field.
 
     Args:
-        old: nested dictionaries, as read from JSON.
-        new: likewise; tuples count as lists.
+        old: nested dictionaries of JSON types; tuples count as lists.
+        new: likewise.
         may_change: patterns (fnmatch) of dotted names that may change, such as 'train.*_every'.
 
     Returns:
@@ -114,10 +121,11 @@ def differences(
         value), where a missing field is the word 'absent'.
     """
     before, after = (
-        traverse_util.flatten_dict(tree, keep_empty_nodes=True, sep=".")
-        for tree in (old, json.loads(json.dumps(new)))
+        traverse_util.flatten_dict(json.loads(json.dumps(tree)), keep_empty_nodes=True, sep=".")
+        for tree in (old, new)
     )
-    fixed, free = {}, {}
+    fixed: dict[str, tuple[Any, Any]] = {}
+    free: dict[str, tuple[Any, Any]] = {}
     for name in sorted(before.keys() | after.keys()):
         values = before.get(name, "absent"), after.get(name, "absent")
         if values[0] != values[1]:

@@ -165,7 +165,7 @@ class Progress:
         if self.bar is not None:
             self.bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
             self.bar.update(new)
-        elif now - self.printed > PROGRESS_SECONDS:
+        elif now - self.printed > PROGRESS_SECONDS and images > self.first:
             self.printed = now
             rate = (images - self.first) / max(now - self.started, 1e-9)
             left = duration((self.total - images) / max(rate, 1e-9))

@@ -20,10 +20,10 @@ def digits():
 
 @pytest.fixture(scope="session")
 def detector(digits, tmp_path_factory):
-    """The classifier's features of digits, trained for two thirds of the default's time."""
+    """The classifier's features of digits, trained for a third of the default's time."""
     train, _ = digits
     settings = classifier.default_settings(train.image_shape)
-    settings = dataclasses.replace(settings, total_images=40_000)
+    settings = dataclasses.replace(settings, total_images=20_000)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LORA_DIFFUSION_CACHE", str(tmp_path_factory.mktemp("cache")))
         return classifier.fit(train, settings=settings)

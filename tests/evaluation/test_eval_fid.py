@@ -9,22 +9,21 @@ import sys
 import zipfile
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
 import eval_fid
-from lora_diffusion_jax import factory
-from lora_diffusion_jax.default_config import base
 from lora_diffusion_jax.evaluation import classifier, collect, runs
 from lora_diffusion_jax.evaluation.references import (
     load_reference,
     make_reference,
     save_reference,
 )
+from lora_diffusion_jax.factory.networks import build_denoiser
 from lora_diffusion_jax.training import checkpoint, workdir
+from tests.small import random_variables, small_config
 
 SETTINGS = classifier.Settings(widths=(8, 16), feature_dim=16, total_images=500)
 
@@ -42,21 +41,18 @@ def reference(digits, detector, tmp_path_factory):
 
 def write_run(folder, steps=(10,), total_images=640):
     """A run of an untrained network with checkpoints of other weights at every step."""
-    config = base()
-    config.model.update(channels=8, channel_mult=(1,), num_blocks=1, attn_resolutions=())
-    config.model.update(channel_mult_emb=1, augment_dim=0)
-    config.lora.mode = "baseline"
-    config.augment.p = 0.0
-    config.data.update(image_size=8, image_width=8, channels=1)
-    config.train.update(batch_size=64, total_images=total_images)
-    config.sampler.update(num_steps=3, batch_size=32)
+    config = small_config(
+        **{"lora__mode": "baseline", "model__channel_mult": (1,), "model__attn_resolutions": ()},
+        **{"model__channel_mult_emb": 1, "model__augment_dim": 0, "augment__p": 0.0},
+        **{"data__image_width": 8, "sampler__num_steps": 3, "sampler__batch_size": 32},
+        **{"train__batch_size": 64, "train__total_images": total_images},
+    )
     folder.mkdir(parents=True)
     workdir.reconcile_config(folder, config.to_dict())
-    denoiser = factory.build_denoiser(config)
+    denoiser = build_denoiser(config)
+    example = np.zeros((1, 8, 8, 1), np.float32), np.ones(1, np.float32)
     for step in steps:
-        params = jax.device_get(
-            factory.init_variables(config, denoiser, jax.random.key(step))["params"]
-        )
+        params = random_variables(denoiser, *example, seed=step)["params"]
         saved = checkpoint.SavedWeights(params=params, frozen={}, buffers={}, ema=params)
         with checkpoint.Checkpoints(folder, keep=9) as checkpoints:
             checkpoints.save(step, {"weights": vars(saved)})
@@ -149,8 +145,8 @@ def test_gen_is_labelled_and_independent_of_the_batch_size(capsys, reference, ru
     assert first["seeds"] == "0-69"
     assert first["sampler"]["num_steps"] == 3
     _, (second,), _ = call(capsys, *common, "--batch_size=7")
-    # other programs for other batch sizes round differently before the images become bytes
-    assert second["value"] == pytest.approx(first["value"], rel=1e-9)
+    # programs for other batch sizes round differently, and a byte of an image may flip
+    assert second["value"] == pytest.approx(first["value"], rel=1e-4)
     _, (steps,), _ = call(capsys, *common, "--config.sampler.num_steps=2")
     assert steps["sampler"]["num_steps"] == 2
     assert steps["value"] != first["value"]
@@ -195,7 +191,7 @@ def test_stopped_gen_goes_on_to_the_same_number(capsys, reference, run, monkeypa
         collect.Moments, "add", lambda self, rows: (added.append(len(rows)), original(self, rows))
     )
     _, rows, _ = call(capsys, *common, "--seeds=1000-1229")
-    assert sum(added) == 230 - 48  # three batches were not made again
+    assert sum(added) == 230 - 48  # three batches were not repeated
     assert [r["value"] for r in rows] == [r["value"] for r in expected]
     assert not list((run / "evaluation" / "partial").iterdir())
 
@@ -227,7 +223,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     name = signal.Signals(number).name
     assert said.splitlines()[-1] == f"stopped by {name}; rerun the same command to resume"
     status, rows, _ = call(capsys, *command)
-    assert (status, sum(added)) == (0, 70)  # the first 32 images were not made again
+    assert (status, sum(added)) == (0, 70)  # the first 32 images were not repeated
     monkeypatch.setattr(collect.Moments, "add", original)
     again = call(capsys, *command)[1]
     assert [r["value"] for r in rows] == [r["value"] for r in again]
@@ -341,13 +337,13 @@ BAD = {
     "no step": (GEN + "--num=9 --step=3", "no checkpoint 3"),
     "no field": (GEN + "--num=9 --config.sampler.x=3", "no field samp"),
     "no float": (GEN + "--num=9 --config.sampler.rho=x", "type float"),
-    "no option": (CALC + "{npz} --foo=3", "--foo=3 is not an option"),
+    "no option": (CALC + "{npz} --foo=3", "unrecognized arguments: --foo=3"),
     "no runs": ("all --workdir={empty} --ref={ref} --num=9", "contains none"),
     "a split of a file": (CALC + "{npz} --split=test", "--split and --data_dir apply to TFDS"),
     "class folders of TFDS": (CALC + "digits --class_folders", "--class_folders needs --images"),
     "class folders without any": (
         "ref --data={flat} --dest={empty}/r.npz --class_folders",
-        "but --class_folders takes",
+        "has no label (1 of 1 images",
     ),
     "no classes": ("ref --data={npz} --dest={empty}/r.npz --features=classifier", "no classes"),
     "no data": ("ref --data={empty}/x.zip --dest={empty}/r.npz", "x.zip"),
@@ -383,6 +379,7 @@ def inputs(digits, reference, run, tmp_path_factory):
     turns = load_reference(reference)
     turns.meta["recipe"] |= {"name": "rotation"}
     turns.meta["features"] = "rotation"
+    del turns.meta["detector_hash"]
     save_reference(root / "turns.npz", turns)
     save_file({"conv1.weight": np.zeros((64, 3, 7, 7), np.float32)}, root / "foreign.safetensors")
     (root / "page.pth").write_text("<!DOCTYPE html><html>404</html>")

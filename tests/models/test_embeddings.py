@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 from lora_diffusion_jax.models.embeddings import FourierEmbedding, positional_embedding, swap_halves
-from tests.models.running import run_once
 
 LEVELS = np.float32([-1.5, 0.0, 0.3, 1.1])
 
@@ -14,7 +13,7 @@ LEVELS = np.float32([-1.5, 0.0, 0.3, 1.1])
 @pytest.mark.parametrize("channels", [4, 32])
 def test_positional_embedding_has_its_closed_form(channels: int, endpoint: bool) -> None:
     half = channels // 2
-    found = run_once(lambda t: positional_embedding(t, channels, endpoint=endpoint))(LEVELS)
+    found = jax.jit(lambda t: positional_embedding(t, channels, endpoint=endpoint))(LEVELS)
     for i in range(half):
         frequency = 10000.0 ** -(i / (half - 1 if endpoint else half))
         np.testing.assert_allclose(found[:, i], np.cos(LEVELS * frequency), atol=5e-7)

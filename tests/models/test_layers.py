@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from lora_diffusion_jax.models.layers import GroupNorm, Init, conv3x3, dense, self_attention
-from tests.models.running import run_once
 
 FLOAT32 = 2e-6  # a few roundings of numbers of order 1
 
@@ -24,15 +23,15 @@ def test_group_norm_agrees_with_flax(channels: int, groups: int, epsilon: float)
     x = 3 * random(2, 6, 5, channels) + random(channels, seed=1)
     params = {"scale": random(channels, seed=2), "bias": random(channels, seed=3)}
     theirs = nn.GroupNorm(groups, epsilon=epsilon, use_fast_variance=False)
-    found = run_once(GroupNorm(epsilon).apply)({"params": params}, x)
-    expected = run_once(theirs.apply)({"params": params}, x)
+    found = jax.jit(GroupNorm(epsilon).apply)({"params": params}, x)
+    expected = jax.jit(theirs.apply)({"params": params}, x)
     np.testing.assert_allclose(found, expected, rtol=0, atol=5 * FLOAT32)
 
 
 def test_group_norm_keeps_the_variance_of_values_far_from_zero() -> None:
     x = 1000 + random(1, 8, 8, 8)  # x^2 - mean^2 would lose every digit of the variance here
     params = {"scale": np.ones(8, np.float32), "bias": np.zeros(8, np.float32)}
-    found = run_once(GroupNorm().apply)({"params": params}, x)
+    found = jax.jit(GroupNorm().apply)({"params": params}, x)
     groups = np.float64(x).reshape(1, 64, 2, 4)
     mean, var = groups.mean((1, 3), keepdims=True), groups.var((1, 3), keepdims=True)
     expected = ((groups - mean) / np.sqrt(var + 1e-5)).reshape(x.shape)
@@ -70,7 +69,7 @@ def attention_by_hand(qkv: np.ndarray, num_heads: int) -> np.ndarray:
 @pytest.mark.parametrize("magnitude", [1.0, 10.0])
 def test_attention_agrees_with_softmax_by_hand(num_heads: int, magnitude: float) -> None:
     qkv = magnitude * random(2, 3, 4, 3 * 4 * num_heads)
-    found = run_once(lambda qkv: self_attention(qkv, num_heads))(qkv)
+    found = jax.jit(lambda qkv: self_attention(qkv, num_heads))(qkv)
     expected = attention_by_hand(qkv, num_heads)
     # Logits of size 100 carry an absolute rounding of 1e-5 into the exponent.
     np.testing.assert_allclose(found, expected, rtol=0, atol=FLOAT32 * magnitude**2)
@@ -80,7 +79,7 @@ def test_attention_of_equal_keys_is_the_mean_of_the_values() -> None:
     qkv = random(1, 2, 2, 12).reshape(1, 2, 2, 4, 3)
     qkv[..., 1] = 1.0
     mean = qkv[..., 2].mean((1, 2), keepdims=True)
-    found = run_once(lambda qkv: self_attention(qkv, 1))(qkv.reshape(1, 2, 2, 12))
+    found = jax.jit(lambda qkv: self_attention(qkv, 1))(qkv.reshape(1, 2, 2, 12))
     np.testing.assert_allclose(found, np.broadcast_to(mean, (1, 2, 2, 4)), atol=FLOAT32)
 
 
@@ -115,7 +114,7 @@ def test_the_fan_of_a_convolution_counts_its_window() -> None:
             conv3x3(x, 2000, init, name="conv")
             return dense(x, 2000, init, name="dense")
 
-    params = run_once(Layers().init)(jax.random.key(0), x)["params"]
+    params = jax.jit(Layers().init)(jax.random.key(0), x)["params"]
     for name, fan_in in (("conv", 180), ("dense", 20)):
         kernel, bias = params[name]["kernel"], params[name]["bias"]
         assert jnp.abs(kernel).max() == pytest.approx((3 / fan_in) ** 0.5, rel=0.01)

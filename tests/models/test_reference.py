@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -14,7 +15,6 @@ from lora_diffusion_jax.diffusion.precond import Denoiser
 from lora_diffusion_jax.factory.networks import build_denoiser, bypass_lora
 from lora_diffusion_jax.interop import to_variables
 from lora_diffusion_jax.interop.infer import config_from_official
-from tests.models.running import run_once
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = sorted(path.stem for path in GOLDEN.glob("net_*.npz"))
@@ -99,7 +99,7 @@ def inside(case: str) -> dict[str, Any]:
             found["omega"] = lora.composition_weights(denoiser, variables, *args)
         return found
 
-    return run_once(run)(reference.variables)
+    return jax.jit(run)(reference.variables)
 
 
 # Each path of the code once; what only repeats it on another network waits for the slow tests.
@@ -128,7 +128,7 @@ def test_denoiser_agrees_with_the_reference(case: str, name: str) -> None:
     else:
         bypassed = name == "D_bypass"
         denoiser = bypass_lora(reference.denoiser) if bypassed else reference.denoiser
-        found = run_once(denoiser.apply)(reference.variables, *args)
+        found = jax.jit(denoiser.apply)(reference.variables, *args)
     assert error(found, nhwc(reference.arrays[f"out:{name}"])) < TOLERANCE
 
 

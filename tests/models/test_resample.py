@@ -1,10 +1,10 @@
 """Resampling against a convolution written out in NumPy, with zeros inserted for upsampling."""
 
+import jax
 import numpy as np
 import pytest
 
 from lora_diffusion_jax.models.resample import downsample, upsample
-from tests.models.running import run_once
 
 FILTERS = [(1, 1), (1, 3, 3, 1), (1, 2), (1, 2, 4, 3)]  # the last two tell left from right
 SIZES = [(4, 4), (6, 2), (8, 10)]
@@ -41,7 +41,7 @@ def pad(x: np.ndarray, amount: int) -> np.ndarray:
 def test_downsample_is_a_strided_convolution(taps: tuple, size: tuple[int, int]) -> None:
     x = images(*size)
     expected = correlate(pad(x, (len(taps) - 1) // 2), window(taps), stride=2)
-    found = run_once(lambda x: downsample(x, taps))(x)
+    found = jax.jit(lambda x: downsample(x, taps))(x)
     assert found.shape == (2, size[0] // 2, size[1] // 2, 3)
     np.testing.assert_allclose(found, expected, rtol=0, atol=FLOAT32)
 
@@ -50,7 +50,7 @@ def test_downsample_is_a_strided_convolution(taps: tuple, size: tuple[int, int])
 def test_downsample_without_padding(taps: tuple) -> None:
     x = images(8, 6)
     expected = correlate(x, window(taps), stride=2)
-    found = run_once(lambda x: downsample(x, taps, pad=0))(x)
+    found = jax.jit(lambda x: downsample(x, taps, pad=0))(x)
     np.testing.assert_allclose(found, expected, rtol=0, atol=FLOAT32)
 
 
@@ -65,7 +65,7 @@ def test_upsample_is_a_convolution_of_the_image_with_zeros_inserted(
     # The transpose of the strided convolution: the filter is mirrored, and keeps the mean (times 4).
     kernel = 4 * window(taps)[::-1, ::-1]
     expected = correlate(pad(spread, len(taps) - 1 - (len(taps) - 1) // 2), kernel, stride=1)
-    found = run_once(lambda x: upsample(x, taps))(x)
+    found = jax.jit(lambda x: upsample(x, taps))(x)
     assert found.shape == (2, 2 * size[0], 2 * size[1], 3)
     np.testing.assert_allclose(found, expected, rtol=0, atol=4 * FLOAT32)
 
@@ -81,5 +81,5 @@ def test_the_filter_of_ddpmpp_averages_and_repeats() -> None:
 def test_constants_stay_what_they_are_away_from_the_border(taps: tuple) -> None:
     x = np.full((1, 12, 12, 1), 0.7, np.float32)
     for resample in (downsample, upsample):
-        found = run_once(lambda x, resample=resample: resample(x, taps))(x)
+        found = jax.jit(lambda x, resample=resample: resample(x, taps))(x)
         np.testing.assert_allclose(found[:, 2:-2, 2:-2], 0.7, rtol=1e-6)

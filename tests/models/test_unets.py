@@ -15,7 +15,7 @@ from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.models.adm_unet import ADMMapping, ADMUNet
 from lora_diffusion_jax.models.song_unet import SongMapping, SongUNet
 from lora_diffusion_jax.models.unet import check_image_size
-from tests.models.running import run_once
+from tests.small import random_variables
 
 SMALL = {
     "image_size": 8,
@@ -49,17 +49,10 @@ def inputs(batch: int = 2) -> tuple[np.ndarray, ...]:
     return x, np.linspace(-1, 1, batch, dtype=np.float32), labels
 
 
-def random_variables(module: nn.Module, *args: Any) -> Any:
-    """Variables in which nothing is zero, without running the initialisers."""
-    rng = np.random.default_rng(1)
-    shapes = jax.eval_shape(module.init, jax.random.key(0), *args)
-    return jax.tree.map(lambda s: jnp.asarray(0.2 * rng.standard_normal(s.shape), s.dtype), shapes)
-
-
 @functools.cache
 def evaluation(make: Callable) -> tuple[Callable, Any]:
     """The network in evaluation mode, (variables, *inputs) -> output, and variables for it."""
-    return run_once(make().apply), random_variables(make(), *inputs())
+    return jax.jit(make().apply), random_variables(make(), *inputs())
 
 
 @NETWORKS
@@ -101,7 +94,7 @@ def test_dropout_acts_in_training_alone(make: Callable) -> None:
     evaluate, variables = evaluation(make)
     net = make(dropout=0.3)
 
-    @run_once
+    @jax.jit
     def train(variables: Any, key: jax.Array) -> jax.Array:
         return net.apply(variables, *inputs(), None, True, rngs={"dropout": key})
 
@@ -190,7 +183,7 @@ def test_without_affine_a_network_is_one_whose_affine_is_zero(make: Callable) ->
     without = {k: v for k, v in flat.items() if "affine" not in k}
     shapes = jax.eval_shape(bare.init, jax.random.key(0), *inputs())
     assert set(traverse_util.flatten_dict(shapes)) == set(without) < set(flat)
-    found = run_once(bare.apply)(traverse_util.unflatten_dict(without), *inputs())
+    found = jax.jit(bare.apply)(traverse_util.unflatten_dict(without), *inputs())
     expected = evaluate(traverse_util.unflatten_dict(zeroed), *inputs())
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
@@ -201,7 +194,7 @@ def test_bfloat16_keeps_float32_parameters_and_comes_close(make: Callable) -> No
     half = make(dtype=jnp.bfloat16)
     shapes = jax.eval_shape(half.init, jax.random.key(0), *inputs())
     assert {s.dtype for s in jax.tree.leaves(shapes)} == {np.dtype(np.float32)}
-    found = run_once(half.apply)(variables, *inputs())
+    found = jax.jit(half.apply)(variables, *inputs())
     expected = np.asarray(evaluate(variables, *inputs()))
     assert found.dtype == jnp.bfloat16
     assert np.abs(np.float32(found) - expected).max() < 0.1 * np.abs(expected).max()

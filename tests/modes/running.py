@@ -2,29 +2,19 @@
 
 import contextlib
 import io
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 from lora_diffusion_jax.modes import main
+from tests.small import ROOT, SMALL_NETWORK, config_flags
 
-ROOT = Path(__file__).resolve().parents[2]
-# The programs run for milliseconds: compiling them well is not worth it.
-FAST_COMPILE = "--xla_backend_optimization_level=0"
 TINY = [
     "--config=digits",
-    "--config.model.channels=8",
-    "--config.model.channel_mult=(1,)",
-    "--config.model.attn_resolutions=(8,)",
-    "--config.lora.rank=2",
-    "--config.lora.bases=3",
-    "--config.lora.widths=(16, 8)",
-    "--config.train.batch_size=16",
-    "--config.train.log_every=32",
-    "--config.train.checkpoint_every=48",
-    "--config.sampler.num_steps=3",
-    "--config.eval.num_samples=0",
+    *config_flags(
+        **{**SMALL_NETWORK, "model__channel_mult": (1,), "model__attn_resolutions": (8,)}
+    ),
+    *config_flags(train__batch_size=16, train__log_every=32, train__checkpoint_every=48),
+    *config_flags(sampler__num_steps=3, eval__num_samples=0),
 ]
 
 
@@ -42,7 +32,6 @@ def start(*arguments):
     return subprocess.Popen(
         [sys.executable, "main.py", *map(str, arguments)],
         cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": FAST_COMPILE},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -6,7 +6,6 @@ import re
 import socket
 import threading
 import time
-import types
 
 import pytest
 
@@ -15,6 +14,7 @@ from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.processes import check_in
 
 HOST = "127.0.0.1"
+LIMIT = 20.0
 OF_NO_TOKEN = check_in._token()
 
 
@@ -24,76 +24,67 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def meet(port, *calls, limit=20.0):
-    """Process 0 of `calls[0]` (count) and others (count, index) in threads; the error of each or ''."""
-    errors = [""] * len(calls)
+class Meeting:
+    """Processes of a job that check in, in threads; afterwards `errors` has the error of each or ''."""
 
-    def run(place, count, index=0):
+    def __init__(self, *calls, port=None, limit=LIMIT):
+        self.port = port or free_port()
+        self.errors = [""] * len(calls)
+        arguments = [(place, limit, *call) for place, call in enumerate(calls)]
+        self.threads = [threading.Thread(target=self._call, args=given) for given in arguments]
+        for thread in self.threads:
+            thread.start()
+
+    def _call(self, place, limit, count, index):
         try:
             if index == 0:
-                asyncio.run(check_in.lead(HOST, port, count, limit))
+                asyncio.run(check_in.lead(HOST, self.port, count, limit))
             else:
-                asyncio.run(check_in.call(HOST, port, count, index, limit))
+                asyncio.run(check_in.call(HOST, self.port, count, index, limit))
         except UserError as error:
-            errors[place] = str(error)
+            self.errors[place] = str(error)
 
-    threads = [threading.Thread(target=run, args=(i, *call)) for i, call in enumerate(calls)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(limit + 10)
-        assert not thread.is_alive()
-    return errors
+    def end(self):
+        for thread in self.threads:
+            thread.join(LIMIT + 10)
+            assert not thread.is_alive()
+        return self.errors
 
-
-@contextlib.contextmanager
-def leading(port, count, limit=20.0):
-    """Process 0 in a thread; afterwards `errors` has its result."""
-    job = types.SimpleNamespace(port=port, errors=[])
-    job.thread = threading.Thread(
-        target=lambda: job.errors.extend(meet(port, (count,), limit=limit))
-    )
-    job.thread.start()
-
-    def connect():
-        for _ in range(200):
+    def connect(self):
+        """A stranger's connection to process 0, once that listens."""
+        for _ in range(500):
             with contextlib.suppress(ConnectionRefusedError):
-                return socket.create_connection((HOST, port))
+                return socket.create_connection((HOST, self.port), timeout=5)
             time.sleep(0.02)
         raise AssertionError("process 0 does not listen")
-
-    job.connect = connect
-    yield job
-    job.thread.join(limit + 10)
 
 
 def test_all_that_call_go_on_and_the_port_is_free():
     port = free_port()
     for _ in range(2):
-        assert meet(port, (4,), (4, 3), (4, 1), (4, 2)) == [""] * 4
+        assert Meeting((4, 0), (4, 3), (4, 1), (4, 2), port=port).end() == [""] * 4
 
 
 def test_the_missing_are_named_to_all():
-    errors = meet(free_port(), (5,), (5, 2), (5, 4), limit=1.5)
+    errors = Meeting((5, 0), (5, 2), (5, 4), limit=1.5).end()
     assert errors[0] == errors[1] == errors[2]
     assert re.search(r"process 1, 3 of 5 had not called at .*Present: 0 \(.*; 2 \(", errors[0])
-    (alone,) = meet(free_port(), (2, 1), limit=0.5)
+    (alone,) = Meeting((2, 1), limit=0.1).end()
     assert "got no answer from process 0" in alone
 
 
 @pytest.mark.parametrize(("count", "index"), [(3, 1), (2, 5)])
 def test_a_process_of_another_job_is_refused_and_the_others_go_on(count, index):
-    with leading(free_port(), 2) as job:
-        (refused,) = meet(job.port, (count, index))
-        assert (
-            f"--process_id={index} and --num_processes={count}; expected a free number" in refused
-        )
-        assert meet(job.port, (2, 1)) == [""]
-    assert job.errors == [""]
+    job = Meeting((2, 0))
+    (refused,) = Meeting((count, index), port=job.port).end()
+    assert (
+        f"--process_id={index} and --num_processes={count}; expected a free number of 2" in refused
+    )
+    assert Meeting((2, 1), port=job.port).end() == job.end() == [""]
 
 
 def test_one_number_given_twice():
-    leader, *others = meet(free_port(), (3,), (3, 1), (3, 1), limit=1.5)
+    leader, *others = Meeting((3, 0), (3, 1), (3, 1), limit=1.5).end()
     refused, waiting = sorted(others, key=lambda error: "had not called" in error)
     assert re.search("--process_id=1 .* expected a free number of 3. Present: 0 .*; 1 ", refused)
     assert leader == waiting
@@ -120,7 +111,8 @@ LINES = [
 
 
 def test_strangers_neither_end_nor_delay_nor_take_over_the_start():
-    with leading(free_port(), 3) as job, job.connect(), job.connect() as slow:
+    job = Meeting((3, 0))
+    with job.connect(), job.connect() as slow:
         for line in LINES:
             with job.connect() as stranger, contextlib.suppress(ConnectionError):
                 stranger.sendall(line)
@@ -128,44 +120,42 @@ def test_strangers_neither_end_nor_delay_nor_take_over_the_start():
         time.sleep(0.2)
         with pytest.raises(ConnectionRefusedError):  # it listens on this interface alone
             socket.create_connection(("127.0.0.2", job.port))
-        assert job.thread.is_alive()
-        assert meet(job.port, (3, 1), (3, 2)) == ["", ""]
-    assert job.errors == [""]
+        assert job.threads[0].is_alive()
+        assert Meeting((3, 1), (3, 2), port=job.port).end() == ["", ""]
+        assert job.end() == [""]
 
 
 def test_silent_callers_are_dropped(monkeypatch):
     monkeypatch.setattr(check_in, "_LINE_SECONDS", 0.1)
-    with leading(free_port(), 2, limit=1.0) as job, job.connect() as silent:
-        silent.settimeout(0.8)
+    job = Meeting((2, 0), limit=1.0)
+    with job.connect() as silent:
         assert silent.recv(1) == b""
+    job.end()
 
 
 def test_an_impostor_cannot_hold_a_process_beyond_its_limit():
     with socket.create_server((HOST, port := free_port())) as impostor:
-        caller = threading.Thread(target=meet, args=(port, (2, 1)), kwargs={"limit": 0.1})
-        began = time.monotonic()
-        caller.start()
+        began, job = time.monotonic(), Meeting((2, 1), port=port, limit=0.1)
         connection, _ = impostor.accept()
         with connection, contextlib.suppress(ConnectionError):
-            while caller.is_alive() and time.monotonic() - began < 10:
+            while job.threads[0].is_alive() and time.monotonic() - began < 10:
                 connection.sendall(b"e")
                 time.sleep(0.05)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 8
 
 
 def test_a_caller_without_the_token_is_dropped(monkeypatch):
     monkeypatch.setenv(check_in.TOKEN, "a secret")
-    with leading(free_port(), 2) as job:
-        with job.connect() as stranger:
-            stranger.sendall(f"lora_diffusion_jax 1 2 {OF_NO_TOKEN} me\n".encode())
-            assert stranger.recv(1) == b""
-        assert meet(job.port, (2, 1)) == [""]
-    assert job.errors == [""]
+    job = Meeting((2, 0))
+    with job.connect() as stranger:
+        stranger.sendall(f"lora_diffusion_jax 1 2 {OF_NO_TOKEN} me\n".encode())
+        assert stranger.recv(1) == b""
+    assert Meeting((2, 1), port=job.port).end() == job.end() == [""]
 
 
 def test_process_0_needs_its_address():
     with socket.create_server((HOST, port := free_port())):
-        (error,) = meet(port, (2,), limit=1.0)
+        (error,) = Meeting((2, 0), port=port, limit=1.0).end()
     assert f"cannot listen at {HOST}:{port}" in error
 
 

@@ -148,17 +148,6 @@ def run(workdir, config, **arguments):
         return train(directory, **arguments)
 
 
-def fast_jit(function):
-    """jax.jit without XLA's optimisations: for values, not for speed or bits."""
-    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
-
-
-def fast_compile_env(flags=""):
-    """The environment for a subprocess that compiles fast, and each program once."""
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0 {flags}"
-    return {**os.environ, "XLA_FLAGS": flags, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-
-
 def digest(state):
     """One hash over every bit of a state."""
     total = hashlib.sha256()
@@ -187,16 +176,11 @@ def main():
     parser.add_argument("--pause", type=float, default=0.0, help="seconds per batch")
     parser.add_argument("--die-at", type=int, help="kill -9 when this step's batch is asked for")
     parser.add_argument("--break-at", type=int, help="a UserError when this step's batch is due")
-    parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--process", type=int, default=0)
-    parser.add_argument("--address")
     parser.add_argument("--width", type=int, default=BATCH, help="batch size the config names")
     options = parser.parse_args()
     sharding.FSDP_MIN_SIZE = 512  # the network's layers are small
     try:
-        if options.processes > 1:
-            count, index = options.processes, options.process
-            processes.join(options.address, count, index, limit=60, heartbeat_timeout_seconds=6)
+        processes.join(limit=60, heartbeat_timeout_seconds=6)
         with processes.ending_together():
             sys.exit(go(options))
     except UserError as error:

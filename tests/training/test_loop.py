@@ -35,6 +35,13 @@ from tests.training.stand_in import (
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def fast_compilation():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def run_by_hand(arguments, steps):
     """The contract of the loop, spelled out: batch k, key k, one step after the other."""
     step = jax.jit(arguments["step_fn"])

@@ -15,7 +15,7 @@ from lora_diffusion_jax.training.sharding import (
     make_mesh,
     put_replicated,
 )
-from tests.training.stand_in import fast_compile_env
+from tests.small import fast_compile_env
 
 
 class FakeMesh:

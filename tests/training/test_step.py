@@ -11,11 +11,11 @@ from lora_diffusion_jax.training.metrics import to_scalars
 from lora_diffusion_jax.training.optimizer import Optimizer, adam
 from lora_diffusion_jax.training.state import create_state, ema_variables, raw_variables
 from lora_diffusion_jax.training.step import accumulate, to_float, to_labels
+from tests.small import fast_jit
 from tests.training.stand_in import (
     BATCH,
     CLASSES,
     Objective,
-    fast_jit,
     init_variables,
     make_data,
     make_step,

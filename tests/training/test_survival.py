@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from lora_diffusion_jax.training.checkpoint import saved_steps
-from tests.training.stand_in import fast_compile_env, train_lines
+from tests.small import fast_compile_env
+from tests.training.stand_in import train_lines
 
 STEPS = 34  # a line every 7, a checkpoint every 5
 

@@ -5,13 +5,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from lora_diffusion_jax.array_types import Variables
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.factory.networks import build_denoiser
 from lora_diffusion_jax.factory.pretrained import Pretrained, load_workdir
-from lora_diffusion_jax.interop.export import export_network, read_export
+from lora_diffusion_jax.interop.export import Export, export_network, read_export
 from lora_diffusion_jax.interop.infer import infer_config
 from lora_diffusion_jax.interop.names import base_hash, to_state_dict, to_variables
 from lora_diffusion_jax.readers.pickles import read_snapshot
@@ -41,42 +40,37 @@ def load_pretrained(path: str | Path, base: str | Path | None = None) -> Pretrai
     """
     if Path(path).is_dir():
         return load_workdir(path)
-    variables, config = _read(path, base)
-    with _naming(path):
-        return Pretrained(build_denoiser(config), variables, config)
-
-
-def _read(path: str | Path, base: str | Path | None) -> tuple[Variables, ConfigDict]:
-    """Variables and config of the network in a file."""
-    if not (Path(path).is_file() and is_safetensors(path)):
-        ema = read_snapshot(path)
-        with _naming(path):
-            config, state_dict, adapters = infer_config(ema), ema.state_dict(), False
-    else:
-        export = read_export(path)
-        config, state_dict, adapters = (
-            export.config,
-            export.state_dict,
-            export.content == "adapters",
-        )
-        if adapters and base is None:
-            raise UserError(
-                f"{path} holds adapters alone, for the base {export.base_hash[:12]}; "
-                "give that network too (load_pretrained(path, base=...))."
-            )
-    if base is not None and not adapters:
-        raise UserError(f"{path} is a whole network; a base ({base}) goes with adapters alone.")
     below = None
-    if adapters and base is not None:
-        below = load_pretrained(base).variables
-        if (found := base_hash(below)) != export.base_hash:
-            raise UserError(
-                f"{path} holds adapters for the base {export.base_hash[:12]}, but the base given is "
-                f"{found[:12]}; give the network they were trained on (same weights, EMA or raw)."
-            )
+    if Path(path).is_file() and is_safetensors(path):
+        export = read_export(path)
+        config, weights = export.config, export.state_dict
+        if export.content == "adapters":
+            below = _base_of(export, path, base)
+    else:
+        network = read_snapshot(path)
+        with _naming(path):
+            config, weights = infer_config(network), network.state_dict()
+    if base is not None and below is None:
+        raise UserError(f"{path} is a whole network; a base ({base}) goes with adapters alone.")
     with _naming(path):
-        weights = {name: _float32(name, value) for name, value in state_dict.items()}
-        return to_variables(weights, config, below), config
+        weights = {name: _float32(name, value) for name, value in weights.items()}
+        return Pretrained(build_denoiser(config), to_variables(weights, config, below), config)
+
+
+def _base_of(export: Export, path: str | Path, base: str | Path | None) -> Variables:
+    """The variables of the network that exported adapters belong to."""
+    if base is None:
+        raise UserError(
+            f"{path} holds adapters alone, for the base {export.base_hash[:12]}; "
+            "give that network too (load_pretrained(path, base=...))."
+        )
+    variables = load_pretrained(base).variables
+    if (found := base_hash(variables)) != export.base_hash:
+        raise UserError(
+            f"{path} holds adapters for the base {export.base_hash[:12]}, but the base given is "
+            f"{found[:12]}; give the network they were trained on (same weights, EMA or raw)."
+        )
+    return variables
 
 
 @contextlib.contextmanager

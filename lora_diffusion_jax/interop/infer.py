@@ -40,10 +40,7 @@ _FIELDS = {  # official argument of a network -> our field
     "resample_filter": "model.resample_filter",
 }
 _REQUIRED = ("img_resolution", "in_channels")
-_IGNORED = (
-    "out_channels",
-    "decoder_type",
-)  # what they decide shows in the tensors' names and shapes
+_IGNORED = ("out_channels", "decoder_type")  # the tensors' names and shapes show what they decide
 # Official class -> the network of that class here, whose defaults are the official ones.
 _NETWORKS = {"SongUNet": "ddpmpp", "DhariwalUNet": "adm"}
 

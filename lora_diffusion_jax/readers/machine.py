@@ -9,6 +9,7 @@ it can cause.
 
 import dataclasses
 import pickle
+import pickletools
 import struct
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -291,7 +292,8 @@ def _expect(value: Any, kind: type, opcode: str) -> Any:
 
 
 def _name(code: int) -> str:
-    return _OPCODE_NAMES.get(code, f"0x{code:02x}")
+    known = pickletools.code2op.get(chr(code))
+    return known.name if known else f"0x{code:02x}"
 
 
 def _push(value: Any) -> Callable[[Machine], None]:
@@ -301,12 +303,6 @@ def _push(value: Any) -> Callable[[Machine], None]:
 def _number(layout: str) -> Callable[[Machine], None]:
     return lambda m: m._stack.append(m._cursor.number(layout))
 
-
-_OPCODE_NAMES = {
-    value[0]: name
-    for name, value in vars(pickle).items()
-    if name.isupper() and isinstance(value, bytes) and len(value) == 1
-}
 
 _STEPS: dict[int, Callable[[Machine], None]] = {
     code[0]: step

@@ -100,20 +100,22 @@ def _read_zip(data: memoryview, allowed: Mapping, budget: Budget) -> Any:
             if f"{roots[0]}constants.pkl" in entries:
                 raise Refused("is a TorchScript program, not saved tensors")
             order = entries.get(f"{roots[0]}byteorder")
-            swap = order is not None and _entry(archive, order) != b"little"
+            swap = order is not None and archive.read(order) != b"little"
             storages = _Storages()
 
             def resolve(pid: Any) -> Storage:
                 storage = storages.resolve(pid)
                 if storage.data is None:
                     name = f"{roots[0]}data/{pid[2]}"
-                    storage.data = _load_entry(archive, entries.get(name), name, storage)
+                    storage.data = _entry(archive, entries.get(name), name, storage.nbytes)
                     if swap:
                         elements = np.frombuffer(storage.data, f"u{storage.dtype.itemsize}")
                         storage.data = elements.byteswap().tobytes()
                 return storage
 
-            cursor = Cursor(memoryview(_entry(archive, entries[f"{roots[0]}data.pkl"])))
+            pickled = entries[f"{roots[0]}data.pkl"]
+            data = memoryview(_entry(archive, pickled, "data.pkl", pickled.file_size))
+            cursor = Cursor(data)
             value = Machine(cursor, {**TENSORS, **allowed}, budget, resolve).run()
             if cursor.left:
                 raise Corrupt("bytes follow the end of data.pkl")
@@ -150,21 +152,16 @@ def _check_entries(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.Zip
     return entries
 
 
-def _entry(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
+def _entry(archive: zipfile.ZipFile, info: zipfile.ZipInfo | None, name: str, size: int) -> bytes:
+    """The bytes of an entry that must have this size."""
+    if info is None or info.file_size != size:
+        found = "is missing" if info is None else f"has {info.file_size} bytes"
+        raise Corrupt(f"entry {printable(name)} {found}; {size} bytes are declared")
     with archive.open(info) as file:
         data = b"".join(iter(lambda: file.read(MAX_READ), b""))
-    if len(data) != info.file_size:
-        raise Corrupt(f"entry {printable(info.filename)} is truncated")
+    if len(data) != size:
+        raise Corrupt(f"entry {printable(name)} is truncated")
     return data
-
-
-def _load_entry(
-    archive: zipfile.ZipFile, info: zipfile.ZipInfo | None, name: str, storage: Storage
-) -> bytes:
-    if info is None or info.file_size != storage.nbytes:
-        found = "is missing" if info is None else f"has {info.file_size} bytes"
-        raise Corrupt(f"entry {printable(name)} {found}; {storage.nbytes} bytes are declared")
-    return _entry(archive, info)
 
 
 class _Storages:

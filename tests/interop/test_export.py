@@ -154,8 +154,8 @@ DESCRIPTIONS = {
     "[" * 100_000: "no valid description",
     '{"colour": "red"}': "colour",
     '{"model": {"colour": "red"}}': "model.colour",
-    '{"model": 3}': "model = 3",
-    '{"dtype": {"a": 1}}': "dtype = a dict",
+    '{"model": 3}': "does not know: model",
+    '{"dtype": {"a": 1}}': "dtype.a",
     '{"model": {"channels": "8"}}': "model.channels = 8",
 }
 

@@ -9,7 +9,7 @@ from flax import traverse_util
 
 from lora_diffusion_jax import lora
 from lora_diffusion_jax.errors import UserError
-from tests.small import ConditionedNet, fast_apply, fast_jit, random_variables
+from tests.small import ConditionedNet, fast_apply, random_variables
 
 SITES = r".*/(qkv|conv|query|key|value|out|proj)"
 ADAPTER = lora.UCLoRA(rank=2, bases=3, widths=(16, 8))
@@ -39,18 +39,26 @@ def shapes_of(module, *args):
 
 
 def test_base_keeps_names_values_and_output(inputs):
-    net, wrapped = ConditionedNet(), adapted()
+    net, wrapped = (
+        ConditionedNet(),
+        adapted(sites=r".*/(conv|query)"),
+    )  # initialisers compile slowly
 
-    @fast_jit
+    @jax.jit
     def run(key):
         bare, with_lora = net.init(key, *inputs), wrapped.init(key, *inputs)
         return bare, with_lora, net.apply(bare, *inputs), wrapped.apply(with_lora, *inputs)
 
     bare, with_lora, expected, found = run(jax.random.key(3))
-    base, adapters = lora.split(with_lora["params"])
+    base, _ = lora.split(with_lora["params"])
     jax.tree.map(np.testing.assert_array_equal, base, bare["params"])
     np.testing.assert_array_equal(found, expected)
     assert np.ptp(expected) > 0
+
+
+def test_sites_are_the_layers_whose_path_matches(inputs):
+    base, adapters = lora.split(shapes_of(adapted(), *inputs)["params"])
+    assert base == shapes_of(ConditionedNet(), *inputs)["params"]
     assert lora.list_sites(adapters) == [
         "block/attention/key",
         "block/attention/out",
@@ -120,7 +128,7 @@ def test_gradient_reaches_every_adapter_leaf_under_jit_and_remat(inputs, variabl
     def gradients(remat):
         wrapped = adapted(remat=remat)
         loss = lambda params: jnp.square(wrapped.apply({"params": params}, *inputs)).sum()  # noqa: E731
-        return fast_jit(jax.grad(loss))(variables["params"])
+        return jax.jit(jax.grad(loss))(variables["params"])
 
     plain, rematerialised = gradients(False), gradients(True)
     flat = traverse_util.flatten_dict(lora.split(plain)[1])

@@ -9,7 +9,7 @@ from flax import linen as nn
 from lora_diffusion_jax import lora
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.lora.composition import ConditionMLP, TimeTable, hat_functions
-from tests.small import fast_apply, fast_jit, random_variables
+from tests.small import fast_apply, random_variables
 
 
 def test_hat_functions_are_linear_interpolation():
@@ -25,7 +25,7 @@ def test_hat_functions_are_linear_interpolation():
 
 def test_time_table_has_the_papers_size_and_interpolates_times():
     table = TimeTable(bases=11, num_timesteps=4000)
-    params = fast_jit(table.init)(jax.random.key(0), jnp.zeros(1))
+    params = jax.jit(table.init)(jax.random.key(0), jnp.zeros(1))
     assert lora.count(params) == 44_011
     got = fast_apply(table, params, jnp.array([0.0, 400.0, 600.0, 601.5, 4000.0]))
     expected = np.zeros((5, 11))
@@ -38,7 +38,7 @@ def test_time_table_has_the_papers_size_and_interpolates_times():
 def test_condition_mlp_starts_with_unit_gain():
     """Weights N(0, 1/fan_in), zero biases; GroupNorm makes each hidden layer's input unit size."""
     mlp = ConditionMLP(bases=18, widths=(128, 64))
-    params = fast_jit(mlp.init)(jax.random.key(0), jnp.zeros((1, 512)))["params"]
+    params = jax.jit(mlp.init)(jax.random.key(0), jnp.zeros((1, 512)))["params"]
     for name, fan_in in (("dense_0", 512), ("dense_1", 128), ("dense_out", 64)):
         assert np.std(params[name]["kernel"]) == pytest.approx(fan_in**-0.5, rel=0.06)
         assert not np.any(params[name]["bias"])

@@ -9,7 +9,7 @@ from lora_diffusion_jax import lora
 from lora_diffusion_jax.errors import UserError
 from tests.lora.test_attach import adapted
 from tests.lora.test_composition import Layer
-from tests.small import ConditionedNet, fast_apply, fast_jit, random_variables
+from tests.small import ConditionedNet, fast_apply, random_variables
 
 TREE = {"a": {"kernel": np.ones((2, 3)), "lora": {"down": np.ones((2, 4))}}, "b": np.ones(5)}
 
@@ -37,7 +37,7 @@ def test_folded_base_equals_the_adapted_net():
     condition = np.repeat(rng.normal(size=(1, 7)).astype(np.float32), 2, axis=0)
     wrapped = adapted(sites=r".*/(qkv|conv|query|key|value|out)")
     variables = random_variables(wrapped, x, condition, scale=0.3)
-    weights = fast_jit(lambda *args: lora.composition_weights(wrapped, variables, *args))
+    weights = jax.jit(lambda *args: lora.composition_weights(wrapped, variables, *args))
     omegas = weights(x, condition[:1])
     assert {v.shape for v in omegas.values()} == {(1, 3)}
     folded = lora.fold(variables["params"], omegas)
@@ -61,7 +61,7 @@ def test_fold_of_a_sum_of_adapters():
     )
     x, time, ids = jnp.ones((2, 5, 6)), jnp.full(1, 3.0), jnp.full(1, 2)
     variables = random_variables(wrapped, x, time, ids)
-    weights = fast_jit(lambda *args: lora.composition_weights(wrapped, variables, *args))
+    weights = jax.jit(lambda *args: lora.composition_weights(wrapped, variables, *args))
     folded = lora.fold(variables["params"], weights(x, time, ids))
     np.testing.assert_allclose(
         fast_apply(Layer(), {"params": folded}, x, time, ids),

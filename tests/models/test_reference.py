@@ -104,8 +104,8 @@ def inside(case: str) -> dict[str, Any]:
 
 # Each path of the code once; what only repeats it on another network waits for the slow tests.
 REPEATED = {
-    "net_ve_ncsnpp_cond_lora": {"D_nolabel", "D_bypass"},
-    "net_iddpm_ddpmpp_cond": {"D_nolabel", "D_aug"},
+    "net_ve_ncsnpp_cond_lora": {"D_scalar_sigma", "D_nolabel", "D_aug", "D_bypass"},
+    "net_iddpm_ddpmpp_cond": {"D_scalar_sigma", "D_nolabel", "D_aug"},
     "net_vp_ddpmpp_uncond": {"D_scalar_sigma"},
 }
 OUTPUTS = [

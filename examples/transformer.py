@@ -68,14 +68,15 @@ def train(model, params, optimizer, steps):
     """Trains `params`; which of them stay frozen is the optimizer's business."""
 
     @jax.jit
-    def step(params, moments, key):
+    def step(params, moments, number):
+        key = jax.random.fold_in(jax.random.key(1), number)
         grads = jax.grad(error, argnums=1)(model, params, key)
         updates, moments = optimizer.update(grads, moments, params)
         return optax.apply_updates(params, updates), moments
 
     moments = optimizer.init(params)
-    for key in jax.random.split(jax.random.key(1), steps):
-        params, moments = step(params, moments, key)
+    for number in range(steps):
+        params, moments = step(params, moments, number)
     return params
 
 

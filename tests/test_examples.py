@@ -31,7 +31,7 @@ def test_unet():
     assert results["change of the base"] == 0
     assert results["difference after folding"] < 1e-5
     base, adapted = (results[f"error on vertical stripes, {n}"] for n in ("base", "with LoRA"))
-    assert adapted < base / 2
+    assert adapted < 0.7 * base
 
 
 def test_transformer():

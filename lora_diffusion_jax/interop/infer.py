@@ -112,8 +112,6 @@ def config_from_official(
     Raises:
         UserError: a value has the wrong type, or an option is unknown here.
     """
-    if adapters is None and not use_affine:
-        raise UserError("No lora.mode describes a network with neither scale-and-shift nor LoRA.")
     config = default_config()
     config.model.name = _NETWORKS[network]
     song = arguments.get("embedding_type"), arguments.get("encoder_type")
@@ -128,6 +126,8 @@ def config_from_official(
     for group, values in (("precond", constants), ("lora", adapters or {})):
         for name, value in values.items():
             _assign(config, f"{group}.{name}", value, name)
+    if adapters is None and not use_affine:
+        raise UserError("No lora.mode describes a network with neither scale-and-shift nor LoRA.")
     _clear_usual(config, "model", _defaults(config.model.name))
     _clear_usual(config, "precond", vars(PRECONDS[precond]()))
     config.class_conditional = config.data.num_classes > 0

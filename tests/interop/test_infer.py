@@ -100,7 +100,7 @@ def test_unusual_networks_are_described_by_optional_fields():
     denoiser = build_denoiser(config)
     assert (denoiser.model.encoder, denoiser.model.embedding) == ("standard", "fourier")
     assert denoiser.model.resample_filter == (1, 2, 1)
-    assert (denoiser.sigma_min, denoiser.sigma_max) == (0.02, 50)
+    assert (denoiser.precond.sigma_min, denoiser.precond.sigma_max) == (0.02, 50)
 
 
 def test_unknown_classes_and_options_are_named():

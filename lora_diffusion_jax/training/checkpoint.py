@@ -29,6 +29,9 @@ WEIGHTS = ("params", "frozen", "buffers", "ema")
 RESTORE_LIMIT = 1800.0
 Parts = Mapping[str, PyTree]
 
+# Drops orbax's log records: its errors reach us as exceptions.
+logging.getLogger("absl").addFilter(lambda record: "orbax" not in Path(record.pathname).parts)
+
 
 class Checkpoints:
     """The checkpoints of one run, for the process(es) that train it.
@@ -46,7 +49,6 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: str | os.PathLike, *, keep: int = 3):
-        _silence_orbax()
         self.directory = Path(workdir).absolute() / FOLDER
         self.waited = 0.0
         self.saving = False  # a save was begun whose outcome is not known yet
@@ -133,8 +135,7 @@ class Checkpoints:
             UserError: the checkpoint is of another network; or there are some, and all unreadable.
         """
         # Process 0's listing for all: on a network file system the others may see an older one.
-        workdir = self.directory.parent
-        steps = processes.from_leader("listing checkpoints", lambda: saved_steps(workdir))
+        steps = processes.from_leader("listing steps", lambda: saved_steps(self.directory.parent))
         if not steps:
             return None
         step, parts, unreadable = _read_newest(self.directory, steps, like)
@@ -142,15 +143,6 @@ class Checkpoints:
             _set_aside(self.directory, unreadable)
             self.manager.reload()
         return step, parts
-
-
-def _silence_orbax() -> None:
-    """Drops orbax's log records: its errors reach us as exceptions."""
-    logging.getLogger("absl").addFilter(_not_from_orbax)  # once, however often it is called
-
-
-def _not_from_orbax(record: logging.LogRecord) -> bool:
-    return "orbax" not in Path(record.pathname).parts
 
 
 def _all_processes() -> ocp.options.MultiprocessingOptions:
@@ -272,7 +264,6 @@ def open_for_reading(
     Raises:
         UserError: there is no such checkpoint.
     """
-    _silence_orbax()
     steps = processes.from_leader("listing checkpoints", lambda: saved_steps(workdir))
     directory = Path(workdir).absolute() / FOLDER
     if not steps or (step is not None and step not in steps):
@@ -304,13 +295,7 @@ def from_parts(parts: Parts, state: TrainState, metrics: PyTree) -> tuple[TrainS
     return flax.serialization.from_state_dict(state, present), metrics
 
 
-def save_weights(workdir: str | os.PathLike, weights: SavedWeights, step: int = 0) -> None:
-    """Writes a checkpoint of weights alone, which sampling reads and training starts from.
-
-    Args:
-        workdir: the run's directory.
-        weights: the arrays.
-        step: its number.
-    """
+def save_weights(workdir: str | os.PathLike, weights: SavedWeights) -> None:
+    """Writes a checkpoint of weights alone, step 0, for sampling to read and training to start from."""
     with Checkpoints(workdir) as checkpoints:
-        checkpoints.save(step, {"weights": flax.serialization.to_state_dict(weights)})
+        checkpoints.save(0, {"weights": flax.serialization.to_state_dict(weights)})

@@ -1,5 +1,6 @@
 """Where a run logs: metrics.jsonl, TensorBoard events, standard output and a progress bar."""
 
+import contextlib
 import datetime
 import json
 import math
@@ -114,15 +115,11 @@ def _open_events(directory: Path, purge_from: int) -> EventsWriter:
 
 def read_metrics(directory: str | os.PathLike) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, without a last one that was cut short; [] without a file."""
-    path = Path(directory) / METRICS
-    if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
+    path, lines = Path(directory) / METRICS, []
+    if path.exists():
+        with contextlib.suppress(json.JSONDecodeError):
+            for text in path.read_text().splitlines():
+                lines.append(json.loads(text))
     return lines
 
 

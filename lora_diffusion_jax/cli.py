@@ -116,7 +116,7 @@ def cut_short(work: Callable[[], Any], doing: str = "stopping; finished work is 
         try:
             interrupts.cut_short(work)
         except Interrupted:
-            number = interrupts.agreed or interrupts.received or signal.SIGINT
+            number = interrupts.stopped_by or signal.SIGINT
             if processes.is_leader():
                 name = signal.Signals(number).name
                 print(f"stopped by {name}; rerun the same command to resume", file=sys.stderr)

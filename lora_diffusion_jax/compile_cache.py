@@ -11,9 +11,7 @@ import jax
 
 from lora_diffusion_jax.errors import UserError
 
-MIN_COMPILE_SECONDS = (
-    0.1  # reading an entry takes some 10 ms, so faster compilations are not stored
-)
+MIN_COMPILE_SECONDS = 0.1  # faster ones are not stored: reading an entry takes some 10 ms
 MAX_GIB = 5.0
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from ml_collections import ConfigDict, config_dict
 
 from lora_diffusion_jax.diffusion.samplers import SAMPLERS
-from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.errors import choose
 
 
 def base() -> ConfigDict:
@@ -119,10 +119,9 @@ def sampler(name: str, old: ConfigDict | None = None) -> ConfigDict:
     Raises:
         UserError: there is no such sampler.
     """
-    if name not in SAMPLERS:
-        raise UserError(f"sampler.name is {name!r}; it must be one of {', '.join(SAMPLERS)}.")
+    chosen = choose("sampler.name", name, SAMPLERS)
     group = ConfigDict({"name": name})
-    for field, parameter in inspect.signature(SAMPLERS[name]).parameters.items():
+    for field, parameter in inspect.signature(chosen).parameters.items():
         default = parameter.default
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY and field not in ("key", "noise"):
             # None: the sampler's own choice, here of a noise level

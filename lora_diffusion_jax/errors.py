@@ -1,4 +1,4 @@
-"""The one exception for mistakes a user can make and correct, and values from files in its message."""
+"""The one exception for mistakes a user can make and correct, and what its messages are made with."""
 
 from typing import Any
 
@@ -8,6 +8,17 @@ class UserError(ValueError):
 
     Command-line programs print the message alone, without a stack trace, and exit with status 2.
     """
+
+
+def choose(setting: str, value: Any, known: Any) -> Any:
+    """Returns known[value], or value itself where `known` is a sequence.
+
+    Raises:
+        UserError: names the setting and the values it may have.
+    """
+    if value not in known:
+        raise UserError(f"{setting} is {value!r}; it must be one of {', '.join(map(str, known))}.")
+    return known[value] if isinstance(known, dict) else value
 
 
 def printable(value: Any, limit: int = 80) -> str:

@@ -25,3 +25,9 @@ def split(params: Any, chosen: Callable[[str], bool]) -> tuple[Any, Any]:
     first = {path: leaf for path, leaf in flat.items() if chosen("/".join(path))}
     rest = {path: leaf for path, leaf in flat.items() if path not in first}
     return traverse_util.unflatten_dict(first), traverse_util.unflatten_dict(rest)
+
+
+def merge(first: Any, second: Any) -> Any:
+    """The inverse of `split`; a leaf that both have is taken from the second."""
+    flat = {**traverse_util.flatten_dict(first), **traverse_util.flatten_dict(second)}
+    return traverse_util.unflatten_dict(flat)

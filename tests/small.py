@@ -1,5 +1,6 @@
 """Small configs and networks shared by all tests, and ways to run them fast."""
 
+import lzma
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -103,3 +104,12 @@ class AttentionBlock(nn.Module):
         tokens = x.reshape(batch, height * width, channels)
         tokens = nn.MultiHeadDotProductAttention(num_heads=2, name="attention")(tokens)
         return nn.Dense(4, use_bias=False, name="proj")(tokens.reshape(x.shape))
+
+
+def unpacked(path: Path, folder: Path) -> Path:
+    """A golden file, or its content in a folder if it is stored compressed as NAME.xz."""
+    if path.suffix != ".xz":
+        return path
+    target = folder / path.stem
+    target.write_bytes(lzma.decompress(path.read_bytes()))
+    return target

@@ -1,10 +1,8 @@
 """The examples and the README's snippet run, and adapters do what they promise on models from elsewhere."""
 
-import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -12,13 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.small import ROOT, fast_compile_env
 
 
 def run(name: str) -> dict[str, float]:
     """The numbers that an example prints."""
-    flags = "--xla_backend_optimization_level=0"  # compiling takes longer than running
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    env = fast_compile_env(PYTHONPATH=str(ROOT))  # compiling takes longer than running
     command = [sys.executable, ROOT / "examples" / name]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr

@@ -75,11 +75,13 @@ def vp_betas(sigma_min: float, sigma_max: float, epsilon: float) -> tuple[float,
 
 
 def ramp(num_steps: int, sigma_min: float, sigma_max: float) -> np.ndarray:
-    """i / (N - 1) for i = 0 ... N - 1.
+    """i / (N - 1) for i = 0 ... N - 1, of a grid that `check_grid` lets pass."""
+    check_grid(num_steps, sigma_min, sigma_max)
+    return np.arange(num_steps, dtype=np.float64) / (num_steps - 1)
 
-    Raises:
-        UserError: fewer than 2 steps, or an empty range of noise levels.
-    """
+
+def check_grid(num_steps: int, sigma_min: float, sigma_max: float) -> None:
+    """Raises UserError for fewer than 2 steps, or an empty range of noise levels."""
     if not isinstance(num_steps, (int, np.integer)) or num_steps < 2:
         raise UserError(
             f"num_steps is {num_steps!r}; the sampler needs at least 2 steps, since the grid runs "
@@ -90,7 +92,6 @@ def ramp(num_steps: int, sigma_min: float, sigma_max: float) -> np.ndarray:
             f"sigma_min is {sigma_min:g} and sigma_max {sigma_max:g}, within what the network "
             "supports; 0 < sigma_min < sigma_max < infinity is required."
         )
-    return np.arange(num_steps, dtype=np.float64) / (num_steps - 1)
 
 
 def edm_grid(num_steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> np.ndarray:
@@ -136,7 +137,7 @@ def iddpm_grid(
     num_steps: int, sigma_min: float, sigma_max: float, c_1: float, c_2: float, m: int
 ) -> np.ndarray:
     """Every k-th of iDDPM's m levels within [sigma_min, sigma_max], [N]."""
-    steps = (num_steps - 1) * ramp(num_steps, sigma_min, sigma_max)
+    check_grid(num_steps, sigma_min, sigma_max)
     levels = iddpm_levels(c_1, c_2, m)
     inside = levels[(levels >= sigma_min) & (levels <= sigma_max)]
     if len(inside) < num_steps:
@@ -144,4 +145,5 @@ def iddpm_grid(
             f"The iddpm discretization has {len(inside)} levels between sigma_min {sigma_min:g} and "
             f"sigma_max {sigma_max:g}, fewer than num_steps={num_steps}; use fewer steps or a larger m."
         )
+    steps = np.arange(num_steps)
     return inside[np.round((len(inside) - 1) / (num_steps - 1) * steps).astype(int)]

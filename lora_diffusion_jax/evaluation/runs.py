@@ -146,12 +146,13 @@ def _evaluate_once(run: Run, step: int, repeats: Repeats, evaluator: Evaluator) 
     path = results.results_file(run.where)
     keys = expected_keys(run, step, repeats, evaluator)
 
-    def missing() -> bool:
-        return not results.read(path).keys() >= set(keys)
+    def read_all() -> list[Record] | None:
+        known = results.read(path)
+        return [known[key] for key in keys] if known.keys() >= set(keys) else None
 
-    if not from_leader("reading the results", missing):
-        known = results.read(path) if is_leader() else {}
-        yield from (known[key] for key in keys if key in known)
+    known = from_leader("reading the results", read_all)
+    if known is not None:
+        yield from known if is_leader() else ()
         return
     try:
         for record in evaluate(run, step, repeats, evaluator):

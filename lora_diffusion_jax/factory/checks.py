@@ -10,7 +10,7 @@ from lora_diffusion_jax import lora
 from lora_diffusion_jax.data import augment as augmentation
 from lora_diffusion_jax.diffusion import samplers
 from lora_diffusion_jax.diffusion.precond import PRECONDS
-from lora_diffusion_jax.errors import UserError, printable
+from lora_diffusion_jax.errors import UserError, choose, printable
 from lora_diffusion_jax.models import NETWORKS
 from lora_diffusion_jax.models.blocks import REMAT
 
@@ -47,17 +47,6 @@ _TUPLES = {  # field -> range of its length, range of its integers
     "model.resample_filter": ((1, 64), (1, 65_536)),
     "lora.widths": ((1, 16), (1, 65_536)),
 }
-
-
-def choose(field: str, value: Any, known: Any) -> Any:
-    """Returns known[value], or value itself where `known` is a sequence.
-
-    Raises:
-        UserError: names the field and the values it may have.
-    """
-    if value not in known:
-        raise UserError(f"{field} is {value!r}; it must be one of {', '.join(map(str, known))}.")
-    return known[value] if isinstance(known, dict) else value
 
 
 def check(config: ConfigDict) -> None:

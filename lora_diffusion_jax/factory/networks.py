@@ -182,10 +182,15 @@ def fold_lora(
     return base, {**variables, "params": lora.fold(variables["params"], omegas)}
 
 
+def _example(config: ConfigDict) -> tuple[jax.Array, Labels | None]:
+    """One blank image [1, H, W, C] and its class label [1, num_classes], None without classes."""
+    classes = num_classes(config)
+    return jnp.zeros((1, *image_shape(config))), jnp.zeros((1, classes)) if classes else None
+
+
 def init_variables(config: ConfigDict, denoiser: Denoiser, key: Key) -> Variables:
     """Fresh variables {'params', optional 'buffers'} of a denoiser."""
-    labels = jnp.zeros((1, num_classes(config))) if num_classes(config) else None
-    x = jnp.zeros((1, *image_shape(config)))
+    x, labels = _example(config)
     variables = denoiser.init({"params": key}, x, jnp.ones(1), labels)
     return {k: v for k, v in variables.items() if k in ("params", "buffers")}
 
@@ -198,8 +203,7 @@ def variable_shapes(config: ConfigDict, denoiser: Denoiser) -> Variables:
 def forward_flops(config: ConfigDict, denoiser: Denoiser) -> float:
     """Floating-point operations of one evaluation per image, as XLA counts them; nothing is compiled."""
     shapes = variable_shapes(config, denoiser)
-    size = (1, *image_shape(config))
-    labels = jnp.zeros((1, num_classes(config))) if num_classes(config) else None
+    x, labels = _example(config)
     call = jax.jit(lambda variables, x: denoiser.apply(variables, x, jnp.ones(()), labels))
-    lowered = call.lower(shapes, jax.ShapeDtypeStruct(size, jnp.float32))
+    lowered = call.lower(shapes, x)
     return float((lowered.cost_analysis() or {}).get("flops", 0.0))

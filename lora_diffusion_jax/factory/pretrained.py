@@ -12,8 +12,7 @@ from ml_collections import ConfigDict
 from lora_diffusion_jax import default_config
 from lora_diffusion_jax.array_types import Variables
 from lora_diffusion_jax.diffusion.precond import Denoiser
-from lora_diffusion_jax.errors import UserError, printable
-from lora_diffusion_jax.factory.checks import choose
+from lora_diffusion_jax.errors import UserError, choose, printable
 from lora_diffusion_jax.factory.networks import build_denoiser, image_shape, num_classes
 from lora_diffusion_jax.paths import is_adapter
 from lora_diffusion_jax.training import checkpoint, state, workdir

@@ -9,10 +9,9 @@ import numpy as np
 from flax import traverse_util
 
 from lora_diffusion_jax import paths
+from lora_diffusion_jax.array_types import PyTree
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.paths import ADAPTER, is_adapter
-
-PyTree = Any
 
 
 def list_sites(params: PyTree) -> list[str]:
@@ -37,7 +36,7 @@ def merge(base: PyTree, adapters: PyTree) -> PyTree:
     both = sorted("/".join(k) for k in set(flat) & set(more))
     if both:
         raise UserError(f"Base and adapters both hold {', '.join(both)}; split one of them first.")
-    return traverse_util.unflatten_dict({**flat, **more})
+    return paths.merge(base, adapters)
 
 
 def select(params: PyTree, which: str = "adapters") -> PyTree:

@@ -9,7 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.errors import choose
 from lora_diffusion_jax.models.layers import GroupNorm, Init, conv3x3, dense, self_attention
 from lora_diffusion_jax.models.resample import downsample, upsample
 
@@ -120,9 +120,7 @@ def rematerialised(remat: str) -> type[UNetBlock]:
     Raises:
         UserError: for any other value.
     """
-    if remat not in REMAT:
-        raise UserError(f"train.remat is {remat!r}; it must be one of {', '.join(REMAT)}.")
-    if remat == "none":
+    if choose("train.remat", remat, REMAT) == "none":
         return UNetBlock
     policy = None
     if remat == "norms":

@@ -1,12 +1,11 @@
-"""Checkpoint files in, safetensors out."""
+"""Checkpoint files become workdirs."""
 
+import functools
 import os
 from pathlib import Path
 
 from lora_diffusion_jax import files, interop, lora, processes
 from lora_diffusion_jax.errors import UserError
-from lora_diffusion_jax.factory.pretrained import Pretrained
-from lora_diffusion_jax.interop.export import Weights
 from lora_diffusion_jax.training import checkpoint, workdir
 
 
@@ -38,24 +37,7 @@ def import_checkpoint(
     return lora.count(params)
 
 
-def export_checkpoint(
-    run: Pretrained, out: str | Path, *, weights: Weights, adapters_only: bool
-) -> None:
-    """Writes a run's weights as safetensors with official names, whole or the adapters alone.
-
-    Raises:
-        UserError: the official format cannot express the network, or the file cannot be written.
-    """
-    interop.export_network(
-        out, run.variables, run.config, weights=weights, adapters_only=adapters_only
-    )
-
-
 def has_checkpoint(directory: str | os.PathLike) -> bool:
     """Whether a run has saved anything, as process 0 sees it: file systems may differ for a while."""
-
-    def look() -> bool:
-        exists = (Path(directory) / checkpoint.FOLDER).is_dir()
-        return exists and bool(checkpoint.saved_steps(directory))
-
-    return processes.from_leader("looking for checkpoints", look)
+    look = functools.partial(checkpoint.saved_steps, directory)
+    return bool(processes.from_leader("looking for checkpoints", look))

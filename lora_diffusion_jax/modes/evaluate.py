@@ -279,17 +279,18 @@ class SavedRun:
 
     def steps(self) -> list[int]:
         """The steps of its checkpoints, in order."""
-        return _saved_steps(self.where)
+        return checkpoint.saved_steps(self.where)
 
     def is_complete(self) -> bool:
         """Whether its last checkpoint exists; an imported network has step 0 alone."""
-        train, steps = self._config().train, self.steps()
+        train, steps = self._config.train, self.steps()
         return steps == [0] or bool(steps) and steps[-1] * train.batch_size >= train.total_images
 
     def settings(self, step: int) -> Record:
         """The labels of its results that come from its config."""
-        return _settings(self._config(), self.weights, step)
+        return _settings(self._config, self.weights, step)
 
+    @functools.cached_property
     def _config(self) -> ConfigDict:
         return cli.override(config_from_dict(workdir.read_config(self.where)), self.overrides)
 
@@ -343,15 +344,10 @@ def _choose_step(where: str, step: int | None) -> int | None:
             f"eval_fid.py all --workdir={where}"
         )
     workdir.read_config(where)  # a plain error if it is not a run
-    steps = _saved_steps(where)
+    steps = checkpoint.saved_steps(where)
     if not steps:
         raise UserError(f"{where} has no checkpoint yet.")
     return steps[-1] if step is None else step
-
-
-def _saved_steps(run: str) -> list[int]:
-    exists = (Path(run) / checkpoint.FOLDER).is_dir()
-    return checkpoint.saved_steps(run) if exists else []
 
 
 def _runs_below(directory: str) -> list[str]:

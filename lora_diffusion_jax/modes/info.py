@@ -1,8 +1,5 @@
 """What a config describes: parameters, LoRA sites, cost of an evaluation, data set."""
 
-import functools
-
-import jax
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
@@ -11,7 +8,7 @@ from lora_diffusion_jax.data.image_source import summarize
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.factory.checks import check
 from lora_diffusion_jax.factory.data import complete, open_source
-from lora_diffusion_jax.factory.networks import build_denoiser, forward_flops, init_variables
+from lora_diffusion_jax.factory.networks import build_denoiser, forward_flops, variable_shapes
 
 
 def describe(config: ConfigDict) -> str:
@@ -29,8 +26,7 @@ def describe(config: ConfigDict) -> str:
         if not (config.data.image_size and config.data.channels):
             raise
     denoiser = build_denoiser(config)
-    init = functools.partial(init_variables, config, denoiser)
-    params = jax.eval_shape(init, jax.random.key(0))["params"]
+    params = variable_shapes(config, denoiser)["params"]
     base, adapters = lora.split(params)
     sites = lora.list_sites(params)
     lines = [

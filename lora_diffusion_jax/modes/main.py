@@ -132,12 +132,18 @@ def import_file(args: argparse.Namespace, config: None) -> int:
 
 def export_file(args: argparse.Namespace, config: ConfigDict) -> int:
     """Writes a run's weights as safetensors."""
+    from lora_diffusion_jax import interop
     from lora_diffusion_jax.factory.pretrained import load_workdir, with_config
-    from lora_diffusion_jax.modes.checkpoints import export_checkpoint
 
     run = load_workdir(args.workdir, weights=args.weights, at_step=args.step)
     run = with_config(run, config)
-    export_checkpoint(run, args.out, weights=args.weights, adapters_only=args.adapters_only)
+    interop.export_network(
+        args.out,
+        run.variables,
+        run.config,
+        weights=args.weights,
+        adapters_only=args.adapters_only,
+    )
     print(f"wrote the {args.weights} weights of step {run.step} to {args.out}")
     return 0
 

@@ -42,6 +42,11 @@ class Interrupts:
         self._raise_at_once = False
         self._previous: dict[int, Any] = {}
 
+    @property
+    def stopped_by(self) -> int | None:
+        """The signal that cut work short, or None."""
+        return self.agreed or self.received
+
     def __enter__(self) -> "Interrupts":
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:

@@ -292,8 +292,8 @@ def _expect(value: Any, kind: type, opcode: str) -> Any:
 
 
 def _name(code: int) -> str:
-    known = pickletools.code2op.get(chr(code))
-    return known.name if known else f"0x{code:02x}"
+    names = {op.code: op.name for op in pickletools.opcodes}
+    return names.get(chr(code), f"0x{code:02x}")
 
 
 def _push(value: Any) -> Callable[[Machine], None]:

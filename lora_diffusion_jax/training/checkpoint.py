@@ -234,17 +234,10 @@ def _set_aside(directory: Path, unreadable: Sequence[int]) -> None:
 
 
 def saved_steps(workdir: str | os.PathLike) -> list[int]:
-    """The steps with a checkpoint, ascending.
-
-    Raises:
-        UserError: the directory has no checkpoints folder.
-    """
+    """The steps with a checkpoint, ascending; none before a run has saved anything."""
     directory = Path(workdir).absolute() / FOLDER
     if not directory.is_dir():
-        raise UserError(
-            f"{workdir} has no checkpoints (looked for {directory}). Give the workdir of a "
-            "training run that has saved one."
-        )
+        return []
     # One that is not complete has a name beside its number.
     return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal())
 
@@ -264,8 +257,17 @@ def open_for_reading(
     Raises:
         UserError: there is no such checkpoint.
     """
-    steps = processes.from_leader("listing checkpoints", lambda: saved_steps(workdir))
     directory = Path(workdir).absolute() / FOLDER
+
+    def list_steps() -> list[int]:
+        if not directory.is_dir():
+            raise UserError(
+                f"{workdir} has no checkpoints (looked for {directory}). Give the workdir of a "
+                "training run that has saved one."
+            )
+        return saved_steps(workdir)
+
+    steps = processes.from_leader("listing checkpoints", list_steps)
     if not steps or (step is not None and step not in steps):
         raise UserError(
             f"{directory} has no checkpoint{'' if step is None else f' {step}'}; there are: "

@@ -297,7 +297,7 @@ class Callbacks:
             try:
                 values = interrupts.cut_short(functools.partial(function, state, step))
             except Interrupted:  # no line is written, so that resuming runs it
-                return interrupts.agreed or interrupts.received
+                return interrupts.stopped_by
             spent = time.perf_counter() - began
             self.seconds += spent
             values = {**(values or {}), "callback/seconds": spent}

@@ -5,12 +5,11 @@ from collections.abc import Callable
 import flax
 import jax
 import jax.numpy as jnp
-from flax import traverse_util
 from jaxtyping import Array, Bool, Float, Int
 
 from lora_diffusion_jax.array_types import PyTree, Variables
 from lora_diffusion_jax.errors import UserError
-from lora_diffusion_jax.paths import split
+from lora_diffusion_jax.paths import merge, split
 from lora_diffusion_jax.training.optimizer import Optimizer
 
 
@@ -79,8 +78,7 @@ def create_state(
 
 def assemble(params: PyTree, frozen: PyTree, buffers: PyTree) -> Variables:
     """The inverse of `split`, as variables for `apply`."""
-    merged = {**traverse_util.flatten_dict(frozen), **traverse_util.flatten_dict(params)}
-    variables = {"params": traverse_util.unflatten_dict(merged)}
+    variables = {"params": merge(frozen, params)}
     return {**variables, "buffers": buffers} if buffers else variables
 
 

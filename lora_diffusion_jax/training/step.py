@@ -1,5 +1,6 @@
 """One training step as a pure function of state, batch and key."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
@@ -130,7 +131,8 @@ def make_train_step(
             sigma=draws["sigma"],
             **{name: value[None] for name, value in scalars.items()},
         )
-        return state.replace(
+        state = dataclasses.replace(
+            state,
             step=state.step + 1,
             params=params,
             opt_state=opt_state,
@@ -139,7 +141,8 @@ def make_train_step(
             skipped_steps=state.skipped_steps + ~good,
             bad_in_row=bad_in_row,
             halted=bad_in_row >= max_bad_steps,
-        ), metrics
+        )
+        return state, metrics
 
     return step
 

@@ -30,6 +30,17 @@ ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem != "__init__")
 
 
+# What the U-Net of small_config() has, besides the sizes of images and labels.
+SMALL = {
+    "augment_dim": 9,
+    "channels": 8,
+    "channel_mult": (1, 2),
+    "num_blocks": 1,
+    "attn_resolutions": (4,),
+    "dropout": 0.13,
+}
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_builds_and_says_how_to_run_it(name):
     module = importlib.import_module(f"configs.{name}")
@@ -51,12 +62,7 @@ def test_a_config_becomes_the_modules_that_one_would_write_by_hand():
         in_channels=1,
         out_channels=1,
         num_classes=5,
-        augment_dim=9,
-        channels=8,
-        channel_mult=(1, 2),
-        num_blocks=1,
-        attn_resolutions=(4,),
-        dropout=0.13,
+        **SMALL,
         remat="norms",
         dtype=jnp.bfloat16,
         embedding="fourier",
@@ -81,12 +87,7 @@ def test_iddpm_networks_have_twice_the_channels():
         image_size=8,
         in_channels=1,
         out_channels=2,
-        augment_dim=9,
-        channels=8,
-        channel_mult=(1, 2),
-        num_blocks=1,
-        attn_resolutions=(4,),
-        dropout=0.13,
+        **SMALL,
     )
 
 

@@ -13,10 +13,11 @@ from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.interop.infer import infer_config
 from lora_diffusion_jax.readers.pickles import read_snapshot, read_torch_state_dict
 from tests.readers.watching import nothing_runs
+from tests.small import unpacked
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"
-LONG = [*sorted(GOLDEN.glob("snapshot_*.pkl")), *sorted(GOLDEN.glob("tensors_*.pt"))]
+LONG = [*sorted(GOLDEN.glob("snapshot_*.pkl*")), *sorted(GOLDEN.glob("tensors_*.pt"))]
 
 
 def load(path: Path) -> None:
@@ -89,6 +90,7 @@ def test_damaged_files_never_run_hang_or_crash(name, tmp_path):
 @pytest.mark.parametrize("source", LONG, ids=lambda path: path.name)
 def test_long_fuzz_within_limits_on_memory_and_time(source, tmp_path):
     """A process of its own, so that the limits of the operating system apply."""
+    source = unpacked(source, tmp_path)
     run = [sys.executable, "-m", "tests.readers.test_fuzz", str(source), str(tmp_path), "2000"]
     done = subprocess.run(run, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -11,6 +11,7 @@ from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.readers.pickles import read_snapshot, read_torch_state_dict
 from tests.readers import pickling as p
 from tests.readers.watching import nothing_runs
+from tests.small import unpacked
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -53,9 +54,10 @@ def test_snapshot_keeps_classes_attributes_and_recorded_arguments():
     assert nodes["model.enc.4x4_block0"].attributes["skip_scale"] == np.sqrt(0.5)
 
 
-def test_snapshot_of_torch_1_12_and_numpy_1_24_equals_the_reference():
+def test_snapshot_of_torch_1_12_and_numpy_1_24_equals_the_reference(tmp_path):
     """The SHA-256 is that of the state_dict which the authors' code gave for the same network."""
-    weights = read_snapshot(GOLDEN / "snapshot_torch112.pkl").state_dict()
+    path = unpacked(GOLDEN / "snapshot_torch112.pkl.xz", tmp_path)
+    weights = read_snapshot(path).state_dict()
     digest = hashlib.sha256()
     for name, array in weights.items():
         digest.update(f"{name} {array.dtype} {array.shape}\n".encode())

@@ -1,8 +1,8 @@
 """The samplers by name. Keyword arguments with defaults are the fields of the config group `sampler`."""
 
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from lora_diffusion_jax.diffusion import schedules
 from lora_diffusion_jax.diffusion.precond import VE, VP
 from lora_diffusion_jax.diffusion.samplers.plan import Plan, precond_of, run_plan
 from lora_diffusion_jax.diffusion.samplers.solvers import Churn, dpmpp_2m_plan, make_plan
-from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.errors import UserError, choose
 
 
 def edm_sampler(
@@ -112,7 +112,7 @@ def ablation_sampler(
         "ve": (ve.sigma_min, ve.sigma_max, schedules.ve_grid),
         "iddpm": (0.002, 81.0, functools.partial(schedules.iddpm_grid, c_1=c_1, c_2=c_2, m=m)),
     }
-    low, high, grid = _choose("discretization", discretization, grids)
+    low, high, grid = choose("discretization", discretization, grids)
     precond = precond_of(denoise)
     low, high = precond.clip(
         low if sigma_min is None else sigma_min, high if sigma_max is None else sigma_max
@@ -123,24 +123,18 @@ def ablation_sampler(
         "ve": schedules.VE_SCHEDULE,
         "linear": schedules.LINEAR_SCHEDULE,
     }
-    chosen = _choose("schedule", schedule, sigma_of_t)
+    chosen = choose("schedule", schedule, sigma_of_t)
     s_of_t = {"vp": schedules.vp_scaling(chosen), "none": schedules.NO_SCALING}
     plan = make_plan(
         sigmas,
-        second_order=_choose("solver", solver, {"euler": False, "heun": True}),
+        second_order=choose("solver", solver, {"euler": False, "heun": True}),
         schedule=chosen,
-        scaling=_choose("scaling", scaling, s_of_t),
+        scaling=choose("scaling", scaling, s_of_t),
         alpha=alpha,
         churn=Churn(s_churn, s_min, s_max, s_noise),
         precond=precond,
     )
     return run_plan(denoise, latents, plan, key=key, noise=noise)
-
-
-def _choose(setting: str, value: str, known: Mapping[str, Any]) -> Any:
-    if value not in known:
-        raise UserError(f"{setting} is {value!r}; it must be one of {', '.join(known)}.")
-    return known[value]
 
 
 def _ode_sampler(

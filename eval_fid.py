@@ -2,7 +2,7 @@
 
 import sys
 
-from lora_diffusion_jax.modes.evaluate import main
+from lora_diffusion_jax.modes import lora_diffusion_fid
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(lora_diffusion_fid())

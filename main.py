@@ -2,7 +2,7 @@
 
 import sys
 
-from lora_diffusion_jax.modes.main import main
+from lora_diffusion_jax.modes import lora_diffusion
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(lora_diffusion())

@@ -23,7 +23,7 @@ from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags import config_path
 
 from lora_diffusion_jax import compile_cache, default_config, processes
-from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.errors import UserError, not_installed
 from lora_diffusion_jax.processes.interrupts import Interrupted, Interrupts
 
 # Packaged configs lie inside an installed package, and beside it in a checkout.
@@ -59,8 +59,7 @@ def run(work: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> 
     except ModuleNotFoundError as error:
         if (error.name or "").startswith(__package__):
             raise
-        advice = "pip install 'lora-diffusion-jax[train,eval]'"
-        print(f"error: the package {error.name} is not installed; {advice}", file=sys.stderr)
+        print(f"error: {not_installed(error)}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:  # before there was anything to save
         print("interrupted; rerun the same command to resume", file=sys.stderr)

@@ -34,3 +34,10 @@ def printable(value: Any, limit: int = 80) -> str:
     text = str(value)[: limit + 1]
     text = text[:limit] + "..." if len(text) > limit else text
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def not_installed(error: ModuleNotFoundError) -> str:
+    """The sentence for a package that an extra of this one brings."""
+    return (
+        f"the package {error.name} is not installed; pip install 'lora-diffusion-jax[train,eval]'"
+    )

@@ -1,12 +1,15 @@
 """The frame around both programs: config arguments, config files, exit status."""
 
 import signal
+import subprocess
+import sys
 
 import pytest
 
 from lora_diffusion_jax import cli, default_config
 from lora_diffusion_jax.errors import UserError
 from tests.modes.running import start
+from tests.small import ROOT
 
 
 def test_config_arguments_are_taken_out_and_the_last_of_a_field_counts():
@@ -184,3 +187,15 @@ def test_the_program_says_what_it_can_do_and_exits_with_its_status():
     assert process.returncode == 0
     for words in ("--mode {train,sample", "--config.GROUP.FIELD", "--config.train.batch_size=512"):
         assert words in text
+
+
+@pytest.mark.parametrize("program", ["main.py", "eval_fid.py"])
+def test_a_core_installation_says_what_the_programs_need(program):
+    script = (
+        "import runpy, sys; sys.modules['ml_collections'] = None; "
+        f"runpy.run_path({program!r}, run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "ml_collections is not installed; pip install" in done.stderr

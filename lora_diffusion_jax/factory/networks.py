@@ -205,5 +205,10 @@ def forward_flops(config: ConfigDict, denoiser: Denoiser) -> float:
     shapes = variable_shapes(config, denoiser)
     x, labels = _example(config)
     call = jax.jit(lambda variables, x: denoiser.apply(variables, x, jnp.ones(()), labels))
-    lowered = call.lower(shapes, x)
+    try:  # XLA's GPU client counts nothing; JAX_PLATFORMS=cuda leaves no other
+        device = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        device = jax.local_devices()[0]
+    with jax.default_device(device):
+        lowered = call.lower(shapes, x)
     return float((lowered.cost_analysis() or {}).get("flops", 0.0))

@@ -1,0 +1,250 @@
+"""Sampling and training on one GPU, beside the authors' PyTorch code in the same run.
+
+    python -m benchmarks.gpu [--peer=FOLDER] [--compile] [--batch=256] [--rounds=3] [--images=50000]
+
+FOLDER is a checkout of the authors' code (lthilnklover/diffusion_lora); it needs PyTorch. Both sides
+have the CIFAR-10 DDPM++ with LoRA, 57,746,907 parameters, and take turns. One JSON line per
+measurement: the median of the rounds in images per second, the share of the GPU's peak (MFU), and
+for the peer the ratio to ours at the same precision.
+
+sampling    18 steps of Heun, 35 evaluations, latents on the GPU to uint8 images
+training    augmentation, loss, gradients, Adam, average of the weights; the batch is on the GPU
+accuracy    greatest difference of D(x; sigma) from float32's, relative to its greatest value
+run         --images=N: N images through the generator, in seconds, host copies included
+"""
+
+import argparse
+import contextlib
+import importlib
+import json
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the peer needs memory as well
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from lora_diffusion_jax.factory import networks, training
+from lora_diffusion_jax.training.state import create_state
+
+# TFLOP/s without sparsity: NVIDIA's data sheets of H100 SXM and H200
+PEAK = {"float32": 67, "tf32": 494, "bfloat16": 989}
+MATMUL = {"float32": "highest", "tf32": "tensorfloat32", "bfloat16": "default"}
+STEPS, EVALUATIONS = 18, 35
+Call = Callable[[], Any]
+
+
+def config_of(precision: str, batch: int) -> ConfigDict:
+    """configs/cifar10_edm.py at a precision."""
+    config = importlib.import_module("configs.cifar10_edm").get_config()
+    config.dtype = "bfloat16" if precision == "bfloat16" else "float32"
+    config.train.batch_size = config.sampler.batch_size = batch
+    return config
+
+
+def ours(precision: str, batch: int) -> dict[str, Call]:
+    """One call each of a compiled sampling run and of a compiled training step."""
+    config = config_of(precision, batch)
+    denoiser, mesh = networks.build_denoiser(config), training.build_mesh(config)
+    variables = networks.init_variables(config, denoiser, jax.random.key(0))
+    generator = training.build_generator(config, denoiser, mesh)
+    seeds, labels = jnp.arange(batch, dtype=jnp.uint32), jnp.eye(10)[np.arange(batch) % 10]
+    images = jax.random.randint(jax.random.key(1), (batch, 32, 32, 3), 0, 255).astype(jnp.uint8)
+    data = {"image": images, "label": jnp.arange(batch) % 10}
+    current = [create_state(variables, training.build_optimizer(config))]
+    with jax.default_matmul_precision(MATMUL[precision]):
+        sample = generator.compiled.lower(variables, seeds, labels).compile()
+        step = jax.jit(training.build_step(config, denoiser, mesh), donate_argnums=0)
+        step = step.lower(current[0], data, jax.random.key(2)).compile()
+
+    def train() -> Any:
+        current[0], metrics = step(current[0], data, jax.random.key(2))
+        return jax.block_until_ready(metrics)
+
+    # jax.jit and the peer start from equal ground: the weights lie on the device
+    variables = jax.device_put(variables)
+    return {
+        "sampling": lambda: np.asarray(sample(variables, seeds, labels)),
+        "training": train,
+    }
+
+
+def peer(folder: str, precision: str, batch: int, compiled: bool) -> dict[str, Call]:
+    """The same two calls of the authors' network, sampler, loss and optimizer."""
+    sys.path.insert(0, folder)
+    import torch
+
+    blocks = {n: importlib.import_module(f"training.{n}") for n in ("networks", "lora", "loss")}
+    augment_pipe = importlib.import_module("training.augment").AugmentPipe(
+        p=0.12, xflip=1e8, yflip=1, scale=1, rotate_frac=1, aniso=1, translate_frac=1
+    )
+    net = blocks["networks"].EDMPrecond(
+        img_resolution=32,
+        img_channels=3,
+        label_dim=10,
+        model_type="SongUNet",
+        model_channels=128,
+        channel_mult=[2, 2, 2],
+        augment_dim=9,
+        dropout=0.13,
+    )
+    with contextlib.redirect_stdout(None):
+        blocks["lora"].inject_trainable_lora(net, lora_rank=4, num_basis=18, mlp_width=[128, 64])
+    net = net.cuda().requires_grad_(True)
+    count = sum(p.numel() for p in net.parameters())
+    assert count == 57_746_907, f"the peer has {count:,} parameters"
+    average = {name: p.detach().clone() for name, p in net.named_parameters()}
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
+    loss_of = blocks["loss"].EDMLoss()
+    forward = torch.compile(net.model.forward) if compiled else net.model.forward
+
+    def autocast(*inputs: Any, **named: Any) -> Any:  # the preconditioning wants float32 back
+        with torch.autocast("cuda", torch.bfloat16, precision == "bfloat16"):
+            return forward(*inputs, **named).float()
+
+    net.model.forward = autocast
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "float32"
+    torch.backends.cudnn.benchmark = True
+    sampler = importlib.import_module("generate_all").edm_sampler
+    images = torch.randn(batch, 3, 32, 32, device="cuda").clamp(-1, 1)
+    labels = torch.eye(10, device="cuda")[torch.arange(batch) % 10]
+
+    @torch.no_grad()
+    def sample() -> Any:
+        net.eval()
+        out = sampler(net, torch.randn_like(images), labels, num_steps=STEPS)
+        return (out * 127.5 + 128).clip(0, 255).to(torch.uint8).cpu().numpy()
+
+    def train() -> Any:
+        net.train()
+        optimizer.zero_grad(set_to_none=True)
+        loss = loss_of(net=net, images=images, labels=labels, augment_pipe=augment_pipe)
+        loss.sum().mul(1 / batch).backward()
+        for p in net.parameters():
+            if p.grad is not None:
+                torch.nan_to_num(p.grad, nan=0, posinf=1e5, neginf=-1e5, out=p.grad)
+        optimizer.step()
+        with torch.no_grad():
+            for name, p in net.named_parameters():
+                average[name].lerp_(p, 0.001)
+        torch.cuda.synchronize()
+
+    return {"sampling": sample, "training": train}
+
+
+def seconds(call: Call) -> float:
+    """How long a call takes."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def compare(calls: dict[str, Call], rounds: int) -> dict[str, float]:
+    """Median seconds of each call; they take turns."""
+    for call in calls.values():  # compiles, and picks the convolutions' algorithms
+        call()
+        call()
+    times = [{name: seconds(call) for name, call in calls.items()} for _ in range(rounds)]
+    return {name: float(np.median([t[name] for t in times])) for name in calls}
+
+
+def disturbed(weight: jax.Array) -> jax.Array:
+    """A weight with noise."""
+    return weight + jnp.resize(jax.random.normal(jax.random.key(4), (1000,)) / 20, weight.shape)
+
+
+def accuracy() -> dict[str, float]:
+    """Greatest relative difference of D from float32's, for the other precisions."""
+    found = {}
+    keys = jax.random.split(jax.random.key(3), 2)
+    sigma = jnp.exp(jnp.linspace(-5, 4, 64))
+    x = jax.random.normal(keys[0], (64, 32, 32, 3)) * jnp.sqrt(sigma**2 + 0.25)[:, None, None, None]
+    for precision in PEAK:
+        config = config_of(precision, 64)
+        denoiser = networks.build_denoiser(config)
+        variables = networks.init_variables(config, denoiser, keys[1])
+        # A fresh network returns almost nothing; with noise on its weights it is as good as any.
+        variables = jax.tree.map(disturbed, variables)
+        with jax.default_matmul_precision(MATMUL[precision]):
+            found[precision] = jax.jit(denoiser.apply)(
+                variables, x, sigma, jnp.eye(10)[jnp.arange(64) % 10]
+            )
+    exact = found.pop("float32")
+    return {k: float(jnp.abs(v - exact).max() / jnp.abs(exact).max()) for k, v in found.items()}
+
+
+def whole_run(precision: str, batch: int, count: int) -> float:
+    """Seconds for `count` images through the generator, compilation left out."""
+    config = config_of(precision, batch)
+    denoiser, mesh = networks.build_denoiser(config), training.build_mesh(config)
+    variables = networks.init_variables(config, denoiser, jax.random.key(0))
+    generator = training.build_generator(config, denoiser, mesh)
+    with jax.default_matmul_precision(MATMUL[precision]):
+        list(generator.batches(variables, np.arange(batch)))
+        return seconds(
+            lambda: [len(b.seeds) for b in generator.batches(variables, np.arange(count))]
+        )
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--peer", type=pathlib.Path)
+    parser.add_argument("--compile", action="store_true", help="the peer under torch.compile, too")
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--images", type=int, default=0)
+    parser.add_argument("--precisions", default=",".join(PEAK))
+    parser.add_argument("--what", default="accuracy,sampling,training")
+    args = parser.parse_args()
+    device = jax.devices()[0].device_kind
+
+    config = config_of("float32", args.batch)
+    flops = networks.forward_flops(config, networks.build_denoiser(config))
+    about = {"benchmark": "gpu", "device": device, "batch": args.batch, "gflop": flops / 1e9}
+    per_image = {"sampling": EVALUATIONS * flops, "training": 3 * flops}
+
+    def report(**result: Any) -> None:
+        short = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in result.items()}
+        print(json.dumps({**about, **short}), flush=True)
+
+    if "accuracy" in args.what:
+        report(what="accuracy", **accuracy())
+    for precision in args.precisions.split(","):
+        sides = {"ours": ours(precision, args.batch)}
+        if args.peer:
+            sides["eager"] = peer(str(args.peer), precision, args.batch, False)
+        if args.peer and args.compile:
+            sides["compile"] = peer(str(args.peer), precision, args.batch, True)
+        for what, work in per_image.items():
+            if what not in args.what:
+                continue
+            took = compare({who: calls[what] for who, calls in sides.items()}, args.rounds)
+            for who, spent in took.items():
+                rate = args.batch / spent
+                report(
+                    what=what,
+                    precision=precision,
+                    who=who,
+                    images_per_sec=rate,
+                    mfu=rate * work / PEAK[precision] / 1e12,
+                    ours_is_faster_by=spent / took["ours"],
+                )
+        if args.images:
+            report(
+                what="run",
+                precision=precision,
+                images=args.images,
+                seconds=whole_run(precision, args.batch, args.images),
+            )
+
+
+if __name__ == "__main__":
+    main()

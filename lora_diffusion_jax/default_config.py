@@ -20,7 +20,7 @@ def base() -> ConfigDict:
     config.init_from = ""  # a workdir or an official file whose weights training starts from
 
     config.model = ConfigDict()
-    config.model.name = "ddpmpp"  # ddpmpp | ncsnpp | adm
+    config.model.name = "ddpmpp"  # ddpmpp | ncsnpp | adm | improved
     config.model.channels = 128
     config.model.channel_mult = (2, 2, 2)
     config.model.channel_mult_emb = 4
@@ -34,6 +34,12 @@ def base() -> ConfigDict:
     config.model.encoder = config_dict.placeholder(str)  # standard | residual
     config.model.channel_mult_noise = config_dict.placeholder(int)
     config.model.resample_filter = config_dict.placeholder(tuple)
+    # and these improved
+    config.model.num_heads = config_dict.placeholder(int)
+    config.model.num_heads_upsample = config_dict.placeholder(int)  # in the decoder; -1: num_heads
+    config.model.use_scale_shift_norm = config_dict.placeholder(bool)
+    # any network: twice the image's channels out, for mean and variance; None: as the preconditioning has
+    config.model.learn_sigma = config_dict.placeholder(bool)
 
     config.precond = ConfigDict()
     config.precond.name = "edm"  # edm | vp | ve | iddpm

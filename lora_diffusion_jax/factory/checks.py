@@ -32,6 +32,8 @@ _RANGES = {  # fields -> their range; upper bounds keep a damaged file from aski
     ("data.num_classes",): (0, 10_000_000),  # 0, here and above: as the data set has it
     ("model.channels",): (1, 65_536),
     ("model.channel_mult_emb", "model.channel_mult_noise", "model.num_blocks"): (1, 256),
+    ("model.num_heads",): (1, 4096),
+    ("model.num_heads_upsample",): (-1, 4096),
     ("model.augment_dim",): (0, 65_536),
     ("model.dropout", "model.label_dropout", "augment.p"): (0, 1),
     ("precond.num_steps", "lora.num_timesteps"): (1, 1_000_000),

@@ -59,15 +59,19 @@ def build_denoiser(config: ConfigDict) -> Denoiser:
     check(config)
     height, _, channels = image_shape(config)
     precond = _build(PRECONDS[config.precond.name], config, "precond")
+    learn_sigma = config.model.learn_sigma
+    out_factor = precond.out_factor if learn_sigma is None else 1 + learn_sigma
     unet = _build(
         NETWORKS[config.model.name],
         config,
         "model",
         image_size=height,
         in_channels=channels,
-        out_channels=channels * precond.out_factor,
+        out_channels=channels * out_factor,
+        learn_sigma=None,  # it is in out_channels
         num_classes=num_classes(config),
         use_affine=config.lora.mode != "only_lora",
+        use_map=config.lora.mode != "only_lora" or config.lora.adapter == "uc",
         remat=config.train.remat,
         dtype=DTYPES[config.dtype],
     )

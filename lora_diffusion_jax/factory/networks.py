@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from lora_diffusion_jax import lora
-from lora_diffusion_jax.array_types import Key, Labels, Variables
+from lora_diffusion_jax.array_types import AugmentLabels, Images, Key, Labels, Variables
 from lora_diffusion_jax.default_config import base as default_config
-from lora_diffusion_jax.diffusion.precond import PRECONDS, Denoiser, Precond
+from lora_diffusion_jax.diffusion.precond import PRECONDS, Denoiser, Precond, check_labels
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.factory.checks import DTYPES, check
 from lora_diffusion_jax.models import NETWORKS
@@ -149,6 +149,41 @@ class Condition:
             class_labels = jnp.zeros((1, self.num_classes))
         both = {"time": time, "class": class_labels}
         return both if self.adapter == "time_class" else both[self.adapter]
+
+
+class RawNetwork(nn.Module):
+    """A denoiser's network without its preconditioning, with the denoiser's variables.
+
+    Attributes:
+        model: the U-Net, possibly with LoRA attached.
+        label_dim: classes of the model, 0 for none.
+    """
+
+    model: nn.Module
+    label_dim: int = 0
+
+    def __call__(
+        self,
+        x: Images,
+        noise_labels: jax.Array,
+        class_labels: Labels | None = None,
+        augment_labels: AugmentLabels | None = None,
+        train: bool = False,
+    ) -> jax.Array:
+        """Returns the raw output [B, H, W, out].
+
+        Args:
+            x: images as the network sees them, c_in times noisy images.
+            noise_labels: what its embedding sees, c_noise: [] for all images or [B]; improved-diffusion's
+                are timesteps.
+            class_labels: [B, label_dim] one-hot or mixtures; None stands for all zeros.
+            augment_labels: [B, augment_dim] or None.
+            train: dropout on, from the rng stream `dropout`.
+        """
+        x = jnp.asarray(x, jnp.float32)
+        noise_labels = jnp.asarray(noise_labels, jnp.float32).reshape(-1)
+        class_labels = check_labels(class_labels, self.label_dim, x.shape[0])
+        return self.model(x, noise_labels, class_labels, augment_labels, train)
 
 
 def bypass_lora(denoiser: Denoiser) -> Denoiser:

@@ -13,7 +13,12 @@ from lora_diffusion_jax import default_config
 from lora_diffusion_jax.array_types import Variables
 from lora_diffusion_jax.diffusion.precond import Denoiser
 from lora_diffusion_jax.errors import UserError, choose, printable
-from lora_diffusion_jax.factory.networks import build_denoiser, image_shape, num_classes
+from lora_diffusion_jax.factory.networks import (
+    RawNetwork,
+    build_denoiser,
+    image_shape,
+    num_classes,
+)
 from lora_diffusion_jax.paths import is_adapter
 from lora_diffusion_jax.training import checkpoint, state, workdir
 
@@ -27,6 +32,8 @@ class Pretrained:
 
     Attributes:
         denoiser: `denoiser.apply(variables, x, sigma, class_labels, augment_labels)` is D(x; sigma, c).
+        network: `network.apply(variables, x, noise_labels, class_labels, augment_labels)` is the raw
+            network's output F.
         variables: {'params', optional 'buffers'}, float32.
         config: the ConfigDict that describes the network.
         step: of the checkpoint, if it comes from a workdir.
@@ -36,6 +43,11 @@ class Pretrained:
     variables: Variables
     config: ConfigDict
     step: int | None = None
+
+    @property
+    def network(self) -> RawNetwork:
+        """See above."""
+        return RawNetwork(self.denoiser.model, self.denoiser.label_dim)
 
 
 def load_workdir(

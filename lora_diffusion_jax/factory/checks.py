@@ -14,6 +14,7 @@ from lora_diffusion_jax.errors import UserError, choose, printable
 from lora_diffusion_jax.models import NETWORKS
 from lora_diffusion_jax.models.blocks import REMAT
 
+CLASS_ADAPTERS = ("class", "time_class")  # of lora.adapter: those with a pair per class
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
 _CHOICES = {
@@ -40,7 +41,7 @@ _RANGES = {  # fields -> their range; upper bounds keep a damaged file from aski
     ("lora.rank", "lora.bases"): (1, 4096),
     ("train.batch_size", "train.total_images", "sampler.batch_size"): (1, math.inf),
     ("train.microbatch", "eval.num_samples", "eval.final_num_samples"): (0, math.inf),
-    ("eval.num_steps",): (0, math.inf),
+    ("eval.num_steps", "train.new_classes"): (0, math.inf),
     ("train.seed",): (0, 2**32 - 1),  # JAX would drop the bits above
 }
 _TUPLES = {  # field -> range of its length, range of its integers
@@ -84,6 +85,17 @@ def check(config: ConfigDict) -> None:
     if config.train.freeze_base and config.lora.mode == "baseline":
         raise UserError(
             "train.freeze_base=True leaves nothing to train with lora.mode=baseline; choose with_lora."
+        )
+    new = config.train.new_classes
+    if new and not (config.train.freeze_base and config.lora.adapter in CLASS_ADAPTERS):
+        raise UserError(
+            f"train.new_classes is {new}; it needs train.freeze_base=True and lora.adapter=class or "
+            "time_class, whose pairs it chooses from."
+        )
+    if new and config.data.num_classes and new > config.data.num_classes:
+        raise UserError(
+            f"train.new_classes is {new}, but data.num_classes is {config.data.num_classes}; give the "
+            "number of classes to train, the last ones."
         )
     if config.data.name and config.data.path:
         raise UserError(

@@ -15,8 +15,9 @@ from lora_diffusion_jax.array_types import AugmentLabels, Images, Key, Labels, V
 from lora_diffusion_jax.default_config import base as default_config
 from lora_diffusion_jax.diffusion.precond import PRECONDS, Denoiser, Precond, check_labels
 from lora_diffusion_jax.errors import UserError
-from lora_diffusion_jax.factory.checks import DTYPES, check
+from lora_diffusion_jax.factory.checks import CLASS_ADAPTERS, DTYPES, check
 from lora_diffusion_jax.models import NETWORKS
+from lora_diffusion_jax.paths import ADAPTER
 
 
 def image_shape(config: ConfigDict) -> tuple[int, int, int]:
@@ -80,6 +81,24 @@ def build_denoiser(config: ConfigDict) -> Denoiser:
     return Denoiser(unet, precond, num_classes(config))
 
 
+def unseen(config: ConfigDict) -> str:
+    """What a network of `only_lora` does not depend on although it is given it, in words; or ""."""
+    if config.lora.mode != "only_lora" or config.lora.adapter == "uc":
+        return ""
+    given = {
+        "time": "the noise level",
+        "class": "the class" if num_classes(config) else "",
+        "augmentation": "augmentation labels" if config.model.augment_dim else "",
+    }
+    ignored = [v for k, v in given.items() if v and k not in config.lora.adapter.split("_")]
+    if not ignored:
+        return ""
+    return (
+        f"lora.mode=only_lora with lora.adapter={config.lora.adapter}: nothing in the network depends on "
+        f"{' or '.join(ignored)}."
+    )
+
+
 def _build(kind: Callable[..., Any], config: ConfigDict, group: str, **given: Any) -> Any:
     """Calls `kind` with those settings that it takes: a config group, and what is given.
 
@@ -106,7 +125,7 @@ def _attach(config: ConfigDict, unet: nn.Module, precond: Precond) -> lora.Adapt
     """
     kind, classes = config.lora.adapter, num_classes(config)
     condition: str | Condition = "map"
-    if kind in ("class", "time_class") and not classes:
+    if kind in CLASS_ADAPTERS and not classes:
         raise UserError(
             f"lora.adapter={kind} needs classes, but the network is unconditional. Set "
             "class_conditional=True, or choose lora.adapter=uc or time."
@@ -115,6 +134,14 @@ def _attach(config: ConfigDict, unet: nn.Module, precond: Precond) -> lora.Adapt
         condition = Condition(kind, precond, config.lora.num_timesteps, classes)
     adapter = _build(lora.ADAPTERS[kind], config, "lora", num_classes=classes)
     return lora.attach(unet, sites=config.lora.sites, adapter=adapter, condition=condition)
+
+
+def is_class_pair(config: ConfigDict) -> Callable[[str], bool]:
+    """A function of a parameter's path: whether it belongs to the pairs of ClassLoRA."""
+    if config.lora.adapter not in CLASS_ADAPTERS:
+        return lambda path: False
+    subtree = f"/{ADAPTER}/class/" if config.lora.adapter == "time_class" else f"/{ADAPTER}/"
+    return lambda path: subtree in path
 
 
 @dataclasses.dataclass(frozen=True)

@@ -62,7 +62,9 @@ def official_names(paths: Iterable[Path], openai: bool) -> dict[Path, str]:
         leaf = ("conv", path[-1]) if path[:-1] in sites else (path[-1],)
         layer = next((path[1:end] for end in (5, 4, 3) if path[1:end] in places), ())
         below = path[1 + len(layer) : -1]
-        name = "/".join((*places.get(layer, ()), *below, *leaf)).replace("/dense_out/", f"/{len(hidden)}/")
+        name = "/".join((*places.get(layer, ()), *below, *leaf)).replace(
+            "/dense_out/", f"/{len(hidden)}/"
+        )
         for pattern, replacement in _RULES:
             name = re.sub(pattern, replacement, name)
         names[path] = name.replace("/", ".")

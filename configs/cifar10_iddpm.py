@@ -1,4 +1,4 @@
-"""CIFAR-10 with improved-diffusion's network and TimeLoRA: the paper's IDDPM rows (arXiv 2405.03958, table 1).
+"""CIFAR-10 with improved-diffusion's network and TimeLoRA: IDDPM rows of table 1 (arXiv 2405.03958).
 
     python main.py --mode=train --config=configs/cifar10_iddpm.py --workdir=workdirs/cifar10_iddpm
 

@@ -100,6 +100,7 @@ class UNetBlock(nn.Module):
         norm = self._norm("norm1")
         if not self.use_affine:
             return nn.silu(norm(x))
+        assert emb is not None  # with use_affine there is a mapping network
         width = self.features * (2 if self.adaptive_scale else 1)
         params = dense(emb, width, self.layer_init, name="affine", dtype=self.dtype)[:, None, None]
         if self.adaptive_scale:

@@ -66,7 +66,7 @@ def _load_state_dict(path: str | Path, config: ConfigDict | None) -> Pretrained:
         )
     weights = read_torch_state_dict(path)
     config = config.copy_and_resolve_references()
-    config.lora.mode = "baseline"
+    config.lora.mode, config.train.freeze_base, config.train.new_classes = "baseline", False, 0
     return _assembled(path, weights, config)
 
 

@@ -89,9 +89,16 @@ def test_at_initialisation_only_lora_is_its_base_too(adapter):
     np.testing.assert_array_equal(found, base)
 
 
-@pytest.mark.parametrize("changes", [{}, ADM, IMPROVED], ids=["ddpmpp", "adm", "improved"])
-@pytest.mark.parametrize("adapter", ADAPTERS)
-def test_the_base_of_each_mode(changes, adapter):
+@pytest.mark.parametrize(
+    ("adapter", "changes"),
+    [
+        *((adapter, {}) for adapter in ADAPTERS),
+        ("uc", IMPROVED),
+        ("time", IMPROVED),
+        ("class", ADM),
+    ],
+)
+def test_the_base_of_each_mode(adapter, changes):
     """only_lora lacks the scale-and-shift, and, but for UC-LoRA, the mapping network; the sites stay."""
 
     def parts(mode):

@@ -101,7 +101,9 @@ def random_network(config) -> Pretrained:
     return Pretrained(denoiser, variables, config)
 
 
-@pytest.mark.parametrize("changes", [{}, IMPROVED], ids=["ddpmpp", "improved"])
+@pytest.mark.parametrize(
+    "changes", [{}, pytest.param(IMPROVED, marks=pytest.mark.slow)], ids=["ddpmpp", "improved"]
+)
 def test_new_classes_leave_the_old_ones_as_they_are(changes):
     """Classes 0 and 1 compute the same; 2 and 3 start as an image without a class."""
     start, config = random_network(with_classes(2, **changes)), with_classes(4, **changes)

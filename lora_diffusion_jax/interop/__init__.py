@@ -59,12 +59,12 @@ def load_pretrained(
 
 def _load_state_dict(path: str | Path, config: ConfigDict | None) -> Pretrained:
     """The base that a file of tensors by name and a config give together."""
+    weights = read_torch_state_dict(path)
     if config is None:
         raise UserError(
             f"{path} holds tensors by name and does not describe their network; give its config too: "
             "--config=configs/cifar10_iddpm.py, or load_pretrained(path, config=...)."
         )
-    weights = read_torch_state_dict(path)
     config = config.copy_and_resolve_references()
     config.lora.mode, config.train.freeze_base, config.train.new_classes = "baseline", False, 0
     return _assembled(path, weights, config)

@@ -20,7 +20,7 @@ def base() -> ConfigDict:
     config.init_from = ""  # a workdir or an official file whose weights training starts from
 
     config.model = ConfigDict()
-    config.model.name = "ddpmpp"  # ddpmpp | ncsnpp | adm
+    config.model.name = "ddpmpp"  # ddpmpp | ncsnpp | adm | improved
     config.model.channels = 128
     config.model.channel_mult = (2, 2, 2)
     config.model.channel_mult_emb = 4
@@ -34,16 +34,24 @@ def base() -> ConfigDict:
     config.model.encoder = config_dict.placeholder(str)  # standard | residual
     config.model.channel_mult_noise = config_dict.placeholder(int)
     config.model.resample_filter = config_dict.placeholder(tuple)
+    # and these improved
+    config.model.num_heads = config_dict.placeholder(int)
+    config.model.num_heads_upsample = config_dict.placeholder(int)  # in the decoder; -1: num_heads
+    config.model.use_scale_shift_norm = config_dict.placeholder(bool)
+    # any network: twice the image's channels out, for mean and variance; None: as the preconditioning has
+    config.model.learn_sigma = config_dict.placeholder(bool)
 
     config.precond = ConfigDict()
-    config.precond.name = "edm"  # edm | vp | ve | iddpm
+    config.precond.name = "edm"  # edm | vp | ve | iddpm | ddpm
     config.precond.sigma_data = 0.5  # this and the next two: edm only
     config.precond.p_mean = -1.2  # of ln sigma in training
     config.precond.p_std = 1.2
     # None: what the preconditioning has by its name; official checkpoints may differ
     for constant in ("sigma_min", "sigma_max", "beta_d", "beta_min", "epsilon_t", "c_1", "c_2"):
         config.precond[constant] = config_dict.placeholder(float)
-    config.precond.num_steps = config_dict.placeholder(int)  # M of vp and iddpm
+    config.precond.num_steps = config_dict.placeholder(int)  # M of vp and iddpm, T of ddpm
+    config.precond.schedule = config_dict.placeholder(str)  # ddpm: cosine | linear
+    config.precond.loss = config_dict.placeholder(str)  # ddpm: hybrid | simple | vlb
 
     config.lora = ConfigDict()
     config.lora.mode = "with_lora"  # baseline | with_lora | only_lora
@@ -84,6 +92,8 @@ def base() -> ConfigDict:
     config.train.ema_halflife_images = 500_000
     config.train.ema_rampup_ratio = 0.05
     config.train.freeze_base = False  # train the adapters alone
+    # With freeze_base: train the ClassLoRA pairs of the last so many classes alone; 0: all adapters.
+    config.train.new_classes = 0
     config.train.log_every = 51_200
     config.train.checkpoint_every = 2_560_000
     config.train.keep = 3  # newest checkpoints

@@ -23,8 +23,8 @@ def small(remat: str, *, network: str = "ddpmpp", mode: str = "with_lora") -> Co
         data__channels=3,
         data__num_classes=4,
         model__name=network,
-        # ADM has no attention, and so no LoRA, below 64 channels.
-        model__channels=64 if network == "adm" else 16,
+        # ADM has no attention, and so no LoRA, below 64 channels; improved's norms have 32 groups.
+        model__channels=16 if network == "ddpmpp" else 64,
         model__channel_mult=(1,),
         model__attn_resolutions=(8,),
         model__dropout=0.5,
@@ -61,6 +61,7 @@ def training_loss(config: ConfigDict, batch: int = 2) -> tuple[Callable, Any]:
         ("ddpmpp", "with_lora", ("norms", "blocks")),
         pytest.param("ddpmpp", "only_lora", ("blocks",), marks=pytest.mark.slow),
         pytest.param("adm", "with_lora", ("blocks",), marks=pytest.mark.slow),
+        pytest.param("improved", "with_lora", ("norms", "blocks"), marks=pytest.mark.slow),
     ],
 )
 def test_gradients_parameters_and_dropout_stay(network, mode, remats):

@@ -14,6 +14,7 @@ from lora_diffusion_jax.errors import UserError, choose, printable
 from lora_diffusion_jax.models import NETWORKS
 from lora_diffusion_jax.models.blocks import REMAT
 
+CLASS_ADAPTERS = ("class", "time_class")  # of lora.adapter: those with a pair per class
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
 _CHOICES = {
@@ -32,13 +33,15 @@ _RANGES = {  # fields -> their range; upper bounds keep a damaged file from aski
     ("data.num_classes",): (0, 10_000_000),  # 0, here and above: as the data set has it
     ("model.channels",): (1, 65_536),
     ("model.channel_mult_emb", "model.channel_mult_noise", "model.num_blocks"): (1, 256),
+    ("model.num_heads",): (1, 4096),
+    ("model.num_heads_upsample",): (-1, 4096),
     ("model.augment_dim",): (0, 65_536),
     ("model.dropout", "model.label_dropout", "augment.p"): (0, 1),
     ("precond.num_steps", "lora.num_timesteps"): (1, 1_000_000),
     ("lora.rank", "lora.bases"): (1, 4096),
     ("train.batch_size", "train.total_images", "sampler.batch_size"): (1, math.inf),
     ("train.microbatch", "eval.num_samples", "eval.final_num_samples"): (0, math.inf),
-    ("eval.num_steps",): (0, math.inf),
+    ("eval.num_steps", "train.new_classes"): (0, math.inf),
     ("train.seed",): (0, 2**32 - 1),  # JAX would drop the bits above
 }
 _TUPLES = {  # field -> range of its length, range of its integers
@@ -82,6 +85,17 @@ def check(config: ConfigDict) -> None:
     if config.train.freeze_base and config.lora.mode == "baseline":
         raise UserError(
             "train.freeze_base=True leaves nothing to train with lora.mode=baseline; choose with_lora."
+        )
+    new = config.train.new_classes
+    if new and not (config.train.freeze_base and config.lora.adapter in CLASS_ADAPTERS):
+        raise UserError(
+            f"train.new_classes is {new}; it needs train.freeze_base=True and lora.adapter=class or "
+            "time_class, whose pairs it chooses from."
+        )
+    if new and config.data.num_classes and new > config.data.num_classes:
+        raise UserError(
+            f"train.new_classes is {new}, but data.num_classes is {config.data.num_classes}; give the "
+            "number of classes to train, the last ones."
         )
     if config.data.name and config.data.path:
         raise UserError(

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from lora_diffusion_jax import lora
-from lora_diffusion_jax.array_types import Key, Labels, Variables
+from lora_diffusion_jax.array_types import AugmentLabels, Images, Key, Labels, Variables
 from lora_diffusion_jax.default_config import base as default_config
-from lora_diffusion_jax.diffusion.precond import PRECONDS, Denoiser, Precond
+from lora_diffusion_jax.diffusion.precond import PRECONDS, Denoiser, Precond, check_labels
 from lora_diffusion_jax.errors import UserError
-from lora_diffusion_jax.factory.checks import DTYPES, check
+from lora_diffusion_jax.factory.checks import CLASS_ADAPTERS, DTYPES, check
 from lora_diffusion_jax.models import NETWORKS
+from lora_diffusion_jax.paths import ADAPTER
 
 
 def image_shape(config: ConfigDict) -> tuple[int, int, int]:
@@ -59,21 +60,43 @@ def build_denoiser(config: ConfigDict) -> Denoiser:
     check(config)
     height, _, channels = image_shape(config)
     precond = _build(PRECONDS[config.precond.name], config, "precond")
+    learn_sigma = config.model.learn_sigma
+    out_factor = precond.out_factor if learn_sigma is None else 1 + learn_sigma
     unet = _build(
         NETWORKS[config.model.name],
         config,
         "model",
         image_size=height,
         in_channels=channels,
-        out_channels=channels * precond.out_factor,
+        out_channels=channels * out_factor,
+        learn_sigma=None,  # it is in out_channels
         num_classes=num_classes(config),
         use_affine=config.lora.mode != "only_lora",
+        use_map=config.lora.mode != "only_lora" or config.lora.adapter == "uc",
         remat=config.train.remat,
         dtype=DTYPES[config.dtype],
     )
     if config.lora.mode != "baseline":
         unet = _attach(config, unet, precond)
     return Denoiser(unet, precond, num_classes(config))
+
+
+def unseen(config: ConfigDict) -> str:
+    """What a network of `only_lora` does not depend on although it is given it, in words; or ""."""
+    if config.lora.mode != "only_lora" or config.lora.adapter == "uc":
+        return ""
+    given = {
+        "time": "the noise level",
+        "class": "the class" if num_classes(config) else "",
+        "augmentation": "augmentation labels" if config.model.augment_dim else "",
+    }
+    ignored = [v for k, v in given.items() if v and k not in config.lora.adapter.split("_")]
+    if not ignored:
+        return ""
+    return (
+        f"lora.mode=only_lora with lora.adapter={config.lora.adapter}: nothing in the network depends on "
+        f"{' or '.join(ignored)}."
+    )
 
 
 def _build(kind: Callable[..., Any], config: ConfigDict, group: str, **given: Any) -> Any:
@@ -102,7 +125,7 @@ def _attach(config: ConfigDict, unet: nn.Module, precond: Precond) -> lora.Adapt
     """
     kind, classes = config.lora.adapter, num_classes(config)
     condition: str | Condition = "map"
-    if kind in ("class", "time_class") and not classes:
+    if kind in CLASS_ADAPTERS and not classes:
         raise UserError(
             f"lora.adapter={kind} needs classes, but the network is unconditional. Set "
             "class_conditional=True, or choose lora.adapter=uc or time."
@@ -111,6 +134,14 @@ def _attach(config: ConfigDict, unet: nn.Module, precond: Precond) -> lora.Adapt
         condition = Condition(kind, precond, config.lora.num_timesteps, classes)
     adapter = _build(lora.ADAPTERS[kind], config, "lora", num_classes=classes)
     return lora.attach(unet, sites=config.lora.sites, adapter=adapter, condition=condition)
+
+
+def is_class_pair(config: ConfigDict) -> Callable[[str], bool]:
+    """A function of a parameter's path: whether it belongs to the pairs of ClassLoRA."""
+    if config.lora.adapter not in CLASS_ADAPTERS:
+        return lambda path: False
+    subtree = f"/{ADAPTER}/class/" if config.lora.adapter == "time_class" else f"/{ADAPTER}/"
+    return lambda path: subtree in path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +176,41 @@ class Condition:
             class_labels = jnp.zeros((1, self.num_classes))
         both = {"time": time, "class": class_labels}
         return both if self.adapter == "time_class" else both[self.adapter]
+
+
+class RawNetwork(nn.Module):
+    """A denoiser's network without its preconditioning, with the denoiser's variables.
+
+    Attributes:
+        model: the U-Net, possibly with LoRA attached.
+        label_dim: classes of the model, 0 for none.
+    """
+
+    model: nn.Module
+    label_dim: int = 0
+
+    def __call__(
+        self,
+        x: Images,
+        noise_labels: jax.Array,
+        class_labels: Labels | None = None,
+        augment_labels: AugmentLabels | None = None,
+        train: bool = False,
+    ) -> jax.Array:
+        """Returns the raw output [B, H, W, out].
+
+        Args:
+            x: images as the network sees them, c_in times noisy images.
+            noise_labels: what its embedding sees, c_noise: [] for all images or [B]; improved-diffusion's
+                are timesteps.
+            class_labels: [B, label_dim] one-hot or mixtures; None stands for all zeros.
+            augment_labels: [B, augment_dim] or None.
+            train: dropout on, from the rng stream `dropout`.
+        """
+        x = jnp.asarray(x, jnp.float32)
+        noise_labels = jnp.asarray(noise_labels, jnp.float32).reshape(-1)
+        class_labels = check_labels(class_labels, self.label_dim, x.shape[0])
+        return self.model(x, noise_labels, class_labels, augment_labels, train)
 
 
 def bypass_lora(denoiser: Denoiser) -> Denoiser:

@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import flax.linen as nn
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
@@ -13,7 +14,15 @@ from lora_diffusion_jax import default_config
 from lora_diffusion_jax.array_types import Variables
 from lora_diffusion_jax.diffusion.precond import Denoiser
 from lora_diffusion_jax.errors import UserError, choose, printable
-from lora_diffusion_jax.factory.networks import build_denoiser, image_shape, num_classes
+from lora_diffusion_jax.factory.checks import CLASS_ADAPTERS
+from lora_diffusion_jax.factory.networks import (
+    RawNetwork,
+    build_denoiser,
+    image_shape,
+    is_class_pair,
+    num_classes,
+)
+from lora_diffusion_jax.models.song_unet import SongUNet
 from lora_diffusion_jax.paths import is_adapter
 from lora_diffusion_jax.training import checkpoint, state, workdir
 
@@ -27,6 +36,8 @@ class Pretrained:
 
     Attributes:
         denoiser: `denoiser.apply(variables, x, sigma, class_labels, augment_labels)` is D(x; sigma, c).
+        network: `network.apply(variables, x, noise_labels, class_labels, augment_labels)` is the raw
+            network's output F.
         variables: {'params', optional 'buffers'}, float32.
         config: the ConfigDict that describes the network.
         step: of the checkpoint, if it comes from a workdir.
@@ -36,6 +47,16 @@ class Pretrained:
     variables: Variables
     config: ConfigDict
     step: int | None = None
+
+    @property
+    def network(self) -> RawNetwork:
+        """See above."""
+        return RawNetwork(self.denoiser.model, self.denoiser.label_dim)
+
+    @property
+    def unet(self) -> nn.Module:
+        """The U-Net below the adapters."""
+        return getattr(self.denoiser.model, "module", self.denoiser.model)
 
 
 def load_workdir(
@@ -124,8 +145,8 @@ def mismatch(found: Mapping[str, tuple], wanted: Mapping[str, tuple], limit: int
 def overlay(fresh: Variables, loaded: Variables, origin: str) -> Variables:
     """Fresh variables with the loaded ones in their places: a base under new adapters, or both.
 
-    Loaded variables may lack adapters, and the scale-and-shift layers (`affine`) of a base may be left
-    over (`only_lora` has none). Everything else must match.
+    Loaded variables may lack adapters. The scale-and-shift layers (`affine`) of a base, and its mapping
+    network (`map`), may be left over, as `only_lora` may have neither. Everything else must match.
 
     Args:
         fresh: the network's own variables.
@@ -136,8 +157,9 @@ def overlay(fresh: Variables, loaded: Variables, origin: str) -> Variables:
         UserError: other variables are missing, left over, or of other shapes.
     """
     new, old = (flatten_dict(v, sep="/") for v in (fresh, loaded))
-    if not any("/affine/" in name for name in new):
-        old = {name: v for name, v in old.items() if "/affine/" not in name}
+    for part in ("/affine/", "/map/"):
+        if not any(part in name for name in new):
+            old = {name: v for name, v in old.items() if part not in name}
     may_lack = {name for name in new if is_adapter(name)} - old.keys()
     problem = mismatch(
         {name: v.shape for name, v in old.items()},
@@ -150,6 +172,52 @@ def overlay(fresh: Variables, loaded: Variables, origin: str) -> Variables:
         )
     merged = {k: np.asarray(old[k], v.dtype) if k in old else v for k, v in new.items()}
     return unflatten_dict(merged, sep="/")
+
+
+def with_more_classes(
+    start: Pretrained, config: ConfigDict, fresh: Variables
+) -> tuple[Variables, str]:
+    """The variables of a network with ClassLoRA, grown if a config has more classes.
+
+    A class keeps its number, and what the network computes for it. A new one gets a fresh pair, which
+    starts as no change, and a row of zeros in the class embedding: it starts as an image without a class.
+
+    Args:
+        start: the network.
+        config: of the network that it becomes.
+        fresh: that network's own variables.
+
+    Returns:
+        The variables, and what was added, in words; "" if nothing was.
+    """
+    old, new = start.config, config
+    before, after = num_classes(old), num_classes(new)
+    has_pairs = old.lora.mode != "baseline" and old.lora.adapter in CLASS_ADAPTERS
+    same = all(old.lora[field] == new.lora[field] for field in ("adapter", "rank", "sites"))
+    if not (0 < before < after and has_pairs and same):
+        return start.variables, ""
+    own, grown = (flatten_dict(v, sep="/") for v in (fresh, start.variables))
+    is_pair, added = is_class_pair(new), []
+    for path, value in grown.items():
+        if is_pair(path) and path in own:
+            grown[path] = _into(own[path], value)
+            added.append(path)
+        elif path.endswith("/map/label/kernel") and path in own:
+            # DDPM++ and NCSN++ multiply labels by the root of their number.
+            root = (before / after) ** 0.5 if isinstance(start.unet, SongUNet) else 1.0
+            grown[path] = _into(np.zeros_like(own[path]), value * np.float32(root))
+            added.append(path)
+    listed = f"class {before}" if after == before + 1 else f"classes {before} to {after - 1}"
+    sites = sum(path.endswith("/down/kernel") for path in added)
+    row = "" if len(added) == 2 * sites else ", and zeros in the class embedding"
+    return unflatten_dict(grown, sep="/"), f"added fresh pairs for {listed} at {sites} sites{row}"
+
+
+def _into(whole: np.ndarray, part: np.ndarray) -> np.ndarray:
+    """A copy of an array with a smaller one in its first places."""
+    result = np.array(whole)
+    result[tuple(map(slice, part.shape))] = part
+    return result
 
 
 def config_from_dict(saved: dict[str, Any]) -> ConfigDict:

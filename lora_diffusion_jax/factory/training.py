@@ -1,16 +1,19 @@
 """Mesh, optimizer, step, cadence and sample generator of a config."""
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from lora_diffusion_jax import generate
+from lora_diffusion_jax.array_types import PyTree
 from lora_diffusion_jax.diffusion import precond
-from lora_diffusion_jax.factory.networks import image_shape, num_classes
+from lora_diffusion_jax.factory.networks import image_shape, is_class_pair, num_classes
 from lora_diffusion_jax.factory.objectives import build_objective, build_sampler
-from lora_diffusion_jax.paths import is_adapter
+from lora_diffusion_jax.paths import is_adapter, path_of
 from lora_diffusion_jax.training import ema, loop, optimizer, sharding, step
 
 
@@ -20,9 +23,26 @@ def build_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) 
 
 
 def build_optimizer(config: ConfigDict) -> optimizer.Optimizer:
-    """Adam with EDM's ramp-up."""
+    """Adam with EDM's ramp-up, for the new classes alone if `train.new_classes` says so."""
     train = config.train
-    return optimizer.adam(train.learning_rate, rampup_images=train.rampup_images)
+    restrict = functools.partial(_to_new_classes, config) if train.new_classes else None
+    return optimizer.adam(train.learning_rate, rampup_images=train.rampup_images, restrict=restrict)
+
+
+def _to_new_classes(config: ConfigDict, pairs: PyTree) -> PyTree:
+    """Zeros in the places of all but the last `train.new_classes` classes.
+
+    Args:
+        config: of the run.
+        pairs: an array for each parameter of the ClassLoRA pairs, whose inner channel is class * rank + r.
+    """
+    first = (num_classes(config) - config.train.new_classes) * config.lora.rank
+
+    def restrict(path: tuple, value: jax.Array) -> jax.Array:
+        inner = value.ndim - 1 if path_of(path).endswith("/down/kernel") else 0
+        return jnp.where(jax.lax.broadcasted_iota(int, value.shape, inner) >= first, value, 0)
+
+    return jax.tree_util.tree_map_with_path(restrict, pairs)
 
 
 def build_step(config: ConfigDict, denoiser: precond.Denoiser, mesh: Mesh) -> step.StepFn:
@@ -54,7 +74,12 @@ def build_cadence(config: ConfigDict) -> loop.Cadence:
 
 
 def trainable(config: ConfigDict) -> Callable[[str], bool]:
-    """A function of a parameter's path: whether it is trained. freeze_base trains adapters alone."""
+    """A function of a parameter's path: whether it is trained.
+
+    freeze_base trains adapters alone; with new_classes, of these the pairs of ClassLoRA.
+    """
+    if config.train.new_classes:
+        return is_class_pair(config)
     if config.train.freeze_base:
         return is_adapter
     return lambda path: True

@@ -1,25 +1,31 @@
-"""Checkpoints in and out: official snapshots in, safetensors in and out."""
+"""Checkpoints in and out: official snapshots and state dicts in, safetensors in and out."""
 
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from lora_diffusion_jax.array_types import Variables
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.factory.networks import build_denoiser
-from lora_diffusion_jax.factory.pretrained import Pretrained, load_workdir
+from lora_diffusion_jax.factory.pretrained import Pretrained, load_workdir, with_config
 from lora_diffusion_jax.interop.export import Export, export_network, read_export
 from lora_diffusion_jax.interop.infer import infer_config
 from lora_diffusion_jax.interop.names import base_hash, to_state_dict, to_variables
-from lora_diffusion_jax.readers.pickles import read_snapshot
+from lora_diffusion_jax.readers.pickles import (
+    is_torch_file,
+    read_snapshot,
+    read_torch_state_dict,
+)
 from lora_diffusion_jax.readers.safetensors import is_safetensors
 
 __all__ = [
     "base_hash",
     "export_network",
     "infer_config",
+    "is_torch_file",
     "load_pretrained",
     "read_export",
     "to_state_dict",
@@ -27,17 +33,45 @@ __all__ = [
 ]
 
 
-def load_pretrained(path: str | Path, base: str | Path | None = None) -> Pretrained:
+def load_pretrained(
+    path: str | Path, base: str | Path | None = None, config: ConfigDict | None = None
+) -> Pretrained:
     """Loads a network from a file or a directory, recognised by its content.
 
     Args:
-        path: an official EDM or LoRA snapshot (.pkl), a .safetensors file that --mode=export wrote,
-            or a workdir of this project. Snapshots and workdirs give the EMA weights.
+        path: an official EDM or LoRA snapshot (.pkl), a PyTorch state dict of improved-diffusion (.pt),
+            a .safetensors file that --mode=export wrote, or a workdir of this project. Snapshots and
+            workdirs give the EMA weights.
         base: for a file of adapters alone, the network they belong to, in any of these forms.
+        config: of the network; a state dict needs it, the others describe themselves and must agree
+            with it. A state dict holds no adapters, so it gives the base (lora.mode=baseline).
 
     Raises:
         UserError: one sentence that names the file and what was found. Nothing in a file is executed.
     """
+    if is_torch_file(path):
+        if base is not None:
+            raise UserError(f"{path} is a whole network; a base ({base}) goes with adapters alone.")
+        return _load_state_dict(path, config)
+    loaded = _load_described(path, base)
+    return loaded if config is None else with_config(loaded, config)
+
+
+def _load_state_dict(path: str | Path, config: ConfigDict | None) -> Pretrained:
+    """The base that a file of tensors by name and a config give together."""
+    weights = read_torch_state_dict(path)
+    if config is None:
+        raise UserError(
+            f"{path} holds tensors by name and does not describe their network; give its config too: "
+            "--config=configs/cifar10_iddpm.py, or load_pretrained(path, config=...)."
+        )
+    config = config.copy_and_resolve_references()
+    config.lora.mode, config.train.freeze_base, config.train.new_classes = "baseline", False, 0
+    return _assembled(path, weights, config)
+
+
+def _load_described(path: str | Path, base: str | Path | None) -> Pretrained:
+    """The network of a directory or file that describes itself."""
     if Path(path).is_dir():
         return load_workdir(path)
     below = None
@@ -52,6 +86,16 @@ def load_pretrained(path: str | Path, base: str | Path | None = None) -> Pretrai
             config, weights = infer_config(network), network.state_dict()
     if base is not None and below is None:
         raise UserError(f"{path} is a whole network; a base ({base}) goes with adapters alone.")
+    return _assembled(path, weights, config, below)
+
+
+def _assembled(
+    path: str | Path,
+    weights: dict[str, np.ndarray],
+    config: ConfigDict,
+    below: Variables | None = None,
+) -> Pretrained:
+    """A config's network with the weights of a file, those of adapters on the base `below`."""
     with _naming(path):
         weights = {name: _float32(name, value) for name, value in weights.items()}
         return Pretrained(build_denoiser(config), to_variables(weights, config, below), config)

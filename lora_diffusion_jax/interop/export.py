@@ -21,7 +21,7 @@ from lora_diffusion_jax.errors import UserError, printable
 from lora_diffusion_jax.factory.pretrained import config_from_dict, network_fields
 from lora_diffusion_jax.files import atomic, disk_errors, write_text
 from lora_diffusion_jax.interop.infer import config_from_format_1
-from lora_diffusion_jax.interop.names import base_hash, official_names, to_state_dict
+from lora_diffusion_jax.interop.names import base_hash, is_openai, official_names, to_state_dict
 from lora_diffusion_jax.paths import is_adapter
 from lora_diffusion_jax.readers.safetensors import read_safetensors
 
@@ -75,7 +75,7 @@ def export_network(
         raise UserError(f"{path} must end in .safetensors, so that other programs know it.")
     state_dict = to_state_dict(variables, config)
     if adapters_only:
-        names = official_names(traverse_util.flatten_dict(variables))
+        names = official_names(traverse_util.flatten_dict(variables), is_openai(config))
         adapters = [name for variable, name in names.items() if is_adapter("/".join(variable))]
         if not adapters:
             raise UserError("This network has no adapters to export; export the whole network.")

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 
 from lora_diffusion_jax.models.adm_unet import ADMUNet
+from lora_diffusion_jax.models.improved_unet import ImprovedUNet
 from lora_diffusion_jax.models.song_unet import SongUNet
 from lora_diffusion_jax.models.unet import UNet
 
@@ -17,4 +18,5 @@ NETWORKS: dict[str, Callable[..., UNet]] = {  # model.name -> the network from i
         resample_filter=(1, 3, 3, 1),
     ),
     "adm": ADMUNet,
+    "improved": ImprovedUNet,
 }

@@ -74,14 +74,16 @@ class ADMUNet(UNet):
         train: bool = False,
     ) -> Float[Array, "B H W out_channels"]:
         self.check_input(x)
-        emb = ADMMapping(
-            self.channels,
-            self.channels * self.channel_mult_emb,
-            self.num_classes,
-            self.augment_dim,
-            self.label_dropout,
-            name="map",
-        )(noise_labels, class_labels, augment_labels, train)
+        emb = None
+        if self.use_map:
+            emb = ADMMapping(
+                self.channels,
+                self.channels * self.channel_mult_emb,
+                self.num_classes,
+                self.augment_dim,
+                self.label_dropout,
+                name="map",
+            )(noise_labels, class_labels, augment_labels, train)
         block = functools.partial(
             rematerialised(self.remat),
             dropout=self.dropout,

@@ -1,4 +1,4 @@
-"""The residual block shared by DDPM++, NCSN++ and ADM."""
+"""The residual block shared by all U-Nets."""
 
 from collections.abc import Sequence
 
@@ -27,7 +27,8 @@ KEPT = ("conv0", "residual", "qkv", "attention")  # by `norms`, besides each blo
 class UNetBlock(nn.Module):
     """norm, SiLU, conv (resampled), conditioned norm, SiLU, dropout, conv, skip; then attention.
 
-    The union of the features that DDPM++, NCSN++ and ADM need (Karras et al. 2022, table 7).
+    The union of the features that DDPM++, NCSN++ and ADM need (Karras et al. 2022, table 7), and
+    improved-diffusion's U-Net.
 
     Attributes:
         features: output channels.
@@ -35,11 +36,12 @@ class UNetBlock(nn.Module):
         up, down: resample by two, before the first convolution and in the skip.
         dropout: rate, applied once, before the second convolution.
         skip_scale: factor after each residual sum.
-        epsilon: of the group norms.
+        epsilon, groups: of the group norms; None: min(32, C // 4) groups.
         resample_filter: taps of the resampling filter along each axis.
         resample_proj: whether the skip of a resampling block has a 1x1 convolution of its own.
         adaptive_scale: scale and shift by the embedding (ADM) rather than shift alone.
         use_affine: whether the embedding enters by scale and shift at all (`only_lora` has none).
+        qkv_last: order of the channels of `qkv`, see `self_attention`.
         layer_init, zero_init, qkv_init: initialisation of most layers, of those that end a residual
             branch, and of `qkv` (None: as most layers).
         dtype: of the computation; norms and attention logits stay in float32.
@@ -52,10 +54,12 @@ class UNetBlock(nn.Module):
     dropout: float = 0.0
     skip_scale: float = 1.0
     epsilon: float = 1e-5
+    groups: int | None = None
     resample_filter: Sequence[float] = (1, 1)
     resample_proj: bool = False
     adaptive_scale: bool = True
     use_affine: bool = True
+    qkv_last: bool = True
     layer_init: Init = Init("kaiming_uniform")
     zero_init: Init = Init("kaiming_uniform", weight=0.0)
     qkv_init: Init | None = None
@@ -63,10 +67,10 @@ class UNetBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B H W C"], emb: Float[Array, "B E"], train: bool = False
+        self, x: Float[Array, "B H W C"], emb: Float[Array, "B E"] | None, train: bool = False
     ) -> Float[Array, "B H2 W2 features"]:
         skip = self._skip(x)
-        x = nn.silu(GroupNorm(self.epsilon, self.dtype, name="norm0")(x))
+        x = nn.silu(self._norm("norm0")(x))
         x = conv3x3(
             self._resample(x), self.features, self.layer_init, name="conv0", dtype=self.dtype
         )
@@ -76,6 +80,9 @@ class UNetBlock(nn.Module):
         x = conv3x3(x, self.features, self.zero_init, name="conv1", dtype=self.dtype)
         x = (x + skip) * self.skip_scale
         return self._attend(x) if self.num_heads else x
+
+    def _norm(self, name: str) -> GroupNorm:
+        return GroupNorm(self.epsilon, self.dtype, self.groups, name=name)
 
     def _resample(self, x: Array) -> Array:
         if self.up:
@@ -89,10 +96,11 @@ class UNetBlock(nn.Module):
             return dense(resampled, self.features, self.layer_init, name="skip", dtype=self.dtype)
         return resampled
 
-    def _conditioned_norm(self, x: Array, emb: Array) -> Array:
-        norm = GroupNorm(self.epsilon, self.dtype, name="norm1")
+    def _conditioned_norm(self, x: Array, emb: Array | None) -> Array:
+        norm = self._norm("norm1")
         if not self.use_affine:
             return nn.silu(norm(x))
+        assert emb is not None  # with use_affine there is a mapping network
         width = self.features * (2 if self.adaptive_scale else 1)
         params = dense(emb, width, self.layer_init, name="affine", dtype=self.dtype)[:, None, None]
         if self.adaptive_scale:
@@ -102,10 +110,11 @@ class UNetBlock(nn.Module):
 
     def _attend(self, x: Array) -> Array:
         x = checkpoint_name(x, "residual")
-        y = GroupNorm(self.epsilon, self.dtype, name="norm2")(x)
+        y = self._norm("norm2")(x)
         init = self.qkv_init or self.layer_init
         qkv = dense(y, 3 * self.features, init, name="qkv", dtype=self.dtype)
-        y = self_attention(checkpoint_name(qkv, "qkv"), self.num_heads).astype(self.dtype)
+        qkv = checkpoint_name(qkv, "qkv")
+        y = self_attention(qkv, self.num_heads, qkv_last=self.qkv_last).astype(self.dtype)
         y = checkpoint_name(y, "attention")
         y = dense(y, self.features, self.zero_init, name="proj", dtype=self.dtype)
         return (y + x) * self.skip_scale

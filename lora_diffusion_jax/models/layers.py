@@ -75,6 +75,7 @@ def conv3x3(
     init: Init,
     *,
     name: str,
+    stride: int = 1,
     padding: int = 1,
     dtype: DTypeLike = jnp.float32,
 ) -> Float[Array, "B H2 W2 features"]:
@@ -82,6 +83,7 @@ def conv3x3(
     return nn.Conv(
         features,
         (3, 3),
+        strides=stride,
         padding=padding,
         dtype=dtype,
         kernel_init=init.kernel_init(),
@@ -91,7 +93,7 @@ def conv3x3(
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation (Wu & He 2018) with min(32, C // 4) groups, computed in float32.
+    """Group normalisation (Wu & He 2018), computed in float32.
 
     Mean and variance are summed over the pixels first and over a group's channels afterwards, so that
     the large reductions run along whole rows of channels; two passes keep the variance accurate.
@@ -99,19 +101,22 @@ class GroupNorm(nn.Module):
     Attributes:
         epsilon: added to the variance.
         dtype: of the result.
+        groups: None: min(32, C // 4).
     """
 
     epsilon: float = 1e-5
     dtype: DTypeLike = jnp.float32
+    groups: int | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         batch, height, width, channels = x.shape
-        groups = max(1, min(32, channels // 4))
+        groups = self.groups or max(1, min(32, channels // 4))
         if channels % groups:
+            multiple = f"{groups}" if self.groups else "4 (of 32 above 128)"
             raise UserError(
                 f"Group norm cannot split {channels} channels into {groups} equal groups; choose "
-                "model.channels so that every width is a multiple of 4 (of 32 above 128)."
+                f"model.channels so that every width is a multiple of {multiple}."
             )
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
@@ -128,12 +133,18 @@ class GroupNorm(nn.Module):
         return (centred * gain + bias).astype(self.dtype)
 
 
-def self_attention(qkv: Float[Array, "B H W 3C"], num_heads: int) -> Float[Array, "B H W C"]:
+def self_attention(
+    qkv: Float[Array, "B H W 3C"], num_heads: int, *, qkv_last: bool = True
+) -> Float[Array, "B H W C"]:
     """Softmax attention between all pixels; logits and softmax in float32, scaled by 1/sqrt(ch).
 
-    The channels of `qkv` are ordered ((head * ch) + c) * 3 + {q, k, v}, as in the EDM networks.
+    Args:
+        qkv: its channels are ordered (head, c, {q, k, v}), as in the EDM networks.
+        num_heads: divides C.
+        qkv_last: False: the channels are ordered (head, {q, k, v}, c), as in improved-diffusion.
     """
     batch, height, width, channels = qkv.shape
-    split = qkv.reshape(batch, height * width, num_heads, channels // (3 * num_heads), 3)
-    q, k, v = (split[..., i] for i in range(3))  # [B, HW, heads, ch]
+    inner = (-1, 3) if qkv_last else (3, -1)
+    split = qkv.reshape(batch, height * width, num_heads, *inner)
+    q, k, v = jnp.unstack(split, axis=-1 if qkv_last else -2)  # [B, HW, heads, ch]
     return jax.nn.dot_product_attention(q, k, v).reshape(batch, height, width, channels // 3)

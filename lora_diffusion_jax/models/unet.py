@@ -1,4 +1,4 @@
-"""What DDPM++, NCSN++ and ADM share: their settings, the encoder and the decoder."""
+"""What the U-Nets share: their settings, the encoder and the decoder."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -9,10 +9,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from lora_diffusion_jax.errors import UserError
-from lora_diffusion_jax.models.blocks import UNetBlock, fused_downsample_conv
+from lora_diffusion_jax.models.blocks import fused_downsample_conv
 from lora_diffusion_jax.models.layers import GroupNorm, Init, conv3x3
 
-BlockFactory = Callable[..., UNetBlock]  # (features, *, num_heads, up, down, name) -> block
+BlockFactory = Callable[..., nn.Module]  # (features, *, num_heads, up, down, name) -> block
 
 
 class UNet(nn.Module):
@@ -32,6 +32,7 @@ class UNet(nn.Module):
         attn_resolutions: heights of the levels that have attention.
         dropout, label_dropout: rates in training.
         use_affine: False removes the scale-and-shift of all blocks (`only_lora`).
+        use_map: False removes the mapping network, which without scale-and-shift serves UC-LoRA alone.
         remat: what the backward pass recomputes, see `blocks.REMAT`.
         dtype: of the computation; parameters, embedding, norms and attention logits are float32.
     """
@@ -49,6 +50,7 @@ class UNet(nn.Module):
     dropout: float = 0.10
     label_dropout: float = 0.0
     use_affine: bool = True
+    use_map: bool = True
     remat: str = "none"
     dtype: DTypeLike = jnp.float32
 
@@ -101,7 +103,7 @@ class Levels:
     the heads of its attention, 0 where it has none.
 
     Attributes:
-        block: makes a UNetBlock with the network's settings.
+        block: makes a block with the network's settings, called as (x, emb, train).
         num_heads: (channels) -> heads of the attention of a block of that width.
         image_size, channels, channel_mult, num_blocks, attn_resolutions, dtype: see `UNet`.
     """
@@ -139,7 +141,7 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B H W C"], emb: Float[Array, "B E"], train: bool = False
+        self, x: Float[Array, "B H W C"], emb: Float[Array, "B E"] | None, train: bool = False
     ) -> list[Array]:
         block, dtype = self.levels.block, self.levels.dtype
         skips: list[Array] = []
@@ -178,20 +180,23 @@ class Decoder(nn.Module):
         out_channels: if given, the output norm and convolution `aux_norm`, `aux_conv` of the finest
             level are applied here (DDPM++, NCSN++); None returns the features.
         zero_init: initialisation of `aux_conv`.
+        num_heads: like that of `levels`, for the blocks beside the middle ones; None: the same.
     """
 
     levels: Levels
     attn_last_only: bool
     out_channels: int | None
     zero_init: Init
+    num_heads: Callable[[int], int] | None = None
 
     @nn.compact
     def __call__(
-        self, skips: Sequence[Array], emb: Float[Array, "B E"], train: bool = False
+        self, skips: Sequence[Array], emb: Float[Array, "B E"] | None, train: bool = False
     ) -> Array:
         block, num_blocks, skips = self.levels.block, self.levels.num_blocks, list(skips)
         x = skips[-1]
-        coarsest, *finer = reversed(list(self.levels))
+        num_heads = self.num_heads or self.levels.num_heads
+        coarsest, *finer = reversed(list(dataclasses.replace(self.levels, num_heads=num_heads)))
         for name, width, heads in (coarsest, *finer):
             inner = x.shape[-1]
             if name == coarsest[0]:

@@ -4,20 +4,26 @@ import functools
 import os
 from pathlib import Path
 
+from ml_collections import ConfigDict
+
 from lora_diffusion_jax import files, interop, lora, processes
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.training import checkpoint, workdir
 
 
 def import_checkpoint(
-    source: str | Path, directory: str | os.PathLike, base: str | None = None
+    source: str | Path,
+    directory: str | os.PathLike,
+    base: str | None = None,
+    config: ConfigDict | None = None,
 ) -> int:
     """Turns a checkpoint file into a workdir that sample, train and evaluate accept.
 
     Args:
-        source: an official snapshot, or a file that --mode=export wrote.
+        source: an official snapshot or state dict, or a file that --mode=export wrote.
         directory: the workdir to create.
         base: for a file of adapters alone, the file or workdir of the network they belong to.
+        config: of the network, which a state dict needs and other files must agree with.
 
     Returns:
         Number of parameters.
@@ -27,7 +33,7 @@ def import_checkpoint(
     """
     if has_checkpoint(directory):
         raise UserError(f"{directory} already holds a run; choose another workdir.")
-    loaded = interop.load_pretrained(source, base)
+    loaded = interop.load_pretrained(source, base, config)
     params = loaded.variables["params"]
     weights = checkpoint.SavedWeights(
         params=params, frozen={}, buffers=loaded.variables.get("buffers", {}), ema=params

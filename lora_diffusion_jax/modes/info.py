@@ -8,7 +8,12 @@ from lora_diffusion_jax.data.image_source import summarize
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.factory.checks import check
 from lora_diffusion_jax.factory.data import complete, open_source
-from lora_diffusion_jax.factory.networks import build_denoiser, forward_flops, variable_shapes
+from lora_diffusion_jax.factory.networks import (
+    build_denoiser,
+    forward_flops,
+    unseen,
+    variable_shapes,
+)
 
 
 def describe(config: ConfigDict) -> str:
@@ -34,6 +39,7 @@ def describe(config: ConfigDict) -> str:
         f"LoRA sites ({config.lora.mode}): {len(sites)}",
         *(f"  {site}" for site in sites),
         data,
+        *filter(None, [unseen(config)]),
         f"One evaluation: {forward_flops(config, denoiser) / 1e9:.4g} GFLOP per image",
         f"Base parameters: {lora.count(base):,}",
         f"Adapter parameters: {lora.count(adapters):,}",

@@ -4,7 +4,7 @@
     main.py --mode=sample --workdir=DIR --seeds=0-63 [--class_id=3|all] --out=FOLDER|FILE.npz|FILE.png
     main.py --mode=info   --config=configs/cifar10_edm.py [--config.a.b=value ...]
     main.py --mode=doctor [--config=FILE] [--workdir=DIR]
-    main.py --mode=import --source=FILE --workdir=DIR
+    main.py --mode=import --source=FILE --workdir=DIR [--config=FILE, for a state dict (.pt)]
     main.py --mode=export --workdir=DIR --out=FILE.safetensors [--adapters_only]
 
 Without --config, the config of the run in --workdir is used; overrides apply to it as well.
@@ -121,11 +121,11 @@ def info(args: argparse.Namespace, config: ConfigDict | None) -> int:
     return 0
 
 
-def import_file(args: argparse.Namespace, config: None) -> int:
+def import_file(args: argparse.Namespace, config: ConfigDict | None) -> int:
     """Turns a checkpoint file into a workdir."""
     from lora_diffusion_jax.modes.checkpoints import import_checkpoint
 
-    count = import_checkpoint(args.source, args.workdir, args.base)
+    count = import_checkpoint(args.source, args.workdir, args.base, config)
     print(f"imported {count:,} parameters into {args.workdir}")
     return 0
 

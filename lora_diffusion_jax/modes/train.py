@@ -18,8 +18,13 @@ from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.evaluation.evaluator import for_training
 from lora_diffusion_jax.factory.checks import check
 from lora_diffusion_jax.factory.data import build_batches, complete, open_heldout, open_source
-from lora_diffusion_jax.factory.networks import build_denoiser, forward_flops, init_variables
-from lora_diffusion_jax.factory.pretrained import config_from_dict, overlay
+from lora_diffusion_jax.factory.networks import (
+    build_denoiser,
+    forward_flops,
+    init_variables,
+    unseen,
+)
+from lora_diffusion_jax.factory.pretrained import config_from_dict, overlay, with_more_classes
 from lora_diffusion_jax.factory.training import (
     build_cadence,
     build_generator,
@@ -32,6 +37,7 @@ from lora_diffusion_jax.keys import INIT, purpose_key
 from lora_diffusion_jax.modes.checkpoints import has_checkpoint
 from lora_diffusion_jax.processes.interrupts import pause_point
 from lora_diffusion_jax.training import loop, state, workdir
+from lora_diffusion_jax.training.writers import log
 
 # Fields that may change when a run is resumed: they decide how long it goes on, how it is computed,
 # and what is shown and kept, but not what it learns.
@@ -63,6 +69,8 @@ def train(config: ConfigDict, directory: str | os.PathLike) -> loop.Result:
             "dtype=bfloat16 (float16 works for sampling)."
         )
     denoiser, mesh = build_denoiser(config), build_mesh(config)
+    if words := unseen(config):
+        log(words)
     # All that may fail is built before the workdir is touched.
     run = functools.partial(
         loop.train,
@@ -96,7 +104,7 @@ def may_change(directory: str | os.PathLike) -> tuple[str, ...]:
 def initial_state(
     config: ConfigDict, denoiser: Denoiser, directory: str | os.PathLike
 ) -> loop.InitialState:
-    """The state of step 0: fresh weights, or those of `init_from` with fresh adapters."""
+    """The state of step 0: fresh weights, or those of `init_from` with fresh adapters and classes."""
     key = purpose_key(config.train.seed, INIT)
     optimizer = build_optimizer(config)
 
@@ -106,9 +114,13 @@ def initial_state(
 
     if not config.init_from or has_checkpoint(directory):
         return fresh
-    start = interop.load_pretrained(config.init_from)
+    described = not interop.is_torch_file(config.init_from)
+    start = interop.load_pretrained(config.init_from, config=None if described else config)
     variables = jax.jit(functools.partial(init_variables, config, denoiser))(key)
-    variables = overlay(variables, start.variables, config.init_from)
+    loaded, added = with_more_classes(start, config, variables)
+    variables = overlay(variables, loaded, config.init_from)
+    if added:
+        log(f"init_from={config.init_from}: {added}")
     return state.create_state(variables, optimizer, trainable(config))
 
 

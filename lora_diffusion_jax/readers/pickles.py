@@ -24,7 +24,7 @@ from lora_diffusion_jax.readers.machine import (
     Refused,
 )
 from lora_diffusion_jax.readers.tensors import Tensor, containers
-from lora_diffusion_jax.readers.torch_files import ZIP_MAGIC, read_torch
+from lora_diffusion_jax.readers.torch_files import LEGACY_HEAD, ZIP_MAGIC, read_torch
 
 MAX_DEPTH = 32  # modules inside modules
 MAX_MODULES = 20_000
@@ -95,6 +95,14 @@ def read_snapshot(path: str | Path) -> ModuleNode:
         if type(value.get("ema")) is not Instance:
             raise Refused(f"holds no network under 'ema', but {_names(value)}")
         return _Modules(budget).convert(value["ema"])
+
+
+def is_torch_file(path: str | Path) -> bool:
+    """Whether a file begins as torch.save begins its files, in the zip or the legacy format."""
+    if not Path(path).is_file():
+        return False
+    with Path(path).open("rb") as file:
+        return file.read(len(LEGACY_HEAD)).startswith((ZIP_MAGIC, LEGACY_HEAD))
 
 
 def read_torch_state_dict(path: str | Path, key: str | None = None) -> dict[str, np.ndarray]:

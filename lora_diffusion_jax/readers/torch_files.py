@@ -23,6 +23,7 @@ from lora_diffusion_jax.readers.tensors import STORAGES, TENSORS, Storage, Stora
 
 MAGIC_NUMBER = 0x1950A86A20F9469CFC6C  # the first pickle of a legacy file
 PROTOCOL_VERSION = 1001
+LEGACY_HEAD = b"\x80\x02\x8a\x0a" + MAGIC_NUMBER.to_bytes(10, "little") + b"."
 MAX_READ = 8 << 20  # bytes in one read of an archive; only a corrupt directory is larger
 ZIP_MAGIC = b"PK\x03\x04"
 

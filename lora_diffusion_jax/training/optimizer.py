@@ -53,12 +53,18 @@ def ramp_up(learning_rate: float, rampup_images: float) -> Rate:
     return rate
 
 
-def adam(learning_rate: float, *, rampup_images: float = 0) -> Optimizer:
+def adam(
+    learning_rate: float,
+    *,
+    rampup_images: float = 0,
+    restrict: Callable[[PyTree], PyTree] | None = None,
+) -> Optimizer:
     """Adam (Kingma and Ba 2015, algorithm 1) with EDM's constants: 0.9, 0.999 and 1e-8.
 
     Args:
         learning_rate: > 0, reached after rampup_images.
         rampup_images: images over which the rate grows linearly from 0; 0: none.
+        restrict: sets entries of the direction to zero, whose parameters then keep their values.
 
     Raises:
         UserError: a number out of its range.
@@ -70,4 +76,7 @@ def adam(learning_rate: float, *, rampup_images: float = 0) -> Optimizer:
         )
     # A chain of one: checkpoints hold its state as a sequence, to which other links can be added.
     direction = optax.chain(optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8))
+    if restrict is not None:
+        last = optax.stateless(lambda direction, params: restrict(direction))
+        direction = optax.chain(direction, last)
     return Optimizer(direction, ramp_up(learning_rate, rampup_images))

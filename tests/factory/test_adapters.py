@@ -9,7 +9,13 @@ import pytest
 from flax import traverse_util
 
 from lora_diffusion_jax import lora
-from lora_diffusion_jax.factory.networks import build_denoiser, init_variables, variable_shapes
+from lora_diffusion_jax.factory.networks import (
+    build_denoiser,
+    bypass_lora,
+    init_variables,
+    unseen,
+    variable_shapes,
+)
 from tests.small import fast_jit, random_variables, small_config
 
 ADAPTERS = ("uc", "time", "class", "time_class")
@@ -42,16 +48,91 @@ def composition(denoiser, variables, *args):
     return omegas["model/dec/4x4_in0/qkv"]
 
 
-@pytest.mark.parametrize("adapter", ADAPTERS)
-def test_at_initialisation_the_network_equals_its_base_exactly(adapter):
-    bare = config(adapter, lora__mode="baseline")
+IMPROVED = {"model__name": "improved", "model__channels": 32, "precond__name": "iddpm"}
+ADM = {"model__name": "adm", "model__channels": 64}
+
+
+@pytest.mark.parametrize(
+    ("adapter", "changes"),
+    [
+        *((adapter, {}) for adapter in ADAPTERS),
+        ("time_class", IMPROVED),
+        pytest.param("uc", IMPROVED, marks=pytest.mark.slow),
+    ],
+)
+def test_at_initialisation_the_network_equals_its_base_exactly(adapter, changes):
+    changes = {"model__channel_mult": (1,), **changes} if changes else changes
+    bare = config(adapter, lora__mode="baseline", **changes)
     found = {}
-    for name, c in (("adapted", config(adapter)), ("bare", bare)):
+    for name, c in (("adapted", config(adapter, **changes)), ("bare", bare)):
         denoiser = build_denoiser(c)
         variables = fast_jit(functools.partial(init_variables, c, denoiser))(jax.random.key(3))
         images = fast_jit(denoiser.apply)(variables, X, SIGMA, LABELS)
         found[name] = lora.split(variables["params"])[0], images
     jax.tree.map(np.testing.assert_array_equal, found["adapted"], found["bare"])
+
+
+@pytest.mark.parametrize("adapter", ["uc", pytest.param("time_class", marks=pytest.mark.slow)])
+def test_at_initialisation_only_lora_is_its_base_too(adapter):
+    c = config(adapter, lora__mode="only_lora", model__channel_mult=(1,), **IMPROVED)
+    denoiser = build_denoiser(c)
+
+    @fast_jit
+    def run(key):
+        variables = init_variables(c, denoiser, key)
+        variables["params"]["model"]["out_conv"]["kernel"] += 1.0  # zero at first
+        apply = functools.partial(denoiser.apply, variables, X, SIGMA, LABELS)
+        base = bypass_lora(denoiser).apply(variables, X, SIGMA, LABELS)
+        return apply(), base
+
+    found, base = run(jax.random.key(3))
+    np.testing.assert_array_equal(found, base)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "changes"),
+    [
+        *((adapter, {}) for adapter in ADAPTERS),
+        ("uc", IMPROVED),
+        ("time", IMPROVED),
+        ("class", ADM),
+    ],
+)
+def test_the_base_of_each_mode(adapter, changes):
+    """only_lora lacks the scale-and-shift, and, but for UC-LoRA, the mapping network; the sites stay."""
+
+    def parts(mode):
+        c = config(adapter, lora__mode=mode, model__augment_dim=0, **changes)
+        params = variable_shapes(c, build_denoiser(c))["params"]
+        base = traverse_util.flatten_dict(lora.split(params)[0], sep="/")
+        return base, lora.list_sites(params)
+
+    (whole, none), (adapted, sites), (only, same) = map(
+        parts, ("baseline", "with_lora", "only_lora")
+    )
+    assert adapted == whole
+    assert none == []
+    attention = {
+        p.removesuffix("/kernel") for p in whole if p.endswith(("qkv/kernel", "proj/kernel"))
+    }
+    assert set(sites) == set(same) == attention
+    left_out = ("/affine/",) if adapter == "uc" else ("/affine/", "/map/")
+    assert only == {k: v for k, v in whole.items() if not any(part in k for part in left_out)}
+    assert len(only) < len(whole)
+
+
+def test_what_a_network_does_not_depend_on_is_said():
+    def said(adapter, **changes):
+        changes = {"model__augment_dim": 0, **changes}
+        return unseen(config(adapter, lora__mode="only_lora", **changes))
+
+    assert said("uc") == said("time_class") == ""
+    assert "depends on the class." in said("time")
+    assert "depends on the noise level." in said("class")
+    assert "depends on augmentation labels." in said("time_class", model__augment_dim=9)
+    unconditional = small_config(lora__mode="only_lora", lora__adapter="time", model__augment_dim=0)
+    assert unseen(unconditional) == ""
+    assert unseen(config("time")) == ""
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)

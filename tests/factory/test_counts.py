@@ -1,11 +1,15 @@
 """Parameter counts of the paper's table and of the reference networks, to the last one."""
 
+from types import ModuleType
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
+from configs import cifar10_iddpm, imagenet64_iddpm
 from lora_diffusion_jax import lora
 from lora_diffusion_jax.default_config import base
 from lora_diffusion_jax.factory.networks import build_denoiser, init_variables, variable_shapes
@@ -13,6 +17,7 @@ from lora_diffusion_jax.factory.training import build_optimizer
 from lora_diffusion_jax.training import sharding, state
 
 MODES = ("baseline", "only_lora", "with_lora")
+CONDITIONAL = {"class_conditional": True, "lora.adapter": "time_class"}
 
 
 def cifar10(model: str, conditional: bool) -> ConfigDict:
@@ -29,6 +34,12 @@ def ffhq64(model: str) -> ConfigDict:
     config.model.channel_mult = (1, 2, 2, 2)
     config.lora.bases = 20
     config.data.image_size, config.data.channels = 64, 3
+    return config
+
+
+def iddpm(module: ModuleType, **changes: Any) -> ConfigDict:
+    config = module.get_config()
+    config.update_from_flattened_dict(changes)
     return config
 
 
@@ -52,6 +63,19 @@ ROWS = {
     "FFHQ-64 DDPM++": (ffhq64("ddpmpp"), (61_805_571, None, 63_941_619)),
     "FFHQ-64 NCSN++": (ffhq64("ncsnpp"), (62_761_091, None, 64_897_139)),
     "ImageNet-64 ADM cond": (imagenet64(), (295_899_267, None, 309_923_995)),
+    "CIFAR-10 IDDPM uncond": (iddpm(cifar10_iddpm), (52_546_438, 47_591_440, 54_880_528)),
+    "CIFAR-10 IDDPM cond": (
+        iddpm(cifar10_iddpm, **CONDITIONAL),
+        (52_551_558, 48_513_040, 55_807_248),
+    ),
+    "ImageNet-64 IDDPM uncond": (
+        iddpm(imagenet64_iddpm),
+        (121_063_942, 113_602_960, 124_175_248),
+    ),
+    "ImageNet-64 IDDPM cond": (
+        iddpm(imagenet64_iddpm, **CONDITIONAL, **{"model.channels": 192}),
+        (273_049_350, None, None),
+    ),
 }
 COUNTS = [
     pytest.param(config, mode, count, id=f"{name} {mode}")

@@ -1,24 +1,31 @@
 """Weights under configs: JSON, overrides of a loaded network, and starting from other weights."""
 
+import functools
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from lora_diffusion_jax import lora
 from lora_diffusion_jax.errors import UserError
-from lora_diffusion_jax.factory.networks import build_denoiser, variable_shapes
+from lora_diffusion_jax.factory.checks import check
+from lora_diffusion_jax.factory.networks import build_denoiser, init_variables, variable_shapes
 from lora_diffusion_jax.factory.pretrained import (
     Pretrained,
     config_from_dict,
     network_fields,
     overlay,
     with_config,
+    with_more_classes,
 )
+from lora_diffusion_jax.factory.training import build_optimizer, trainable
 from lora_diffusion_jax.modes.train import OPEN_AFTER_IMPORT, RESUMABLE_CHANGES
+from lora_diffusion_jax.paths import split
 from lora_diffusion_jax.training import workdir
-from tests.small import small_config
+from tests.small import fast_jit, random_variables, small_config
 
 
 def filled(config, value):
@@ -60,6 +67,117 @@ def test_overlay_puts_a_base_under_new_adapters():
         overlay(other, fresh, "x")
     with pytest.raises(UserError, match="it lacks"):
         overlay(other, only, "x")
+
+
+def test_overlay_leaves_out_a_mapping_network_that_nothing_reads():
+    only = filled(small_config(lora__mode="only_lora", lora__adapter="time"), 0.0)
+    assert "map" not in only["params"]["model"]
+    base = filled(small_config(lora__mode="baseline"), 1.0)
+    merged = overlay(only, base, "x")
+    assert jax.tree.structure(merged) == jax.tree.structure(only)
+    assert np.all(merged["params"]["model"]["dec"]["4x4_in0"]["conv0"]["kernel"] == 1)
+
+
+CLASSES = {
+    "class_conditional": True,
+    "lora__adapter": "time_class",
+    "lora__num_timesteps": 10,
+    "model__channel_mult": (1,),
+    "model__attn_resolutions": (),
+    "model__augment_dim": 0,
+}
+IMPROVED = {"model__name": "improved", "model__channels": 32}
+
+
+def with_classes(number, **changes):
+    """The config of a small network with ClassLoRA."""
+    return small_config(data__num_classes=number, **{**CLASSES, **changes})
+
+
+def random_network(config) -> Pretrained:
+    denoiser = build_denoiser(config)
+    labels = np.zeros((1, config.data.num_classes), np.float32)
+    variables = random_variables(denoiser, np.zeros((1, 8, 8, 1), np.float32), np.ones(1), labels)
+    return Pretrained(denoiser, variables, config)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, pytest.param(IMPROVED, marks=pytest.mark.slow)], ids=["ddpmpp", "improved"]
+)
+def test_new_classes_leave_the_old_ones_as_they_are(changes):
+    """Classes 0 and 1 compute the same; 2 and 3 start as an image without a class."""
+    start, config = random_network(with_classes(2, **changes)), with_classes(4, **changes)
+    denoiser = build_denoiser(config)
+    fresh = fast_jit(functools.partial(init_variables, config, denoiser))(jax.random.key(0))
+    variables, words = with_more_classes(start, config, fresh)
+    variables = overlay(fresh, variables, "x")
+    assert words.startswith(
+        "added fresh pairs for classes 2 to 3 at 2 sites, and zeros in the class"
+    )
+    x = np.random.default_rng(0).normal(size=(3, 8, 8, 1)).astype(np.float32)
+    before = fast_jit(start.denoiser.apply)(
+        start.variables, x, np.float32(1), np.float32([[1, 0], [0.5, 0.5], [0, 0]])
+    )
+    labels = np.float32([[1, 0, 0, 0], [0.5, 0.5, 0, 0], [0, 0, 0, 1]])
+    after = fast_jit(denoiser.apply)(variables, x, np.float32(1), labels)
+    np.testing.assert_allclose(after, before, rtol=1e-4, atol=1e-4)
+    pair = variables["params"]["model"]["dec"]["8x8_in0"]["qkv"]["lora"]["class"]
+    assert not np.any(pair["up"]["kernel"][4:])  # of rank 2
+    own = fresh["params"]["model"]["dec"]["8x8_in0"]["qkv"]["lora"]["class"]
+    np.testing.assert_array_equal(pair["down"]["kernel"][:, 4:], own["down"]["kernel"][:, 4:])
+
+
+def test_only_networks_of_classlora_take_more_classes():
+    config = with_classes(4)
+    fresh = filled(config, 0.0)
+    for start in (
+        with_classes(2, lora__adapter="time"),
+        with_classes(2, lora__mode="baseline"),
+        with_classes(2, lora__rank=1),
+        with_classes(5),
+        with_classes(4),
+    ):
+        network = Pretrained(build_denoiser(start), filled(start, 1.0), start)
+        variables, words = with_more_classes(network, config, fresh)
+        assert words == ""
+        assert variables is network.variables
+
+
+def test_training_new_classes_alone():
+    """The last pairs move, and nothing else; the base is frozen."""
+    config = with_classes(4, train__freeze_base=True, train__new_classes=1, train__rampup_images=0)
+    check(config)
+    params = filled(config, 1.0)["params"]
+    trained, frozen = split(params, trainable(config))
+    paths = flatten_dict(trained, sep="/")
+    assert len(paths) == 4  # down and up at two sites
+    assert all("/lora/class/" in path for path in paths)
+    assert any("/lora/time/" in path for path in flatten_dict(frozen, sep="/"))
+    optimizer = build_optimizer(config)
+    ones = jax.tree.map(np.ones_like, trained)
+    updates, _ = optimizer.update(ones, optimizer.init(trained), trained, jnp.float32(0))
+    for path, update in flatten_dict(updates, sep="/").items():
+        inner = update.T if path.endswith("/down/kernel") else update  # [classes * rank, ...]
+        assert not np.any(inner[:6]), path
+        assert np.all(inner[6:] < 0), path
+    alone = with_classes(4, lora__adapter="class", train__freeze_base=True, train__new_classes=1)
+    trained, _ = split(filled(alone, 1.0)["params"], trainable(alone))
+    assert len(jax.tree.leaves(trained)) == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"train__freeze_base": False}, "train.new_classes is 1; it needs train.freeze_base=True"),
+        ({"lora__adapter": "time"}, "it needs train.freeze_base=True and lora.adapter=class or"),
+        ({"train__new_classes": 5}, "train.new_classes is 5, but data.num_classes is 4"),
+        ({"train__new_classes": -1}, "train.new_classes is -1"),
+    ],
+)
+def test_new_classes_that_do_not_exist_are_refused(changes, words):
+    settings = {"train__freeze_base": True, "train__new_classes": 1, **changes}
+    with pytest.raises(UserError, match=words):
+        check(with_classes(4, **settings))
 
 
 def loaded(**changes) -> Pretrained:

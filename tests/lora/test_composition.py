@@ -84,3 +84,24 @@ def test_time_and_class_adapters_add_up():
         lora.attach(
             Layer(), sites="proj", adapter=both, condition=lambda x, t, c: {"time": t}
         ).apply({"params": params}, x, time, ids)  # eager: it fails before it computes
+
+
+def test_a_mixture_of_classes_mixes_their_pairs():
+    """The layer's change under a mixture is that mixture of its changes under the classes."""
+    wrapped = lora.attach(
+        Layer(),
+        sites="proj",
+        adapter=lora.ClassLoRA(rank=2, num_classes=3),
+        condition=lambda x, time, labels: labels,
+    )
+    x = np.random.default_rng(0).normal(size=(5, 4, 6)).astype(np.float32)
+    mixture, none = np.float32([0.5, 0.2, 0.3]), np.zeros(3, np.float32)
+    labels = np.stack([*np.eye(3, dtype=np.float32), mixture, none])
+    x[:] = x[0]
+    variables = random_variables(wrapped, x, None, labels, scale=1.0)
+    found = np.asarray(fast_apply(wrapped, variables, x, None, labels))
+    changes = found[:4] - found[4]
+    np.testing.assert_allclose(changes[3], np.tensordot(mixture, changes[:3], 1), atol=1e-5)
+    assert np.abs(changes).max() > 0.1
+    layer = variables["params"]["proj"]
+    np.testing.assert_allclose(found[4], x[0] @ layer["kernel"] + layer["bias"], atol=1e-5)

@@ -13,6 +13,7 @@ from flax import traverse_util
 
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.models.adm_unet import ADMMapping, ADMUNet
+from lora_diffusion_jax.models.improved_unet import ImprovedUNet
 from lora_diffusion_jax.models.song_unet import SongMapping, SongUNet
 from lora_diffusion_jax.models.unet import check_image_size
 from tests.small import random_variables
@@ -41,7 +42,11 @@ def adm(**changes: Any) -> ADMUNet:
     return ADMUNet(**{**SMALL, **changes})
 
 
-NETWORKS = pytest.mark.parametrize("make", [song, adm])
+def improved(**changes: Any) -> ImprovedUNet:
+    return ImprovedUNet(**{**SMALL, "channels": 32, **changes})
+
+
+NETWORKS = pytest.mark.parametrize("make", [song, adm, improved])
 
 
 def inputs(batch: int = 2) -> tuple[np.ndarray, ...]:
@@ -192,6 +197,18 @@ def test_without_affine_a_network_is_one_whose_affine_is_zero(make: Callable) ->
 
 
 @NETWORKS
+def test_a_network_without_mapping_network_has_the_rest_of_the_parameters(make: Callable) -> None:
+    def shapes(**settings: Any) -> dict:
+        net = make(use_affine=False, **settings)
+        params = jax.eval_shape(net.init, jax.random.key(0), *inputs())["params"]
+        return traverse_util.flatten_dict(params)
+
+    whole = shapes()
+    assert any(path[0] == "map" for path in whole)
+    assert shapes(use_map=False) == {k: v for k, v in whole.items() if k[0] != "map"}
+
+
+@NETWORKS
 def test_bfloat16_keeps_float32_parameters_and_comes_close(make: Callable) -> None:
     evaluate, variables = evaluation(make)
     half = make(dtype=jnp.bfloat16)
@@ -219,3 +236,38 @@ def test_attention_stands_where_the_papers_put_it() -> None:
     assert sites(song(attn_resolutions=(8,), **two)) == song_sites
     assert sites(adm(attn_resolutions=(8,), channels=64, **two)) == song_sites | {"dec/8x8_block0"}
     assert sites(adm(attn_resolutions=(8, 4), **two)) == set()  # 8 channels: less than one head
+    assert sites(improved(attn_resolutions=(8,), **two)) == song_sites | {"dec/8x8_block0"}
+    assert sites(improved(attn_resolutions=(), **two)) == {"dec/4x4_in0"}
+
+
+@pytest.mark.parametrize("heads", [{"num_heads": 3}, {"num_heads_upsample": 5}, {"num_heads": 0}])
+def test_heads_that_cannot_share_the_channels_are_refused(heads: dict[str, int]) -> None:
+    with pytest.raises(UserError, match="attention heads cannot share 32 channels"):
+        jax.eval_shape(improved(**heads).init, jax.random.key(0), *inputs())
+
+
+def test_norms_of_32_groups_need_channels_that_they_divide() -> None:
+    with pytest.raises(UserError, match="48 channels into 32 equal groups.*multiple of 32"):
+        jax.eval_shape(improved(channels=48).init, jax.random.key(0), *inputs())
+
+
+def test_improved_starts_as_pytorch_starts_it() -> None:
+    """Layers that end a residual branch are zero, the others uniform within 1 / sqrt(fan_in)."""
+    net = improved(num_classes=1000)
+    x, noise_labels, _ = inputs()
+    params = jax.jit(net.init)(jax.random.key(0), x, noise_labels)["params"]
+    flat = traverse_util.flatten_dict(params)
+    for path, value in flat.items():
+        layer, leaf = path[-2:]
+        if layer in ("conv1", "proj", "out_conv", "augment"):
+            assert not np.any(value), path
+        elif layer == "label":
+            assert abs(np.std(value) - 1) < 0.02
+        elif leaf == "scale":
+            assert np.all(value == 1)
+        elif not layer.startswith(("norm", "out_norm")):
+            limit = np.prod(flat[*path[:-1], "kernel"].shape[:-1]) ** -0.5
+            assert np.abs(value).max() <= limit, path
+            # n draws have an rms within a few limit / sqrt(n) of limit / sqrt(3)
+            rms = np.sqrt(np.mean(np.square(value)))
+            assert abs(rms - limit / 3**0.5) < 2 * limit / value.size**0.5, path

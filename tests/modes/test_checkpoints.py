@@ -5,10 +5,19 @@ import re
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
+from safetensors.numpy import load_file
 
-from lora_diffusion_jax import lora
+from lora_diffusion_jax import cli, lora
+from lora_diffusion_jax.factory.networks import build_denoiser
 from lora_diffusion_jax.factory.pretrained import load_workdir
-from tests.modes.running import run, train
+from lora_diffusion_jax.modes.train import initial_state
+from lora_diffusion_jax.training import checkpoint
+from lora_diffusion_jax.training import workdir as workdir_files
+from tests.factory.test_pretrained import filled
+from tests.interop import openai
+from tests.modes.running import TINY, run, train
+from tests.small import config_flags
 
 
 def test_export_and_import_keep_every_bit(workdir, tmp_path):
@@ -43,6 +52,68 @@ def test_adapters_train_alone_on_an_exported_base(workdir, data_dir, tmp_path):
     before = load_workdir(base).variables["params"]
     after = lora.split(load_workdir(tuned).variables["params"])[0]
     jax.tree.map(np.testing.assert_array_equal, before, after)
+
+
+# The network of the state dict in `openai.case("shift")`.
+IMPROVED = config_flags(
+    class_conditional=False,
+    model__name="improved",
+    model__channels=32,
+    model__num_heads=1,
+    model__use_scale_shift_norm=False,
+    model__learn_sigma=False,
+    precond__name="iddpm",
+    lora__adapter="time",
+)
+
+
+def test_a_state_dict_of_openai_is_imported_and_adapted(data_dir, tmp_path):
+    source = openai.write(tmp_path / "net.pt", openai.case("shift").state_dict)
+    official = tmp_path / "official"
+    text = run("--mode=import", *TINY, *IMPROVED, f"--source={source}", f"--workdir={official}")
+    imported = load_workdir(official)
+    assert f"{lora.count(imported.variables['params']):,} parameters" in text
+    assert imported.config.lora.mode == "baseline"
+    out = tmp_path / "net.safetensors"
+    run("--mode=export", f"--workdir={official}", f"--out={out}")
+    found = load_file(out)
+    for name, value in openai.case("shift").state_dict.items():
+        np.testing.assert_array_equal(found[name], value)
+    start = [f"--config.init_from={source}", "--config.train.freeze_base=True"]
+    config = cli.override(cli.load_config("digits")[0], [*TINY[1:], *IMPROVED, *start])
+    state = initial_state(config, build_denoiser(config), tmp_path / "tuned")
+    jax.tree.map(np.testing.assert_array_equal, state.frozen, imported.variables["params"])
+    assert not lora.count(lora.split(state.params)[0])
+    assert lora.count(state.params)
+
+
+def test_a_new_class_is_one_new_pair(data_dir, tmp_path):
+    """A network of nine digits learns the tenth: its pairs move, and nothing else does."""
+    config = cli.override(
+        cli.load_config("digits")[0],
+        [*TINY[1:], *config_flags(data__num_classes=9, lora__adapter="class")],
+    )
+    nine = tmp_path / "nine"
+    params = filled(config, 0.1)["params"]
+    weights = checkpoint.SavedWeights(params=params, frozen={}, buffers={}, ema=params)
+    with workdir_files.open_workdir(nine, config.to_dict()) as path:
+        checkpoint.save_weights(path, weights)
+    ten = tmp_path / "ten"
+    changes = {"lora__adapter": "class", "train__freeze_base": True, "train__new_classes": 1}
+    text = train(ten, data_dir, 48, *config_flags(init_from=nine, **changes))
+    assert f"init_from={nine}: added fresh pairs for class 9 at " in text
+    after = load_workdir(ten, weights="raw").variables["params"]
+    before, after = (flatten_dict(tree, sep="/") for tree in (params, after))
+    assert before.keys() == after.keys()
+    for name, value in after.items():
+        old = before[name]
+        if name.endswith("lora/up/kernel"):
+            assert np.any(value[len(old) :])
+        elif name.endswith("map/label/kernel"):
+            assert not np.any(value[len(old) :])
+            old = old * np.float32(0.9**0.5)  # the network multiplies labels by sqrt(classes)
+        kept = value[tuple(map(slice, old.shape))]
+        np.testing.assert_array_equal(kept, old)
 
 
 @pytest.mark.parametrize(

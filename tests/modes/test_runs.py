@@ -9,6 +9,7 @@ from PIL import Image
 
 import eval_fid
 from tests.modes.running import run, start, train
+from tests.small import config_flags
 
 
 def test_a_run_is_a_directory(workdir):
@@ -72,8 +73,10 @@ def test_info_counts_the_paper_row():
     text = run("--mode=info", "--config=configs/cifar10_edm.py")
     assert "Total parameters: 57,746,907" in text.splitlines()
     assert "LoRA sites (with_lora): 12" in text
-    text = run("--mode=info", "--config=configs/cifar10_edm.py", "--config.lora.mode=only_lora")
-    assert "Total parameters: 53,413,083" in text.splitlines()
+    changes = {"class_conditional": True, "lora__adapter": "time_class", "lora__mode": "only_lora"}
+    text = run("--mode=info", "--config=configs/cifar10_iddpm.py", *config_flags(**changes))
+    assert "Total parameters: 48,513,040" in text.splitlines()
+    assert "LoRA sites (only_lora): 30" in text
 
 
 def test_a_reference_judges_during_training(data_dir, tmp_path):

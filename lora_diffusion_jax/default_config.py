@@ -36,14 +36,16 @@ def base() -> ConfigDict:
     config.model.resample_filter = config_dict.placeholder(tuple)
 
     config.precond = ConfigDict()
-    config.precond.name = "edm"  # edm | vp | ve | iddpm
+    config.precond.name = "edm"  # edm | vp | ve | iddpm | ddpm
     config.precond.sigma_data = 0.5  # this and the next two: edm only
     config.precond.p_mean = -1.2  # of ln sigma in training
     config.precond.p_std = 1.2
     # None: what the preconditioning has by its name; official checkpoints may differ
     for constant in ("sigma_min", "sigma_max", "beta_d", "beta_min", "epsilon_t", "c_1", "c_2"):
         config.precond[constant] = config_dict.placeholder(float)
-    config.precond.num_steps = config_dict.placeholder(int)  # M of vp and iddpm
+    config.precond.num_steps = config_dict.placeholder(int)  # M of vp and iddpm, T of ddpm
+    config.precond.schedule = config_dict.placeholder(str)  # ddpm: cosine | linear
+    config.precond.loss = config_dict.placeholder(str)  # ddpm: hybrid | simple | vlb
 
     config.lora = ConfigDict()
     config.lora.mode = "with_lora"  # baseline | with_lora | only_lora
@@ -51,7 +53,7 @@ def base() -> ConfigDict:
     config.lora.rank = 4
     config.lora.bases = 18  # the paper's TimeLoRA has 11; class has one per class
     config.lora.widths = (128, 64)  # uc: hidden widths of the composition MLP
-    config.lora.num_timesteps = 4000  # time: T, the table has T + 1 rows
+    config.lora.num_timesteps = 0  # time: T, the table has T + 1 rows; 0: that of ddpm, else 4000
     config.lora.sites = r".*/(qkv|proj)"
 
     config.data = ConfigDict()

@@ -84,7 +84,7 @@ def base() -> ConfigDict:
     config.train.learning_rate = 1e-3
     config.train.rampup_images = 10_000_000
     config.train.ema_halflife_images = 500_000
-    config.train.ema_rampup_ratio = 0.05
+    config.train.ema_rampup_ratio = 0.05  # 0: the half-life is constant from the start
     config.train.freeze_base = False  # train the adapters alone
     config.train.log_every = 51_200
     config.train.checkpoint_every = 2_560_000

@@ -80,6 +80,11 @@ class Process:
         return np.append(1.0, self.alphas_cumprod[:-1])
 
     @functools.cached_property
+    def sqrt_alphas_cumprod(self) -> np.ndarray:
+        """sqrt(abar_t), [K]: the share of x_0 in x_t."""
+        return np.sqrt(self.alphas_cumprod)
+
+    @functools.cached_property
     def sigmas(self) -> np.ndarray:
         """sigma_t = sqrt(1/abar_t - 1), EDM's noise levels, ascending, [K]."""
         return np.sqrt(1 / self.alphas_cumprod - 1)

@@ -9,14 +9,22 @@ from ml_collections import ConfigDict
 from lora_diffusion_jax import default_config
 from lora_diffusion_jax.array_types import AugmentLabels, Images, PyTree
 from lora_diffusion_jax.data import augment as augmentation
+from lora_diffusion_jax.diffusion.losses import check_loss
 from lora_diffusion_jax.diffusion.objective import Augmentation, Objective
-from lora_diffusion_jax.diffusion.precond import Denoiser
+from lora_diffusion_jax.diffusion.precond import DDPM, Denoiser
 from lora_diffusion_jax.diffusion.samplers import SAMPLERS, BoundDenoiser
 from lora_diffusion_jax.errors import UserError
 
 
 def build_objective(config: ConfigDict, denoiser: Denoiser) -> Objective:
-    """The loss of the network's preconditioning, with the config's augmentation."""
+    """The loss of the network's preconditioning, with the config's augmentation.
+
+    Raises:
+        UserError: the hybrid loss for a network that does not learn variances.
+    """
+    precond = denoiser.precond
+    if isinstance(precond, DDPM) and config.model.get("learn_sigma") is False:
+        check_loss(precond, learned=False)
     augment = build_augmentation(config) if config.augment.p > 0 else None
     # Dropout would disturb a frozen base, whose activations the adapters rely on.
     return Objective(denoiser, augment, dropout=not config.train.freeze_base)

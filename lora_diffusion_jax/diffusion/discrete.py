@@ -126,9 +126,13 @@ class Process:
     def respace(self, steps: str) -> "Process":
         """The process that visits some of the steps alone; `space_timesteps` says which.
 
-        Its betas keep abar at the steps that are left.
+        Raises:
+            UserError: there are no such steps.
         """
-        kept = space_timesteps(len(self), steps)
+        return self.select(space_timesteps(len(self), steps))
+
+    def select(self, kept: np.ndarray) -> "Process":
+        """The process that visits these steps alone; its betas keep abar at them."""
         abar = self.alphas_cumprod[kept]
         return Process(1 - abar / np.append(1.0, abar[:-1]), self.timesteps[kept])
 
@@ -289,10 +293,9 @@ def bound_term(
         denoised: the network's prediction of x_0.
         log_variance: of p(x_{t-1} | x_t).
     """
-    of_start, _ = process.mean_coefficients
-    distance = at(of_start, t) * (images - denoised)
-    kl = normal_kl(distance, at(process.log_variances[0], t), log_variance)
     mean = posterior_mean(process, t, denoised, noisy)
+    distance = posterior_mean(process, t, images, noisy) - mean
+    kl = normal_kl(distance, at(process.log_variances[0], t), log_variance)
     decoder = -log_probability(images, mean, 0.5 * log_variance)
     first = jnp.reshape(t, (-1, 1, 1, 1)) == 0
     return jnp.where(first, decoder, kl) / np.log(2)

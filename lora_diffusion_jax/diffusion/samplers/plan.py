@@ -20,11 +20,13 @@ class BoundDenoiser(NamedTuple):
     """denoise(x, sigma) with the preconditioning of its network.
 
     Samplers take any function of x and sigma. If it has an attribute `precond`, they stay within the range
-    of noise levels that it supports and round each level to one that it knows.
+    of noise levels that it supports and round each level to one that it knows. `raw` gives (D, the whole
+    output of the network), which holds the variances that networks of a discrete process learn.
     """
 
     function: Denoise
     precond: Precond
+    raw: Callable[[Images, Sigma], tuple[Images, jax.Array]] | None = None
 
     def __call__(self, x: Images, sigma: Sigma) -> Images:
         return self.function(x, sigma)
@@ -36,7 +38,9 @@ def bind(
     """D(x; sigma) of a network with its weights and labels, for a sampler."""
     apply: Callable[..., Any] = denoiser.apply
     return BoundDenoiser(
-        lambda x, sigma: apply(variables, x, sigma, class_labels), denoiser.precond
+        lambda x, sigma: apply(variables, x, sigma, class_labels),
+        denoiser.precond,
+        lambda x, sigma: apply(variables, x, sigma, class_labels, with_raw=True),
     )
 
 

@@ -247,8 +247,9 @@ def normal_kl(distance: Any, log_variance_1: Any, log_variance_2: Any) -> Any:
         distance: m_1 - m_2.
         log_variance_1, log_variance_2: ln v_1, ln v_2.
     """
-    ratio = log_variance_2 - log_variance_1
-    return 0.5 * (ratio + jnp.expm1(-ratio) + jnp.square(distance) * jnp.exp(-log_variance_2))
+    # In the reference's order: where the variances agree, what is left of this sum is rounding.
+    spread = -1.0 + log_variance_2 - log_variance_1 + jnp.exp(log_variance_1 - log_variance_2)
+    return 0.5 * (spread + jnp.square(distance) * jnp.exp(-log_variance_2))
 
 
 def log_probability(images: Images, mean: Images, log_scale: Images) -> Images:

@@ -218,8 +218,8 @@ class IDDPM(Precond):
 class DDPM(Precond):
     """The discrete process of DDPM and improved DDPM, with timesteps t = 0 ... T - 1.
 
-    sigma_t = sqrt((1 - abar_t) / abar_t). The network predicts the noise from x_t and the time t 1000 / T. With
-    2C channels out it also chooses the variances of the reverse steps; the second half is for that.
+    sigma_t = sqrt((1 - abar_t) / abar_t). The network predicts the noise from x_t and the time t 1000 / T.
+    With 2C channels out it also chooses the variances of the reverse steps: the second half is for that.
 
     Attributes:
         schedule: of the betas, `discrete.SCHEDULES`.

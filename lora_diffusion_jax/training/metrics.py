@@ -1,7 +1,7 @@
 """What a training step measures, how it adds up, and the names it is logged under."""
 
 import fnmatch
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Self
 
 import flax
@@ -52,10 +52,10 @@ class SigmaAverage(metrics.Metric):
     num_bins: ClassVar[int] = len(SIGMA_EDGES) + 1
 
     @classmethod
-    def bins(cls, *, sigma: Float[Array, " B"], **_) -> Int[Array, " B"]:
+    def bins(cls, outputs: Mapping[str, Array]) -> Int[Array, " B"]:
         """The bin of each image."""
         edges = jnp.asarray(SIGMA_EDGES, jnp.float32)
-        return jnp.searchsorted(edges, jnp.log(sigma), side="right")
+        return jnp.searchsorted(edges, jnp.log(outputs["sigma"]), side="right")
 
     @classmethod
     def empty(cls) -> Self:
@@ -65,7 +65,7 @@ class SigmaAverage(metrics.Metric):
     def from_model_output(
         cls, *, image_loss: Float[Array, " B"], mask: Bool[Array, "1"], **outputs: Any
     ) -> Self:
-        member = jax.nn.one_hot(cls.bins(**outputs), cls.num_bins) * mask  # [B, bins]
+        member = jax.nn.one_hot(cls.bins(outputs), cls.num_bins) * mask  # [B, bins]
         loss = jnp.where(mask, image_loss, 0)  # NaN times 0 is NaN
         return cls(total=loss @ member, count=member.sum(axis=0))
 
@@ -84,9 +84,9 @@ class QuartileAverage(SigmaAverage):
     num_bins: ClassVar[int] = 4
 
     @classmethod
-    def bins(cls, *, quartile: Int[Array, " B"], **_) -> Int[Array, " B"]:
+    def bins(cls, outputs: Mapping[str, Array]) -> Int[Array, " B"]:
         """The quarter of each image's timestep, 0 for the least noise."""
-        return quartile
+        return outputs["quartile"]
 
 
 @flax.struct.dataclass

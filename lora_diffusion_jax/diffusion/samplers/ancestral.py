@@ -17,7 +17,7 @@ import numpy as np
 from lora_diffusion_jax.array_types import Denoise, Images, Key
 from lora_diffusion_jax.diffusion.discrete import Process, interpolate_log_variance
 from lora_diffusion_jax.diffusion.precond import DDPM
-from lora_diffusion_jax.diffusion.samplers.plan import precond_of, step_noise
+from lora_diffusion_jax.diffusion.samplers.plan import noise_source, precond_of
 from lora_diffusion_jax.errors import UserError
 
 DEFAULT_RANGE = (0.002, 80.0)  # of networks of continuous noise levels: EDM's sampler
@@ -101,18 +101,7 @@ def run_steps(
     stochastic = bool(np.any((steps.fixed > -np.inf) & ~steps.last))
     if stochastic and key is None and noise is None:
         raise UserError("This sampler draws noise: pass key=jax.random.key(seed) or noise.")
-    shape = (len(steps.sigma), *latents.shape)
-    if noise is not None and noise.shape != shape:
-        raise UserError(
-            f"noise has shape {noise.shape}; this run takes {shape}: [steps, *latents]."
-        )
-
-    def draw(step: jax.Array) -> Images:
-        if noise is not None:
-            return jnp.asarray(noise, jnp.float32)[step]
-        assert key is not None
-        return step_noise(key, step, latents.shape)
-
+    draw = noise_source(key, noise, (len(steps.sigma), *latents.shape))
     raw_of = getattr(denoise, "raw", None) if learned else None
 
     def body(x: Images, row: Steps) -> tuple[Images, None]:
@@ -240,4 +229,6 @@ def choose_process(
         raise UserError(f"No step of the process has a noise level from {low:g} to {high:g}.")
     if num_steps < 0:
         raise UserError(f"sampler.num_steps is {num_steps}; it must be at least 0.")
-    return process.select(np.flatnonzero(inside)).respace(str(num_steps) if num_steps else respacing)
+    return process.select(np.flatnonzero(inside)).respace(
+        str(num_steps) if num_steps else respacing
+    )

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 
 import jax
+import jax.extend
 from ml_collections import ConfigDict
 
 from lora_diffusion_jax import default_config
@@ -57,7 +58,31 @@ def build_sampler(config: ConfigDict, denoiser: Denoiser) -> Callable[..., Image
         )
     settings = {k: v for k, v in config.sampler.items() if k not in ("name", "batch_size")}
     sampler = functools.partial(SAMPLERS[name], **settings)
-    trial = functools.partial(sampler, BoundDenoiser(lambda x, sigma: x, denoiser.precond))
-    latents = jax.ShapeDtypeStruct((1, 1, 1, 1), "float32")
-    jax.eval_shape(lambda x, key: trial(x, key=key), latents, jax.random.key(0))
+    evaluations(sampler, denoiser)
     return sampler
+
+
+def evaluations(sampler: Callable[..., Images], denoiser: Denoiser) -> int:
+    """How often a sampling run evaluates the network; nothing is compiled.
+
+    Raises:
+        UserError: the sampler does not suit the network.
+    """
+
+    @jax.jit
+    def denoise(x: Images, sigma: jax.Array) -> Images:
+        return x
+
+    bound = BoundDenoiser(lambda x, sigma: denoise(x, sigma), denoiser.precond)
+    latents = jax.ShapeDtypeStruct((1, 1, 1, 1), "float32")
+    traced = jax.make_jaxpr(lambda x, key: sampler(bound, x, key=key))(latents, jax.random.key(0))
+
+    def count(jaxpr: jax.extend.core.Jaxpr) -> int:
+        total = 0
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "scan":
+                total += equation.params["length"] * count(equation.params["jaxpr"].jaxpr)
+            total += equation.params.get("name") == "denoise"  # the function above
+        return total
+
+    return count(traced.jaxpr)

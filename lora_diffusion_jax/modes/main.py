@@ -102,6 +102,7 @@ def train(args: argparse.Namespace, config: ConfigDict) -> int:
 def sample(args: argparse.Namespace, config: ConfigDict) -> int:
     """Writes samples, and prints what they are as a line of JSON."""
     from lora_diffusion_jax import generate
+    from lora_diffusion_jax.factory.objectives import build_sampler, evaluations
     from lora_diffusion_jax.factory.pretrained import load_workdir, with_config
     from lora_diffusion_jax.modes.sample import describe, sample
     from lora_diffusion_jax.training.writers import log
@@ -112,7 +113,8 @@ def sample(args: argparse.Namespace, config: ConfigDict) -> int:
     about = describe(config, args.weights, run.step)
     status = cli.cut_short(lambda: sample(run, seeds, args.class_id, args.out, about))
     if status == 0:
-        log(json.dumps({"images": len(seeds), "out": args.out, **about}))
+        nfe = evaluations(build_sampler(config, run.denoiser), run.denoiser)
+        log(json.dumps({"images": len(seeds), "out": args.out, **about, "nfe": nfe}))
     return status
 
 

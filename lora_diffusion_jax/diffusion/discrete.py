@@ -132,9 +132,17 @@ class Process:
         return self.select(space_timesteps(len(self), steps))
 
     def select(self, kept: np.ndarray) -> "Process":
-        """The process that visits these steps alone; its betas keep abar at them."""
-        abar = self.alphas_cumprod[kept]
-        return Process(1 - abar / np.append(1.0, abar[:-1]), self.timesteps[kept])
+        """The process that visits these steps alone."""
+        return _from_alphas(self.alphas_cumprod[kept], self.timesteps[kept])
+
+
+def _from_alphas(alphas_cumprod: np.ndarray, timesteps: np.ndarray) -> Process:
+    return Process(1 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1]), timesteps)
+
+
+def process_of_levels(sigmas: np.ndarray) -> Process:
+    """The process that visits EDM's noise levels, ascending, [K]."""
+    return _from_alphas(1 / (1 + np.square(sigmas)), np.arange(len(sigmas)))
 
 
 @functools.cache
@@ -198,8 +206,8 @@ def _strided(num_steps: int, count: int) -> np.ndarray:
         if len(kept) == count:
             return kept
     raise UserError(
-        f"sampler.respacing=ddim{count}: no integer stride takes {count} of {num_steps} steps; try "
-        f"'{count}' for steps at nearly equal distances."
+        f"sampler.respacing=ddim{count}: no integer stride takes {count} of {num_steps} steps; write "
+        f"'{min(count, num_steps)}' for steps at nearly equal distances."
     )
 
 

@@ -12,10 +12,11 @@ from lora_diffusion_jax.diffusion import discrete
 from lora_diffusion_jax.diffusion.discrete import cosine_betas, linear_betas, make_process
 from lora_diffusion_jax.diffusion.likelihood import variational_bound
 from lora_diffusion_jax.diffusion.losses import ddpm_loss
-from lora_diffusion_jax.diffusion.precond import DDPM, EDM, PRECONDS, Denoiser
+from lora_diffusion_jax.diffusion.precond import DDPM, EDM, IDDPM, PRECONDS, VE, Denoiser
 from lora_diffusion_jax.diffusion.samplers import SAMPLERS, BoundDenoiser, bind
+from lora_diffusion_jax.diffusion.samplers.ancestral import choose_process
 from lora_diffusion_jax.errors import UserError
-from tests.diffusion.toy import MEAN, STD, Formula, formula, ideal
+from tests.diffusion.toy import MEAN, STD, Formula, formula, gaussian, ideal
 from tests.small import fast_jit
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "iddpm.npz")
@@ -255,6 +256,21 @@ def test_ddim_takes_any_network_and_ddpm_its_own(name):
     np.testing.assert_allclose(sample(), exact, atol=0.03)
     with pytest.raises(UserError, match=r"precond.name=ddpm.*use sampler.name=edm, or ddim"):
         SAMPLERS["ddpm"](denoise, latents, key=jax.random.key(0))
+
+
+def test_ddim_keeps_to_the_levels_of_the_network():
+    def levels(precond, *limits):
+        return choose_process(BoundDenoiser(gaussian, precond), 6, "", *limits).sigmas
+
+    process = DDPM().process.sigmas
+    ends = [process[0], process[process < 80].max()]
+    np.testing.assert_allclose(levels(EDM())[[0, -1]], ends, rtol=1e-9)
+    np.testing.assert_allclose(levels(DDPM())[[0, -1]], process[[0, -1]], rtol=1e-6)
+    assert 4 < levels(DDPM(), 0.1, 5.0)[-1] < 5
+    assert 0.02 < levels(VE(), 1e-3, 500.0)[0] < levels(VE(), 1e-3, 500.0)[-1] < 100
+    known = IDDPM().levels()
+    gaps = np.abs(levels(IDDPM())[:, None] / known[:-1] - 1).min(axis=1)
+    assert gaps.max() < 1e-6
 
 
 @pytest.mark.parametrize(

@@ -15,12 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_diffusion_jax.array_types import Denoise, Images, Key
-from lora_diffusion_jax.diffusion.discrete import Process, interpolate_log_variance
+from lora_diffusion_jax.diffusion.discrete import (
+    Process,
+    interpolate_log_variance,
+    process_of_levels,
+)
 from lora_diffusion_jax.diffusion.precond import DDPM
 from lora_diffusion_jax.diffusion.samplers.plan import noise_source, precond_of
 from lora_diffusion_jax.errors import UserError
 
-DEFAULT_RANGE = (0.002, 80.0)  # of networks of continuous noise levels: EDM's sampler
+DEFAULT_RANGE = (0.002, 80.0)  # of networks without a discrete process: EDM's sampler
 
 
 class Steps(NamedTuple):
@@ -130,6 +134,8 @@ def ddpm_sampler(
     num_steps: int = 0,
     respacing: str = "",
     clip_denoised: bool = True,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
     key: Key | None = None,
     noise: jax.Array | None = None,
 ) -> Images:
@@ -143,6 +149,7 @@ def ddpm_sampler(
         num_steps: so many of the process's steps, at equal distances; 0: as respacing says.
         respacing: which steps are visited (`discrete.space_timesteps`); "" visits all.
         clip_denoised: the predictions of the clean image are clipped to [-1, 1].
+        sigma_min, sigma_max: range of the noise levels that are visited; None: all of the process.
         key: one key, or one per image [B].
         noise: [K, B, H, W, C] unit normal noise that replaces the draws.
 
@@ -157,9 +164,13 @@ def ddpm_sampler(
             "sampler.name=ddpm needs a network of a discrete process (precond.name=ddpm), bound with "
             "samplers.bind; use sampler.name=edm, or ddim, which takes any network."
         )
-    steps = ancestral_steps(choose_process(denoise, num_steps, respacing))
+    process = choose_process(denoise, num_steps, respacing, sigma_min, sigma_max)
     return run_steps(
-        *(denoise, latents, steps), learned=True, clip_denoised=clip_denoised, key=key, noise=noise
+        *(denoise, latents, ancestral_steps(process)),
+        learned=True,
+        clip_denoised=clip_denoised,
+        key=key,
+        noise=noise,
     )
 
 
@@ -178,15 +189,15 @@ def ddim_sampler(
 ) -> Images:
     """DDIM (Song, Meng & Ermon 2021), for any network.
 
-    A network of continuous noise levels visits those of the cosine process of 4000 steps.
+    A network without a discrete process visits the noise levels of the cosine process of 4000 steps.
 
     Args:
         denoise: D(x; sigma).
         latents: unit normal noise [B, H, W, C].
         num_steps, respacing, clip_denoised, key, noise: as in `ddpm_sampler`.
         eta: 0 is deterministic, 1 adds the posterior's noise.
-        sigma_min, sigma_max: range of the noise levels that are visited. None: all of the process of a
-            network that has one, else 0.002 to 80 within what the network supports.
+        sigma_min, sigma_max: range of the noise levels that are visited. None: all of the network's own
+            process; without one, 0.002 to 80 within what the network supports.
 
     Returns:
         Images [B, H, W, C] float32.
@@ -217,9 +228,11 @@ def choose_process(
         UserError: num_steps or respacing ask for steps that the range does not have.
     """
     precond = precond_of(denoise)
-    own = isinstance(precond, DDPM)
-    process = precond.process if isinstance(precond, DDPM) else DDPM().process
-    low, high = (0.0, float("inf")) if own else DEFAULT_RANGE
+    if isinstance(precond, DDPM):
+        process, (low, high) = precond.process, (0.0, float("inf"))
+    else:
+        levels = np.unique(precond.round_sigma(DDPM().process.sigmas))
+        process, (low, high) = process_of_levels(levels[levels > 0]), DEFAULT_RANGE
     low = low if sigma_min is None else sigma_min
     high = high if sigma_max is None else sigma_max
     low, high = precond.clip(low, high)

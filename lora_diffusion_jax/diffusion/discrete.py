@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from lora_diffusion_jax.array_types import Images
 from lora_diffusion_jax.errors import UserError, choose
 
+Raw = Float[Array, "B H W out"]  # output of a network: C or 2C channels
 Timestep = Int[Array, ""] | Int[Array, " B"]  # an index of the process, in [0, K)
 
 MAX_BETA = 0.999  # of the cosine schedule, whose last step would be singular
@@ -222,7 +223,7 @@ def posterior_mean(process: Process, t: Timestep, x_0: Images, x_t: Images) -> I
     return at(of_start, t) * x_0 + at(of_noisy, t) * x_t
 
 
-def interpolate_log_variance(low: Any, high: Any, raw: Images) -> Images:
+def interpolate_log_variance(low: Any, high: Any, raw: Raw) -> Images:
     """ln variance between low and high as the network says: v = -1 is low, 1 high (equation 15).
 
     Args:
@@ -233,7 +234,7 @@ def interpolate_log_variance(low: Any, high: Any, raw: Images) -> Images:
     return part * high + (1 - part) * low
 
 
-def log_variance(process: Process, t: Timestep, raw: Images, channels: int) -> Images:
+def log_variance(process: Process, t: Timestep, raw: Raw, channels: int) -> Images:
     """ln variance of p(x_{t-1} | x_t): learned by networks with 2C channels, fixed with C.
 
     Args:

@@ -100,14 +100,15 @@ def heldout_images(config: ConfigDict) -> ImageSource:
     source = open_heldout(config)
     if source is None:
         raise UserError(
-            "There are no held-out images; name a folder or ZIP of them with --config.data.eval_path."
+            "There are no held-out images: name a folder or ZIP of them with --config.data.eval_path, or a "
+            "TFDS data set with --config.data.name."
         )
     if source.image_shape != image_shape(config):
         raise UserError(
             f"{source.title} has images of shape {source.image_shape}; this network takes "
             f"{image_shape(config)}."
         )
-    if source.num_classes < num_classes(config):
+    if num_classes(config) not in (0, source.num_classes):
         raise UserError(
             f"{source.title} has {source.num_classes} classes, and this network {num_classes(config)}; "
             "the held-out images need the labels of the training images."

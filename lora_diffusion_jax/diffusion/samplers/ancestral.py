@@ -62,8 +62,10 @@ def ddim_steps(process: Process, eta: float = 0.0) -> Steps:
     # The reference computes the square roots from abar in float32, which moves sqrt(1 - abar) by up to 0.3 %.
     tables = (process.alphas_cumprod, process.alphas_cumprod_prev)
     abar, before = (table.astype(np.float32).astype(np.float64) for table in tables)
-    variance = eta**2 * (1 - before) / (1 - abar) * (1 - abar / before)
-    of_noise = np.sqrt(1 - before - variance)
+    variance = np.zeros(len(process))
+    if eta:
+        variance = eta**2 * (1 - before) / (1 - abar) * (1 - abar / before)
+    of_noise = np.sqrt(np.maximum(1 - before - variance, 0))
     of_denoised = np.sqrt(before) - of_noise / process.sigmas
     of_noisy = of_noise / (process.sigmas * process.sqrt_alphas_cumprod)
     with np.errstate(divide="ignore"):  # exp(-inf) is the 0 that is meant
@@ -72,9 +74,9 @@ def ddim_steps(process: Process, eta: float = 0.0) -> Steps:
 
 
 def _steps(process: Process, *columns: np.ndarray) -> Steps:
-    first = np.arange(len(process))  # of the process: the last of the run
-    rows = (process.sigmas, process.sqrt_alphas_cumprod, *columns, first[::-1], first == 0)
-    return Steps(*(column[::-1].copy() for column in rows))
+    t = np.arange(len(process))
+    rows = (process.sigmas, process.sqrt_alphas_cumprod, *columns, t[::-1], t == 0)
+    return Steps(*(column[::-1].copy() for column in rows))  # a run begins at the process's end
 
 
 def run_steps(

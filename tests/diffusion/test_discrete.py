@@ -277,7 +277,8 @@ def test_ddim_keeps_to_the_levels_of_the_network():
     ("name", "settings", "words"),
     [
         ("ddpm", {"num_steps": 31}, "31 steps of a section of 30"),
-        ("ddpm", {"num_steps": -1}, "at least 0"),
+        ("ddpm", {"num_steps": -1}, "at least 2"),
+        ("ddim", {"num_steps": 1}, "at least 2"),
         ("ddpm", {"key": None}, "draws noise"),
         ("ddpm", {"num_steps": 3, "noise": np.zeros((2, 1, 2, 2, 1))}, "takes \\(3, 1, 2, 2, 1\\)"),
         ("ddim", {"eta": 1.5, "num_steps": 3}, "eta is 1.5"),

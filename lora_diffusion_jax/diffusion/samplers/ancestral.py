@@ -242,8 +242,10 @@ def choose_process(
     inside = (process.sigmas > low * (1 - 1e-6)) & (process.sigmas < high * (1 + 1e-6))
     if not inside.any():
         raise UserError(f"No step of the process has a noise level from {low:g} to {high:g}.")
-    if num_steps < 0:
-        raise UserError(f"sampler.num_steps is {num_steps}; it must be at least 0.")
+    if num_steps < 0 or num_steps == 1:
+        raise UserError(
+            f"sampler.num_steps is {num_steps}; take at least 2 steps, or 0 for those of respacing."
+        )
     return process.select(np.flatnonzero(inside)).respace(
         str(num_steps) if num_steps else respacing
     )

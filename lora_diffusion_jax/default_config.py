@@ -59,7 +59,7 @@ def base() -> ConfigDict:
     config.lora.rank = 4
     config.lora.bases = 18  # the paper's TimeLoRA has 11; class has one per class
     config.lora.widths = (128, 64)  # uc: hidden widths of the composition MLP
-    config.lora.num_timesteps = 4000  # time: T, the table has T + 1 rows
+    config.lora.num_timesteps = 0  # time: T, the table has T + 1 rows; 0: that of ddpm, else 4000
     config.lora.sites = r".*/(qkv|proj)"
 
     config.data = ConfigDict()
@@ -90,7 +90,7 @@ def base() -> ConfigDict:
     config.train.learning_rate = 1e-3
     config.train.rampup_images = 10_000_000
     config.train.ema_halflife_images = 500_000
-    config.train.ema_rampup_ratio = 0.05
+    config.train.ema_rampup_ratio = 0.05  # 0: the half-life is constant from the start
     config.train.freeze_base = False  # train the adapters alone
     # With freeze_base: train the ClassLoRA pairs of the last so many classes alone; 0: all adapters.
     config.train.new_classes = 0

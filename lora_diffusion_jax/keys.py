@@ -13,6 +13,7 @@ LATENT = 2  # unit normal noise that sampling starts from; seed: the image's
 CLASS = 3  # class of a sample for which none was requested; seed: the image's
 CHURN = 4  # noise added by stochastic samplers; seed: the image's, number: the step
 CLASSIFIER = 5  # the feature network; seed: its settings', number: 0 its weights, k its step k - 1
+LIKELIHOOD = 6  # noise of the bound, dequantisation and trace; seed: 0, number: the image's
 
 
 def purpose_key(seed: int | jax.Array, purpose: int) -> jax.Array:

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import jax
 
 from lora_diffusion_jax.array_types import AugmentLabels, Images, Key, Labels, PyTree, Variables
-from lora_diffusion_jax.diffusion.losses import weighted_loss
-from lora_diffusion_jax.diffusion.precond import Denoiser
+from lora_diffusion_jax.diffusion.losses import ddpm_loss, weighted_loss
+from lora_diffusion_jax.diffusion.precond import DDPM, Denoiser
 
 
 class Augmentation(NamedTuple):
@@ -40,14 +40,18 @@ class Objective(NamedTuple):
         """Random numbers of a batch of this shape [B, H, W, C], each kind from a key of its own.
 
         Returns:
-            {'sigma' [B], 'noise' [B, H, W, C], 'dropout' (a key), 'augment'}.
+            {'sigma' [B], 'noise' [B, H, W, C], 'dropout' (a key), 'augment'; for a discrete process
+            'quartile' [B], that of the timestep}.
         """
+        precond = self.denoiser.precond
         k_sigma, k_augment, k_noise, k_dropout = jax.random.split(key, 4)
         draws = {
-            "sigma": self.denoiser.precond.draw_sigma(k_sigma, shape[0]),
+            "sigma": precond.draw_sigma(k_sigma, shape[0]),
             "noise": jax.random.normal(k_noise, shape),
             "dropout": k_dropout,
         }
+        if isinstance(precond, DDPM):
+            draws["quartile"] = 4 * precond.nearest(draws["sigma"]) // precond.num_steps
         if self.augmentation:
             draws["augment"] = self.augmentation.draw(k_augment, shape[0])
         return draws
@@ -72,7 +76,7 @@ class Objective(NamedTuple):
         augment_labels = None
         if self.augmentation:
             images, augment_labels = self.augmentation.apply(images, draws["augment"])
-        sigma = draws["sigma"]
+        precond, sigma, noise = self.denoiser.precond, draws["sigma"], draws["noise"]
         denoise: Any = functools.partial(
             self.denoiser.apply,
             variables,
@@ -81,4 +85,7 @@ class Objective(NamedTuple):
             train=train and self.dropout,
             rngs={"dropout": draws["dropout"]},
         )
-        return weighted_loss(self.denoiser.precond, denoise, images, sigma, draws["noise"])
+        if isinstance(precond, DDPM):
+            denoise = functools.partial(denoise, with_raw=True)
+            return ddpm_loss(precond, denoise, images, sigma, noise)
+        return weighted_loss(precond, denoise, images, sigma, noise)

@@ -17,8 +17,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from lora_diffusion_jax.array_types import AugmentLabels, Images, Key, Labels, Sigma
-from lora_diffusion_jax.diffusion import schedules
-from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.diffusion import discrete, schedules
+from lora_diffusion_jax.errors import UserError, choose
 
 
 class Coefficients(NamedTuple):
@@ -53,6 +53,10 @@ class Precond(abc.ABC):
     @abc.abstractmethod
     def time(self, c_noise: Array) -> Array:
         """The network's noise label as a time in [0, 1] that grows with the noise level."""
+
+    def timestep(self, c_noise: Array, num_timesteps: int) -> Array:
+        """The same in [0, num_timesteps]; a process of so many discrete steps gives its step exactly."""
+        return num_timesteps * self.time(c_noise)
 
     def weight(self, sigma: Sigma) -> Sigma:
         """Weight lambda(sigma) of the squared error: 1 / sigma^2."""
@@ -210,7 +214,74 @@ class IDDPM(Precond):
         return self.levels()[np.argmin(distance, axis=-1)].astype(np.float64)
 
 
-PRECONDS = {"edm": EDM, "vp": VP, "ve": VE, "iddpm": IDDPM}
+@dataclasses.dataclass(frozen=True)
+class DDPM(Precond):
+    """The discrete process of DDPM and improved DDPM, with timesteps t = 0 ... T - 1.
+
+    sigma_t = sqrt((1 - abar_t) / abar_t). The network predicts the noise from x_t and the time t 1000 / T.
+    With 2C channels out it also chooses the variances of the reverse steps: the second half is for that.
+
+    Attributes:
+        schedule: of the betas, `discrete.SCHEDULES`.
+        num_steps: T.
+        loss: simple, vlb, or hybrid: see `losses.ddpm_loss`.
+    """
+
+    schedule: str = "cosine"
+    num_steps: int = 4000
+    loss: str = "hybrid"
+    out_factor: ClassVar[int] = 2
+
+    def __post_init__(self):
+        choose("precond.loss", self.loss, DDPM_LOSSES)
+        _ = self.process  # raises for a schedule that does not exist or has too few steps
+
+    @property
+    def process(self) -> discrete.Process:
+        """The tables of all T steps."""
+        return discrete.make_process(self.schedule, self.num_steps)
+
+    @property
+    def sigma_min(self) -> float:
+        """The noise level of t = 0."""
+        return float(self.process.sigmas[0])
+
+    @property
+    def sigma_max(self) -> float:
+        """The noise level of t = T - 1."""
+        return float(self.process.sigmas[-1])
+
+    def nearest(self, sigma: Sigma) -> Array:
+        """The timestep, int32, whose noise level is nearest to sigma."""
+        return discrete.nearest(self.process.sigmas, sigma)
+
+    def coefficients(self, sigma: Sigma) -> Coefficients:
+        """c_skip = 1, c_out = -s, c_in = 1/sqrt(s^2+1), c_noise = t 1000/T for the nearest s_t."""
+        t = self.nearest(sigma).astype(jnp.float32)
+        return _predicts_noise(sigma, t * (1000 / self.num_steps))
+
+    def draw_sigma(self, key: Key, n: int) -> Float[Array, " n"]:
+        """One of the levels, all equally likely."""
+        levels = jnp.asarray(self.process.sigmas, jnp.float32)
+        return levels[jax.random.randint(key, (n,), 0, self.num_steps)]
+
+    def time(self, c_noise: Array) -> Array:
+        """t / T."""
+        return self.timestep(c_noise, 1)
+
+    def timestep(self, c_noise: Array, num_timesteps: int) -> Array:
+        """t num_timesteps / T."""
+        t = jnp.clip(jnp.round(c_noise * (self.num_steps / 1000)), 0, self.num_steps - 1)
+        return t * (num_timesteps / self.num_steps)
+
+    def round_sigma(self, sigma: np.ndarray) -> np.ndarray:
+        """The nearest of the levels, in float64."""
+        levels = self.process.sigmas
+        return levels[np.searchsorted((levels[1:] + levels[:-1]) / 2, np.asarray(sigma))]
+
+
+DDPM_LOSSES = ("hybrid", "simple", "vlb")
+PRECONDS = {"edm": EDM, "vp": VP, "ve": VE, "iddpm": IDDPM, "ddpm": DDPM}
 ALL_LEVELS = EDM()  # supports every noise level
 
 

@@ -9,7 +9,8 @@ from ml_collections import ConfigDict
 from lora_diffusion_jax import lora
 from lora_diffusion_jax.data import augment as augmentation
 from lora_diffusion_jax.diffusion import samplers
-from lora_diffusion_jax.diffusion.precond import PRECONDS
+from lora_diffusion_jax.diffusion.discrete import SCHEDULES
+from lora_diffusion_jax.diffusion.precond import DDPM_LOSSES, PRECONDS
 from lora_diffusion_jax.errors import UserError, choose, printable
 from lora_diffusion_jax.models import NETWORKS
 from lora_diffusion_jax.models.blocks import REMAT
@@ -22,6 +23,8 @@ _CHOICES = {
     "model.embedding": ("positional", "fourier"),
     "model.encoder": ("standard", "residual"),
     "precond.name": PRECONDS,
+    "precond.schedule": SCHEDULES,
+    "precond.loss": DDPM_LOSSES,
     "lora.mode": ("baseline", "with_lora", "only_lora"),
     "lora.adapter": lora.ADAPTERS,
     "sampler.name": samplers.SAMPLERS,
@@ -37,7 +40,8 @@ _RANGES = {  # fields -> their range; upper bounds keep a damaged file from aski
     ("model.num_heads_upsample",): (-1, 4096),
     ("model.augment_dim",): (0, 65_536),
     ("model.dropout", "model.label_dropout", "augment.p"): (0, 1),
-    ("precond.num_steps", "lora.num_timesteps"): (1, 1_000_000),
+    ("precond.num_steps",): (1, 1_000_000),
+    ("lora.num_timesteps",): (0, 1_000_000),
     ("lora.rank", "lora.bases"): (1, 4096),
     ("train.batch_size", "train.total_images", "sampler.batch_size"): (1, math.inf),
     ("train.microbatch", "eval.num_samples", "eval.final_num_samples"): (0, math.inf),

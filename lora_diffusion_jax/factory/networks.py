@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from lora_diffusion_jax import lora
 from lora_diffusion_jax.array_types import AugmentLabels, Images, Key, Labels, Variables
 from lora_diffusion_jax.default_config import base as default_config
-from lora_diffusion_jax.diffusion.precond import PRECONDS, Denoiser, Precond, check_labels
+from lora_diffusion_jax.diffusion.precond import DDPM, PRECONDS, Denoiser, Precond, check_labels
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.factory.checks import CLASS_ADAPTERS, DTYPES, check
 from lora_diffusion_jax.models import NETWORKS
@@ -130,9 +130,12 @@ def _attach(config: ConfigDict, unet: nn.Module, precond: Precond) -> lora.Adapt
             f"lora.adapter={kind} needs classes, but the network is unconditional. Set "
             "class_conditional=True, or choose lora.adapter=uc or time."
         )
+    process_steps = precond.num_steps if isinstance(precond, DDPM) else 4000
+    steps = config.lora.num_timesteps or process_steps
     if kind != "uc":
-        condition = Condition(kind, precond, config.lora.num_timesteps, classes)
-    adapter = _build(lora.ADAPTERS[kind], config, "lora", num_classes=classes)
+        condition = Condition(kind, precond, steps, classes)
+    sizes = {"num_timesteps": steps, "num_classes": classes}
+    adapter = _build(lora.ADAPTERS[kind], config, "lora", **sizes)
     return lora.attach(unet, sites=config.lora.sites, adapter=adapter, condition=condition)
 
 
@@ -171,7 +174,7 @@ class Condition:
         train: bool = False,
     ) -> Any:
         """The time [B or 1] in [0, T], the class labels [B or 1, num_classes], or both by name."""
-        time = self.num_timesteps * self.precond.time(noise_labels)
+        time = self.precond.timestep(noise_labels, self.num_timesteps)
         if class_labels is None:  # no class: none of the classes' pairs
             class_labels = jnp.zeros((1, self.num_classes))
         both = {"time": time, "class": class_labels}

@@ -4,19 +4,28 @@ import functools
 from collections.abc import Callable
 
 import jax
+import jax.extend
 from ml_collections import ConfigDict
 
 from lora_diffusion_jax import default_config
 from lora_diffusion_jax.array_types import AugmentLabels, Images, PyTree
 from lora_diffusion_jax.data import augment as augmentation
+from lora_diffusion_jax.diffusion.losses import check_loss
 from lora_diffusion_jax.diffusion.objective import Augmentation, Objective
-from lora_diffusion_jax.diffusion.precond import Denoiser
+from lora_diffusion_jax.diffusion.precond import DDPM, Denoiser
 from lora_diffusion_jax.diffusion.samplers import SAMPLERS, BoundDenoiser
 from lora_diffusion_jax.errors import UserError
 
 
 def build_objective(config: ConfigDict, denoiser: Denoiser) -> Objective:
-    """The loss of the network's preconditioning, with the config's augmentation."""
+    """The loss of the network's preconditioning, with the config's augmentation.
+
+    Raises:
+        UserError: the hybrid loss for a network that does not learn variances.
+    """
+    precond = denoiser.precond
+    if isinstance(precond, DDPM) and config.model.get("learn_sigma") is False:
+        check_loss(precond, learned=False)
     augment = build_augmentation(config) if config.augment.p > 0 else None
     # Dropout would disturb a frozen base, whose activations the adapters rely on.
     return Objective(denoiser, augment, dropout=not config.train.freeze_base)
@@ -49,7 +58,31 @@ def build_sampler(config: ConfigDict, denoiser: Denoiser) -> Callable[..., Image
         )
     settings = {k: v for k, v in config.sampler.items() if k not in ("name", "batch_size")}
     sampler = functools.partial(SAMPLERS[name], **settings)
-    trial = functools.partial(sampler, BoundDenoiser(lambda x, sigma: x, denoiser.precond))
-    latents = jax.ShapeDtypeStruct((1, 1, 1, 1), "float32")
-    jax.eval_shape(lambda x, key: trial(x, key=key), latents, jax.random.key(0))
+    evaluations(sampler, denoiser)
     return sampler
+
+
+def evaluations(sampler: Callable[..., Images], denoiser: Denoiser) -> int:
+    """How often a sampling run evaluates the network; nothing is compiled.
+
+    Raises:
+        UserError: the sampler does not suit the network.
+    """
+
+    @jax.jit
+    def denoise(x: Images, sigma: jax.Array) -> Images:
+        return x
+
+    bound = BoundDenoiser(lambda x, sigma: denoise(x, sigma), denoiser.precond)
+    latents = jax.ShapeDtypeStruct((1, 1, 1, 1), "float32")
+    traced = jax.make_jaxpr(lambda x, key: sampler(bound, x, key=key))(latents, jax.random.key(0))
+
+    def count(jaxpr: jax.extend.core.Jaxpr) -> int:
+        total = 0
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "scan":
+                total += equation.params["length"] * count(equation.params["jaxpr"].jaxpr)
+            total += equation.params.get("name") == "denoise"  # the function above
+        return total
+
+    return count(traced.jaxpr)

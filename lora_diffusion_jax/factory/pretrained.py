@@ -27,7 +27,10 @@ from lora_diffusion_jax.paths import is_adapter
 from lora_diffusion_jax.training import checkpoint, state, workdir
 
 # Fields of `network_fields` that may change under the same weights: they act in training alone.
-_FREE = ("model.dropout", "model.label_dropout", "augment.p", "precond.p_mean", "precond.p_std")
+_FREE = (
+    *("model.dropout", "model.label_dropout", "augment.p"),
+    *("precond.p_mean", "precond.p_std", "precond.loss"),
+)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+from clu.metrics import Collection
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -14,7 +15,7 @@ from lora_diffusion_jax.diffusion import precond
 from lora_diffusion_jax.factory.networks import image_shape, is_class_pair, num_classes
 from lora_diffusion_jax.factory.objectives import build_objective, build_sampler
 from lora_diffusion_jax.paths import is_adapter, path_of
-from lora_diffusion_jax.training import ema, loop, optimizer, sharding, step
+from lora_diffusion_jax.training import ema, loop, metrics, optimizer, sharding, step
 
 
 def build_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -51,13 +52,20 @@ def build_step(config: ConfigDict, denoiser: precond.Denoiser, mesh: Mesh) -> st
     return step.make_train_step(
         build_objective(config, denoiser),
         build_optimizer(config),
-        ema=ema.Ema(train.ema_halflife_images, train.ema_rampup_ratio),
+        ema=ema.Ema(train.ema_halflife_images, train.ema_rampup_ratio or None),
         batch_size=train.batch_size,
         mesh=mesh,
         num_classes=num_classes(config),
         microbatch=train.microbatch or None,
         max_bad_steps=train.max_nonfinite,
+        mean_over_pixels=isinstance(denoiser.precond, precond.DDPM),
     )
+
+
+def measured(denoiser: precond.Denoiser) -> type[Collection]:
+    """What the training step of a network measures."""
+    discrete = isinstance(denoiser.precond, precond.DDPM)
+    return metrics.DiscreteMetrics if discrete else metrics.TrainMetrics
 
 
 def build_cadence(config: ConfigDict) -> loop.Cadence:

@@ -2,6 +2,7 @@
 
     main.py --mode=train  --config=configs/digits.py --workdir=DIR [--config.a.b=value ...]
     main.py --mode=sample --workdir=DIR --seeds=0-63 [--class_id=3|all] --out=FOLDER|FILE.npz|FILE.png
+    main.py --mode=likelihood --workdir=DIR [--num=1000] [--route=vlb|ode]
     main.py --mode=info   --config=configs/cifar10_edm.py [--config.a.b=value ...]
     main.py --mode=doctor [--config=FILE] [--workdir=DIR]
     main.py --mode=import --source=FILE --workdir=DIR [--config=FILE, for a state dict (.pt)]
@@ -31,8 +32,12 @@ def build_parser() -> cli.Parser:
     add("--workdir", help="directory of the run")
     add("--seeds", default="0-63", help="sample: one image per seed, such as 0-63 or 0,5,7-9")
     add("--class_id", help="sample: a class number, or `all` for an even split")
-    add("--weights", default="ema", choices=("ema", "raw"), help="sample, export: which weights")
-    add("--step", type=int, help="sample, export: which checkpoint; default: the newest")
+    add(
+        "--weights", default="ema", choices=("ema", "raw"), help="sample, likelihood, export: which"
+    )
+    add("--step", type=int, help="sample, likelihood, export: checkpoint; default: the newest")
+    add("--num", type=int, help="likelihood: how many held-out images; default: up to 1000")
+    add("--route", choices=("vlb", "ode"), help="likelihood: variational bound or probability flow")
     add("--out", help="sample: folder, .npz or .png (a grid); export: .safetensors")
     add("--source", help="import: the checkpoint file")
     add("--base", help="import: for a file of adapters alone, the base's file or workdir")
@@ -97,6 +102,7 @@ def train(args: argparse.Namespace, config: ConfigDict) -> int:
 def sample(args: argparse.Namespace, config: ConfigDict) -> int:
     """Writes samples, and prints what they are as a line of JSON."""
     from lora_diffusion_jax import generate
+    from lora_diffusion_jax.factory.objectives import build_sampler, evaluations
     from lora_diffusion_jax.factory.pretrained import load_workdir, with_config
     from lora_diffusion_jax.modes.sample import describe, sample
     from lora_diffusion_jax.training.writers import log
@@ -107,8 +113,25 @@ def sample(args: argparse.Namespace, config: ConfigDict) -> int:
     about = describe(config, args.weights, run.step)
     status = cli.cut_short(lambda: sample(run, seeds, args.class_id, args.out, about))
     if status == 0:
-        log(json.dumps({"images": len(seeds), "out": args.out, **about}))
+        nfe = evaluations(build_sampler(config, run.denoiser), run.denoiser)
+        log(json.dumps({"images": len(seeds), "out": args.out, **about, "nfe": nfe}))
     return status
+
+
+def likelihood(args: argparse.Namespace, config: ConfigDict) -> int:
+    """Prints bits per dimension of the held-out images as a line of JSON."""
+    from lora_diffusion_jax.factory.pretrained import load_workdir, with_config
+    from lora_diffusion_jax.modes.likelihood import measure
+    from lora_diffusion_jax.training.writers import log
+
+    run = load_workdir(args.workdir, weights=args.weights, at_step=args.step)
+    run = with_config(run, config)
+
+    def work() -> None:
+        found = measure(run, args.num, args.route)
+        log(json.dumps({**found, "weights": args.weights, "step": run.step}))
+
+    return cli.cut_short(work, "stopping")
 
 
 def info(args: argparse.Namespace, config: ConfigDict | None) -> int:
@@ -159,6 +182,7 @@ def doctor(args: argparse.Namespace, config: ConfigDict | None) -> int:
 MODES: dict[str, tuple[Callable[..., int], tuple[str, ...]]] = {
     "train": (train, ("workdir",)),
     "sample": (sample, ("workdir", "out")),
+    "likelihood": (likelihood, ("workdir",)),
     "info": (info, ()),
     "import": (import_file, ("source", "workdir")),
     "export": (export_file, ("workdir", "out")),

@@ -26,7 +26,9 @@ class Ema:
         if not self.halflife_images > 0:
             raise UserError(f"ema half-life {self.halflife_images} images; it must be above 0.")
         if self.rampup_ratio is not None and not self.rampup_ratio > 0:
-            raise UserError(f"ema rampup_ratio {self.rampup_ratio}; give a number above 0 or None.")
+            raise UserError(
+                f"train.ema_rampup_ratio is {self.rampup_ratio}; it must be above 0, or 0 for none."
+            )
 
     def beta(self, images_seen: Float[Array, ""], batch_size: int) -> Float[Array, ""]:
         """Share of the old average that a step of `batch_size` images keeps, in [0, 1)."""

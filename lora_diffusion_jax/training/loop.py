@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from clu import parameter_overview
+from clu.metrics import Collection
 from jax.sharding import Mesh
 
 from lora_diffusion_jax import files, processes
@@ -110,6 +111,7 @@ def train(
     seed: int,
     callbacks: Mapping[str, Callback] | None = None,
     flops_per_image: float | None = None,
+    metrics: type[Collection] = TrainMetrics,
 ) -> Result:
     """Trains until total_images, or until SIGINT or SIGTERM; the same call again resumes.
 
@@ -129,6 +131,7 @@ def train(
             checkpoint was begun, and again on resuming if they had not finished; their errors end
             the run.
         flops_per_image: of a training step, for perf/tflops_per_sec.
+        metrics: what step_fn measures.
 
     Raises:
         UserError: the disk is full, a step does not fit into memory, a process did not come in time.
@@ -138,7 +141,7 @@ def train(
     with contextlib.ExitStack() as stack:
         stack.enter_context(plain_memory_errors(batch_size))
         checkpoints = stack.enter_context(Checkpoints(directory, keep=cadence.keep))
-        step, state, interval = _begin(init, checkpoints, mesh)
+        step, state, interval = _begin(init, checkpoints, mesh, metrics)
         _write_overview(directory, state)
         writer = stack.enter_context(writers.Writers(directory, batch_size, step))
         progress = stack.enter_context(writers.Progress(total * batch_size, step * batch_size))
@@ -171,7 +174,7 @@ def train(
                     flight.land()  # a diverged state is neither logged nor saved
                 if "log" in due:
                     _log(writer, clock, step, state, interval)
-                    interval = empty_metrics(mesh)
+                    interval = empty_metrics(mesh, metrics)
                 if "checkpoint" in due:
                     checkpoints.save(step, to_parts(state, interval))
                 stopped_by = calls.run(due, state, step, interrupts) or flight.signal(interrupts)
@@ -203,8 +206,8 @@ def jit_step(step_fn: StepFn, state: TrainState, mesh: Mesh) -> Any:
     """
 
     def train_step(
-        state: TrainState, interval: TrainMetrics, data: PyTree, item: PyTree, key: Key
-    ) -> tuple[TrainState, TrainMetrics, jax.Array]:
+        state: TrainState, interval: Collection, data: PyTree, item: PyTree, key: Key
+    ) -> tuple[TrainState, Collection, jax.Array]:
         batch, key = take(data, item), jax.random.fold_in(key, state.step)
         state, measured = step_fn(state, batch, key)
         status = (measured.loss.compute(), state.bad_in_row, state.halted, item["signal"].max())
@@ -339,11 +342,11 @@ class Clock:
 
 
 def _begin(
-    init: InitialState, checkpoints: Checkpoints, mesh: Mesh
-) -> tuple[int, TrainState, TrainMetrics]:
+    init: InitialState, checkpoints: Checkpoints, mesh: Mesh, metrics: type[Collection]
+) -> tuple[int, TrainState, Collection]:
     """(step, state, metrics of the interval) from the newest checkpoint, or from `init`."""
     shapes = jax.eval_shape(init if callable(init) else lambda: init)
-    layout, interval = tree_sharding(shapes, mesh), empty_metrics(mesh)
+    layout, interval = tree_sharding(shapes, mesh), empty_metrics(mesh, metrics)
     like = jax.tree.map(lambda shape, where: shape.update(sharding=where), shapes, layout)
     found = checkpoints.restore(to_parts(like, interval))
     if found is not None and "optimizer" in found[1]:
@@ -377,9 +380,9 @@ def _write_overview(directory: Path, state: TrainState) -> None:
     processes.from_leader("writing parameters.txt", write)
 
 
-def empty_metrics(mesh: Mesh) -> TrainMetrics:
+def empty_metrics(mesh: Mesh, metrics: type[Collection] = TrainMetrics) -> Collection:
     """The metrics of no steps, in buffers of their own: the step donates them."""
-    return put_replicated(jax.device_get(TrainMetrics.empty()), mesh)
+    return put_replicated(jax.device_get(metrics.empty()), mesh)
 
 
 @contextlib.contextmanager
@@ -399,7 +402,7 @@ def plain_memory_errors(batch_size: int) -> Iterator[None]:
 
 
 def _log(
-    writer: writers.Writers, clock: Clock, step: int, state: TrainState, interval: TrainMetrics
+    writer: writers.Writers, clock: Clock, step: int, state: TrainState, interval: Collection
 ) -> None:
     """Writes the line of the interval that ends here."""
     interval, bad, skipped = jax.device_get((interval, state.nonfinite_grads, state.skipped_steps))

@@ -1,14 +1,15 @@
 """What a training step measures, how it adds up, and the names it is logged under."""
 
 import fnmatch
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Self
 
 import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 from clu import metrics
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 # Every name in metrics.jsonl and TensorBoard (with fnmatch's wildcards). The train/ values are means
 # over the steps since the last line, or of the last step where it says so. A value without data in
@@ -17,7 +18,8 @@ VOCABULARY = {
     "train/loss": "mean loss per pixel (weighted as the objective weights it)",
     # Bin i holds i - 5 <= ln sigma < i - 4; 0 and 9 also all below and above.
     "train/loss_sigma_[0-9]": "the same for the images of one noise level",
-    "train/grad_norm": "global norm of the gradient of (sum over pixels, mean over batch)",
+    "train/loss_q[0-3]": "the same for each quarter of the timesteps of a discrete process",
+    "train/grad_norm": "global norm of the gradient of (sum or mean over pixels, mean over batch)",
     "train/lora_grad_norm": "its part in the adapters, if adapters are trained",
     "train/param_norm": "global norm of the trained parameters after the last step",
     "train/update_norm": "global norm of what the step adds to them",
@@ -38,7 +40,6 @@ VOCABULARY = {
 }
 
 SIGMA_EDGES = tuple(range(-4, 5))  # of ln sigma
-SIGMA_BINS = len(SIGMA_EDGES) + 1
 
 
 @flax.struct.dataclass
@@ -48,30 +49,44 @@ class SigmaAverage(metrics.Metric):
     total: Float[Array, " bins"]
     count: Float[Array, " bins"]
 
+    num_bins: ClassVar[int] = len(SIGMA_EDGES) + 1
+
     @classmethod
-    def empty(cls) -> "SigmaAverage":
-        return cls(total=jnp.zeros(SIGMA_BINS), count=jnp.zeros(SIGMA_BINS))
+    def bins(cls, outputs: Mapping[str, Array]) -> Int[Array, " B"]:
+        """The bin of each image."""
+        edges = jnp.asarray(SIGMA_EDGES, jnp.float32)
+        return jnp.searchsorted(edges, jnp.log(outputs["sigma"]), side="right")
+
+    @classmethod
+    def empty(cls) -> Self:
+        return cls(total=jnp.zeros(cls.num_bins), count=jnp.zeros(cls.num_bins))
 
     @classmethod
     def from_model_output(
-        cls,
-        *,
-        image_loss: Float[Array, " B"],
-        sigma: Float[Array, " B"],
-        mask: Bool[Array, "1"],
-        **_,
-    ) -> "SigmaAverage":
-        bins = jnp.searchsorted(jnp.asarray(SIGMA_EDGES, jnp.float32), jnp.log(sigma), side="right")
-        member = jax.nn.one_hot(bins, SIGMA_BINS) * mask  # [B, bins]
+        cls, *, image_loss: Float[Array, " B"], mask: Bool[Array, "1"], **outputs: Any
+    ) -> Self:
+        member = jax.nn.one_hot(cls.bins(outputs), cls.num_bins) * mask  # [B, bins]
         loss = jnp.where(mask, image_loss, 0)  # NaN times 0 is NaN
         return cls(total=loss @ member, count=member.sum(axis=0))
 
-    def merge(self, other: "SigmaAverage") -> "SigmaAverage":
+    def merge(self, other: Self) -> Self:
         return type(self)(self.total + other.total, self.count + other.count)
 
     def compute(self) -> Float[np.ndarray, " bins"]:
         total, count = np.asarray(self.total), np.asarray(self.count)
-        return np.divide(total, count, out=np.full(SIGMA_BINS, np.nan), where=count > 0)
+        return np.divide(total, count, out=np.full(self.num_bins, np.nan), where=count > 0)
+
+
+@flax.struct.dataclass
+class QuartileAverage(SigmaAverage):
+    """The same for each quarter of the timesteps of a discrete process."""
+
+    num_bins: ClassVar[int] = 4
+
+    @classmethod
+    def bins(cls, outputs: Mapping[str, Array]) -> Int[Array, " B"]:
+        """The quarter of each image's timestep, 0 for the least noise."""
+        return outputs["quartile"]
 
 
 @flax.struct.dataclass
@@ -87,13 +102,19 @@ class TrainMetrics(metrics.Collection):
     learning_rate: metrics.LastValue.from_output("learning_rate")
 
 
-def to_scalars(collection: TrainMetrics) -> dict[str, float]:
+# What the runs of a discrete process measure: the loss by quartile besides.
+DiscreteMetrics = metrics.Collection.create(**TrainMetrics.__annotations__, loss_q=QuartileAverage)
+
+
+def to_scalars(collection: metrics.Collection) -> dict[str, float]:
     """{'train/loss': ...} of metrics on the host; values without data are left out."""
     with np.errstate(divide="ignore", invalid="ignore"):
         values = {name: np.asarray(value) for name, value in collection.compute().items()}
-    bins = values.pop("loss_sigma")
-    scalars = {f"train/{name}": float(value) for name, value in values.items()}
-    scalars |= {f"train/loss_sigma_{i}": float(value) for i, value in enumerate(bins)}
+    scalars = {}
+    for name, separator in (("loss_sigma", "_"), ("loss_q", "")):
+        for i, value in enumerate(values.pop(name, ())):
+            scalars[f"train/{name}{separator}{i}"] = float(value)
+    scalars |= {f"train/{name}": float(value) for name, value in values.items()}
     return {name: value for name, value in scalars.items() if not np.isnan(value)}
 
 

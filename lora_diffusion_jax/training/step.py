@@ -7,6 +7,7 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 import optax
+from clu.metrics import Collection
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
@@ -21,13 +22,13 @@ from lora_diffusion_jax.array_types import (
 )
 from lora_diffusion_jax.paths import is_adapter, split
 from lora_diffusion_jax.training.ema import Ema
-from lora_diffusion_jax.training.metrics import TrainMetrics
+from lora_diffusion_jax.training.metrics import DiscreteMetrics, TrainMetrics
 from lora_diffusion_jax.training.optimizer import Optimizer
 from lora_diffusion_jax.training.sharding import check_batch_size, gathered
 from lora_diffusion_jax.training.state import TrainState, assemble
 
 Batch = Mapping[str, Array]  # 'image' uint8 or [-1, 1] float [B, H, W, C]; 'label' ids or float
-StepFn = Callable[[TrainState, Batch, Key], tuple[TrainState, TrainMetrics]]
+StepFn = Callable[[TrainState, Batch, Key], tuple[TrainState, Collection]]
 NORMS = ("grad_norm", "lora_grad_norm", "update_norm", "param_norm")
 # (params, part of a batch) -> (gradient, loss per image)
 Gradient = Callable[[PyTree, PyTree], tuple[PyTree, Float[Array, " b"]]]
@@ -37,7 +38,10 @@ class Objective(Protocol):
     """A training loss in two parts: what it draws at random, and its value given the draws."""
 
     def draw(self, key: Key, shape: tuple[int, ...]) -> Mapping[str, PyTree]:
-        """Draws for images of a shape: 'sigma' [B], other arrays with a row per image, keys."""
+        """Draws for images of a shape: 'sigma' [B], other arrays with a row per image, keys.
+
+        'quartile' [B], the quartile of a discrete timestep, has the loss logged by quartile.
+        """
         ...
 
     def loss(
@@ -62,6 +66,7 @@ def make_train_step(
     num_classes: int = 0,
     microbatch: int | None = None,
     max_bad_steps: int = 20,
+    mean_over_pixels: bool = False,
 ) -> StepFn:
     """Builds (state, batch, key) -> (state, metrics).
 
@@ -80,6 +85,7 @@ def make_train_step(
             accumulated. Draws are made for the whole batch, so the result is the full batch's up to
             rounding (dropout apart). None: the batch.
         max_bad_steps: see above.
+        mean_over_pixels: averages the loss over pixels too, as improved DDPM does.
 
     Raises:
         UserError: batch or microbatch do not divide evenly.
@@ -89,7 +95,7 @@ def make_train_step(
     # XLA on CPU runs the gradient of convolutions inside a loop some 20 times slower.
     unroll = mesh.devices.flat[0].platform == "cpu"
 
-    def step(state: TrainState, batch: Batch, key: Key) -> tuple[TrainState, TrainMetrics]:
+    def step(state: TrainState, batch: Batch, key: Key) -> tuple[TrainState, Collection]:
         images, seen = to_float(batch["image"]), state.images_seen(batch_size)
         labels = to_labels(batch.get("label"), num_classes)
         draws = objective.draw(key, images.shape)
@@ -99,7 +105,8 @@ def make_train_step(
             images, labels, draws = part
             pixels = objective.loss(variables, images, labels, draws, True)
             per_image = pixels.mean(axis=(1, 2, 3), dtype=jnp.float32)
-            return pixels.astype(jnp.float32).sum() / batch_size, per_image
+            count = batch_size * (pixels[0].size if mean_over_pixels else 1)
+            return pixels.astype(jnp.float32).sum() / count, per_image
 
         # The draws are made for the whole batch before it is cut: the size of the parts must not
         # change what is learned.
@@ -125,10 +132,12 @@ def make_train_step(
         (params, opt_state, average), measured, replaced = jax.lax.cond(good, update, skip)
         bad_in_row = jnp.where(good, 0, state.bad_in_row + ~state.halted)
         scalars = {**measured, "loss": image_loss.mean(), "learning_rate": optimizer.rate(seen)}
-        metrics = TrainMetrics.single_from_model_output(
+        kind = DiscreteMetrics if "quartile" in draws else TrainMetrics
+        metrics = kind.single_from_model_output(
             mask=good[None],
             image_loss=image_loss,
             sigma=draws["sigma"],
+            quartile=draws.get("quartile"),
             **{name: value[None] for name, value in scalars.items()},
         )
         state = dataclasses.replace(

@@ -178,6 +178,19 @@ def test_times_of_iddpm_are_its_steps():
     np.testing.assert_allclose(found, table[np.array([0, 7, 10])], atol=1e-6)
 
 
+def test_times_of_ddpm_are_its_timesteps_exactly():
+    """The table has the process's T + 1 rows unless the config says otherwise."""
+    denoiser = build_denoiser(
+        config("time", precond__name="ddpm", precond__num_steps=301, lora__num_timesteps=0)
+    )
+    variables = random_variables(denoiser, X, SIGMA, LABELS)
+    table = variables["params"]["model"]["dec"]["4x4_in0"]["qkv"]["lora"]["composition"]["table"]
+    assert table.shape == (302, 3)
+    steps = np.array([0, 7, 300])
+    levels = np.float32(denoiser.precond.process.sigmas)[steps]
+    np.testing.assert_array_equal(composition(denoiser, variables, X, levels, LABELS), table[steps])
+
+
 def test_classes_weight_their_own_pairs():
     denoiser, variables = network("time_class")
     mixture = np.float32([[1, 0, 0], [0, 0.5, 0.5], [0, 0, 0]])

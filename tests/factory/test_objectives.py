@@ -23,10 +23,12 @@ def objective_value(config, train=True, moved=0.0):
     return np.asarray(loss(variables, images, None, draws, train)), draws
 
 
-@pytest.mark.parametrize("precond", ["edm", "vp", "ve", "iddpm"])
+@pytest.mark.parametrize("precond", ["edm", "vp", "ve", "iddpm", "ddpm"])
 def test_objective_of_a_fresh_network_is_near_its_closed_form(precond):
     """A fresh network's F is almost zero, so D = c_skip x, and the loss follows from the draws."""
     config = small_config(precond__name=precond, augment__p=0.0, model__dropout=0.0)
+    if precond == "ddpm":
+        config.precond.loss = "simple"
     loss, draws = objective_value(config)
     images = np.linspace(-1, 1, 4 * 64).reshape(4, 8, 8, 1)
     sigma = np.asarray(draws["sigma"], np.float64)[:, None, None, None]
@@ -34,6 +36,19 @@ def test_objective_of_a_fresh_network_is_near_its_closed_form(precond):
     weight = (0.25 + sigma**2) / (0.5 * sigma) ** 2 if precond == "edm" else sigma**-2
     expected = weight * (skip * (images + sigma * draws["noise"]) - images) ** 2
     np.testing.assert_allclose(loss, expected, rtol=0.02, atol=2e-3)
+
+
+def test_losses_that_a_network_cannot_have_are_refused():
+    with pytest.raises(UserError, match="precond.name=edm has no such setting"):
+        build_denoiser(small_config(precond__loss="vlb"))
+    with pytest.raises(UserError, match="precond.loss is 'l2'; it must be one of hybrid"):
+        build_denoiser(small_config(precond__name="ddpm", precond__loss="l2"))
+    config = small_config(precond__name="ddpm")
+    denoiser = build_denoiser(config)
+    with config.unlocked():
+        config.model.learn_sigma = False
+    with pytest.raises(UserError, match="hybrid trains the variances .*choose precond.loss=simple"):
+        build_objective(config, denoiser)
 
 
 def test_frozen_base_has_no_dropout():

@@ -20,11 +20,13 @@ class BoundDenoiser(NamedTuple):
     """denoise(x, sigma) with the preconditioning of its network.
 
     Samplers take any function of x and sigma. If it has an attribute `precond`, they stay within the range
-    of noise levels that it supports and round each level to one that it knows.
+    of noise levels that it supports and round each level to one that it knows. `raw` gives (D, the whole
+    output of the network), which holds the variances that networks of a discrete process learn.
     """
 
     function: Denoise
     precond: Precond
+    raw: Callable[[Images, Sigma], tuple[Images, jax.Array]] | None = None
 
     def __call__(self, x: Images, sigma: Sigma) -> Images:
         return self.function(x, sigma)
@@ -36,7 +38,9 @@ def bind(
     """D(x; sigma) of a network with its weights and labels, for a sampler."""
     apply: Callable[..., Any] = denoiser.apply
     return BoundDenoiser(
-        lambda x, sigma: apply(variables, x, sigma, class_labels), denoiser.precond
+        lambda x, sigma: apply(variables, x, sigma, class_labels),
+        denoiser.precond,
+        lambda x, sigma: apply(variables, x, sigma, class_labels, with_raw=True),
     )
 
 
@@ -102,17 +106,7 @@ def run_plan(
         raise UserError(
             "A sampler with s_churn > 0 draws noise: pass key=jax.random.key(seed) or noise."
         )
-    shape = (int(plan.step[-1]) + 1, *latents.shape)
-    if noise is not None and noise.shape != shape:
-        raise UserError(
-            f"noise has shape {noise.shape}; this run takes {shape}: [num_steps, *latents]."
-        )
-
-    def draw(step: jax.Array) -> Images:
-        if noise is not None:
-            return jnp.asarray(noise, jnp.float32)[step]
-        assert key is not None
-        return step_noise(key, step, latents.shape)
+    draw = noise_source(key, noise, (int(plan.step[-1]) + 1, *latents.shape))
 
     def body(carry: tuple, row: Plan) -> tuple[tuple, None]:
         y, base, d_before = carry
@@ -127,6 +121,33 @@ def run_plan(
     table = jax.tree.map(lambda c: c.astype(np.float32) if c.dtype == np.float64 else c, plan)
     (y, _, _), _ = jax.lax.scan(body, (latents, latents, jnp.zeros_like(latents)), table)
     return y
+
+
+def noise_source(
+    key: Key | None, noise: jax.Array | None, shape: tuple[int, ...]
+) -> Callable[[jax.Array], Images]:
+    """The unit normal noise of a step [B, H, W, C], by its number: drawn with the key, or replayed.
+
+    Args:
+        key: one key, or one per image [B]; step i draws with fold_in(key, i).
+        noise: replaces the draws.
+        shape: what `noise` must have: [steps, B, H, W, C].
+
+    Raises:
+        UserError: noise has another shape.
+    """
+
+    def draw(step: jax.Array) -> Images:
+        assert key is not None
+        return step_noise(key, step, shape[1:])
+
+    if noise is None:
+        return draw
+    if noise.shape != shape:
+        raise UserError(
+            f"noise has shape {noise.shape}; this run takes {shape}: [num_steps, *latents]."
+        )
+    return lambda step: jnp.asarray(noise, jnp.float32)[step]
 
 
 def step_noise(key: Key, step: jax.Array | int, shape: tuple[int, ...]) -> Images:

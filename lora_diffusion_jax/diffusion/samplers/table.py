@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from lora_diffusion_jax.array_types import Denoise, Images, ImagesU8, Key
 from lora_diffusion_jax.diffusion import schedules
 from lora_diffusion_jax.diffusion.precond import VE, VP
+from lora_diffusion_jax.diffusion.samplers.ancestral import ddim_sampler, ddpm_sampler
 from lora_diffusion_jax.diffusion.samplers.plan import Plan, precond_of, run_plan
 from lora_diffusion_jax.diffusion.samplers.solvers import Churn, dpmpp_2m_plan, make_plan
 from lora_diffusion_jax.errors import UserError, choose
@@ -163,6 +164,8 @@ SAMPLERS: dict[str, Callable[..., Images]] = {
     "euler": functools.partial(_ode_sampler, functools.partial(make_plan, second_order=False)),
     "heun": functools.partial(_ode_sampler, make_plan),
     "dpmpp_2m": functools.partial(_ode_sampler, dpmpp_2m_plan),
+    "ddpm": ddpm_sampler,
+    "ddim": ddim_sampler,
 }
 
 

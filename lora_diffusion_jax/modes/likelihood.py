@@ -1,0 +1,162 @@
+"""Bits per dimension of the held-out images under a trained network."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from lora_diffusion_jax import processes
+from lora_diffusion_jax.array_types import Images, Labels, Variables
+from lora_diffusion_jax.data.image_source import ImageSource
+from lora_diffusion_jax.diffusion.likelihood import (
+    flow_bits_of_levels,
+    flow_levels,
+    variational_bound,
+)
+from lora_diffusion_jax.diffusion.precond import DDPM, Denoiser
+from lora_diffusion_jax.diffusion.samplers import BoundDenoiser, bind
+from lora_diffusion_jax.errors import UserError, choose
+from lora_diffusion_jax.factory.data import open_heldout
+from lora_diffusion_jax.factory.networks import image_shape, num_classes
+from lora_diffusion_jax.factory.pretrained import Pretrained
+from lora_diffusion_jax.factory.training import build_mesh
+from lora_diffusion_jax.keys import LIKELIHOOD, purpose_key
+from lora_diffusion_jax.processes.interrupts import pause_point
+
+USUAL_NUM = 1000  # images, without --num
+
+# (denoise, images [B, H, W, C], keys [B]) -> bits per dimension [B]
+Route = Callable[[BoundDenoiser, Images, jax.Array], jax.Array]
+
+
+def bound_bits(denoise: BoundDenoiser, images: Images, keys: jax.Array) -> jax.Array:
+    """The variational bound of all timesteps."""
+    prior, terms = variational_bound(denoise, images, key=keys)
+    return prior + terms.sum(axis=1)
+
+
+ROUTES: dict[str, Route] = {"vlb": bound_bits, "ode": flow_bits_of_levels}
+
+
+def measure(run: Pretrained, num: int | None = None, route: str | None = None) -> dict[str, Any]:
+    """Mean bits per dimension of held-out images, and what it is a mean of.
+
+    Args:
+        run: the network, its weights and its config.
+        num: images, evenly spread over the held-out ones; None: USUAL_NUM, or all if they are fewer.
+        route: vlb, the variational bound of a discrete process, or ode, the density of the probability
+            flow; None: vlb for networks that have a discrete process, else ode.
+
+    Returns:
+        {'bpd_vlb' or 'bpd_ode', 'standard_error', 'num', 'of', 'data', 'nfe'}.
+
+    Raises:
+        UserError: there are no held-out images, not so many, or of another kind; or the network has no
+            such route.
+        Interrupted: by a signal, inside `with Interrupts()`.
+    """
+    precond = run.denoiser.precond
+    discrete = isinstance(precond, DDPM)
+    route = route or ("vlb" if discrete else "ode")
+    function = choose("--route", route, ROUTES)
+    if route == "vlb" and not discrete:
+        raise UserError(
+            f"--route=vlb needs a network of a discrete process (precond.name=ddpm), and this one has "
+            f"precond.name={run.config.precond.name}; use --route=ode."
+        )
+    source = heldout_images(run.config)
+    num = min(USUAL_NUM, len(source)) if num is None else num
+    if not 2 <= num <= len(source):
+        raise UserError(f"--num={num}; there are {len(source)} held-out images, take 2 to all.")
+    chosen = np.arange(num) * len(source) // num
+    bits = bits_of(run, function, source, chosen)
+    if isinstance(precond, DDPM) and route == "vlb":
+        evaluations = precond.num_steps
+    else:
+        evaluations = 2 * (len(flow_levels(precond)) - 1)
+    return {
+        f"bpd_{route}": float(bits.mean()),
+        "standard_error": float(bits.std(ddof=1) / np.sqrt(num)),
+        "num": num,
+        "of": len(source),
+        "data": source.title,
+        "nfe": evaluations,
+    }
+
+
+def heldout_images(config: ConfigDict) -> ImageSource:
+    """The held-out images of a config.
+
+    Raises:
+        UserError: there are none, or not such as the network takes.
+    """
+    source = open_heldout(config)
+    if source is None:
+        raise UserError(
+            "There are no held-out images: name a folder or ZIP of them with --config.data.eval_path, or a "
+            "TFDS data set with --config.data.name."
+        )
+    if source.image_shape != image_shape(config):
+        raise UserError(
+            f"{source.title} has images of shape {source.image_shape}; this network takes "
+            f"{image_shape(config)}."
+        )
+    if num_classes(config) not in (0, source.num_classes):
+        raise UserError(
+            f"{source.title} has {source.num_classes} classes, and this network {num_classes(config)}; "
+            "the held-out images need the labels of the training images."
+        )
+    return source
+
+
+def bits_of(
+    run: Pretrained, function: Route, source: ImageSource, chosen: np.ndarray
+) -> np.ndarray:
+    """Bits per dimension of chosen images, float64 [N]. With several processes all must call it alike.
+
+    What is drawn for an image depends on its number in the data set alone.
+    """
+    mesh, classes = build_mesh(run.config), num_classes(run.config)
+    spread, whole = NamedSharding(mesh, P(mesh.axis_names)), NamedSharding(mesh, P())
+    program = jax.jit(
+        functools.partial(_bits, function, run.denoiser, classes),
+        in_shardings=(whole, spread, spread, spread),
+        out_shardings=spread,
+    )
+    variables = jax.tree.map(lambda v: processes.place(np.asarray(v), whole), run.variables)
+    size = -(-min(run.config.sampler.batch_size, len(chosen)) // mesh.size) * mesh.size
+    found = []
+    with tqdm(total=len(chosen), unit="img", desc="likelihood", disable=None) as bar:
+        for start in range(0, len(chosen), size):
+            pause_point()
+            part = chosen[start : start + size]
+            batch = source.read(part.tolist())
+            one_hot = np.eye(max(classes, 1), dtype=np.float32)[batch["label"] * bool(classes)]
+            # The last row is repeated to fill a short batch.
+            fill = np.minimum(np.arange(size), len(part) - 1)
+            arrays = (batch["image"], one_hot, part.astype(np.uint32))
+            inputs = (processes.place(array[fill], spread) for array in arrays)
+            found.append(processes.fetch(program(variables, *inputs))[: len(part)])
+            bar.update(len(part))
+    return np.concatenate(found).astype(np.float64)
+
+
+def _bits(
+    function: Route,
+    denoiser: Denoiser,
+    classes: int,
+    variables: Variables,
+    images: jax.Array,
+    labels: Labels,
+    numbers: jax.Array,
+) -> jax.Array:
+    keys = jax.vmap(functools.partial(jax.random.fold_in, purpose_key(0, LIKELIHOOD)))(numbers)
+    denoise = bind(denoiser, variables, labels if classes else None)
+    return function(denoise, images.astype(jnp.float32) / 127.5 - 1, keys)

@@ -20,7 +20,7 @@ Not yet measured here.
 
 from ml_collections import ConfigDict
 
-from lora_diffusion_jax.default_config import base
+from lora_diffusion_jax.default_config import base, sampler
 
 
 def get_config() -> ConfigDict:
@@ -47,6 +47,9 @@ def get_config() -> ConfigDict:
 
     config.lora.adapter = "time"
     config.lora.bases = 11
+
+    config.sampler = sampler("ddpm")  # all 4000 steps, as the paper's figures
+    config.eval.num_steps = 250  # of the samples during training
 
     config.train.batch_size = 128
     config.train.total_images = 500_000 * 128

@@ -52,6 +52,7 @@ def base() -> ConfigDict:
     config.precond.num_steps = config_dict.placeholder(int)  # M of vp and iddpm, T of ddpm
     config.precond.schedule = config_dict.placeholder(str)  # ddpm: cosine | linear
     config.precond.loss = config_dict.placeholder(str)  # ddpm: hybrid | simple | vlb
+    config.precond.rescale_timesteps = config_dict.placeholder(bool)  # ddpm: t 1000/T, or t itself
 
     config.lora = ConfigDict()
     config.lora.mode = "with_lora"  # baseline | with_lora | only_lora

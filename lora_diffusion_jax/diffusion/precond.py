@@ -225,11 +225,13 @@ class DDPM(Precond):
         schedule: of the betas, `discrete.SCHEDULES`.
         num_steps: T.
         loss: simple, vlb, or hybrid: see `losses.ddpm_loss`.
+        rescale_timesteps: False gives the network t itself, as some official checkpoints want.
     """
 
     schedule: str = "cosine"
     num_steps: int = 4000
     loss: str = "hybrid"
+    rescale_timesteps: bool = True
     out_factor: ClassVar[int] = 2
 
     def __post_init__(self):
@@ -251,6 +253,11 @@ class DDPM(Precond):
         """The noise level of t = T - 1."""
         return float(self.process.sigmas[-1])
 
+    @property
+    def _time_unit(self) -> float:
+        """c_noise of t = 1."""
+        return 1000 / self.num_steps if self.rescale_timesteps else 1.0
+
     def nearest(self, sigma: Sigma) -> Array:
         """The timestep, int32, whose noise level is nearest to sigma."""
         return discrete.nearest(self.process.sigmas, sigma)
@@ -258,7 +265,7 @@ class DDPM(Precond):
     def coefficients(self, sigma: Sigma) -> Coefficients:
         """c_skip = 1, c_out = -s, c_in = 1/sqrt(s^2+1), c_noise = t 1000/T for the nearest s_t."""
         t = self.nearest(sigma).astype(jnp.float32)
-        return _predicts_noise(sigma, t * (1000 / self.num_steps))
+        return _predicts_noise(sigma, t * self._time_unit)
 
     def draw_sigma(self, key: Key, n: int) -> Float[Array, " n"]:
         """One of the levels, all equally likely."""
@@ -271,7 +278,7 @@ class DDPM(Precond):
 
     def timestep(self, c_noise: Array, num_timesteps: int) -> Array:
         """t num_timesteps / T."""
-        t = jnp.clip(jnp.round(c_noise * (self.num_steps / 1000)), 0, self.num_steps - 1)
+        t = jnp.clip(jnp.round(c_noise / self._time_unit), 0, self.num_steps - 1)
         return t * (num_timesteps / self.num_steps)
 
     def round_sigma(self, sigma: np.ndarray) -> np.ndarray:

@@ -87,12 +87,14 @@ def test_impossible_processes_are_refused():
 
 @pytest.mark.parametrize("steps", [21, 300, 1000, 1001, 4000])
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
-def test_noise_levels_name_their_timesteps_exactly(schedule, steps):
+@pytest.mark.parametrize("rescale", [True, False])
+def test_noise_levels_name_their_timesteps_exactly(schedule, steps, rescale):
     """Also in float32, through the network's noise label, as adapters see it."""
-    precond = DDPM(schedule, steps)
+    precond = DDPM(schedule, steps, rescale_timesteps=rescale)
     sigma = jnp.asarray(precond.process.sigmas, jnp.float32)
     noise = fast_jit(precond.coefficients)(sigma).noise
-    np.testing.assert_array_equal(noise, np.arange(steps, dtype=np.float32) * (1000 / steps))
+    unit = 1000 / steps if rescale else 1
+    np.testing.assert_array_equal(noise, np.arange(steps, dtype=np.float32) * unit)
     found = fast_jit(lambda c: precond.timestep(c, steps))(noise)
     np.testing.assert_array_equal(found, np.arange(steps))
     np.testing.assert_allclose(precond.time(noise), np.arange(steps) / steps, atol=1e-7)

@@ -168,7 +168,7 @@ def append(path: str | os.PathLike, data: bytes, *, sync: bool = False) -> None:
 # Lines of JSON, each with a checksum.
 
 
-def to_line(text: str) -> bytes:
+def checked_line(text: str) -> bytes:
     """A JSON object's text as a line whose last field is the CRC-32 of what stands before it."""
     return f'{text[:-1]}, "crc32": "{zlib.crc32(text.encode()):08x}"}}\n'.encode()
 
@@ -283,7 +283,7 @@ def disk_errors(path: str | os.PathLike, advice: str = _ADVICE) -> Iterator[None
 
 def cannot_use(path: str | os.PathLike, reason: str, advice: str = _ADVICE) -> UserError:
     """The error for a path that cannot be read or written."""
-    return UserError(f"Cannot use {path}: {reason[0].lower() + reason[1:]}. {advice}")
+    return UserError(f"Cannot use {path}: {reason[:1].lower() + reason[1:]}. {advice}")
 
 
 def disappeared(path: str | os.PathLike) -> UserError:

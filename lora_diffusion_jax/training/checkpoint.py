@@ -248,7 +248,10 @@ def find_damage(folder: Path, parts: Sequence[str] = PARTS) -> str:
             return f"it has no {name}" + " (to start from its weights, use init_from)" * (
                 name != "weights"
             )
-    damage = files.check_sums(folder, lambda name: bool(parts) or name.startswith("weights/"))
+    try:
+        damage = files.check_sums(folder, lambda name: bool(parts) or name.startswith("weights/"))
+    except OSError as error:  # of the disk
+        return f"{error.filename}: {error.strerror}"
     if damage is None:
         _tell_unverified(folder.parent)
     return damage or ""

@@ -3,6 +3,8 @@
 import contextlib
 import datetime
 import fnmatch
+import functools
+import hashlib
 import json
 import os
 import socket
@@ -19,6 +21,7 @@ from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.training.writers import log
 
 CONFIG = "config.json"
+CONFIG_SUM = "config.json.sha256"  # beside it, to notice damage
 LOCK = ".lock"
 
 
@@ -30,6 +33,8 @@ def open_workdir(
     complete: Callable[[dict[str, Any]], Mapping[str, Any]] = lambda saved: saved,
 ) -> Iterator[Path]:
     """Creates the directory where it is missing, locks it, and writes or compares its config.json.
+
+    Nothing is written through links in it.
 
     Only process 0 takes the lock, which the system frees when the process dies.
 
@@ -101,7 +106,10 @@ def reconcile_config(
             if not free:
                 return
         with files.disk_errors(path):
+            checksum = directory / CONFIG_SUM
+            checksum.unlink(missing_ok=True)  # a kill leaves none rather than a wrong one
             files.write_text(path, json.dumps(config, indent=2, allow_nan=True) + "\n")
+            files.write_text(checksum, f"{files.sha256(path)}  {CONFIG}\n")
 
     processes.from_leader("reading config.json", reconcile)
 
@@ -135,7 +143,7 @@ def differences(
 
 
 def read_config(directory: str | os.PathLike) -> dict[str, Any]:
-    """The config.json of a run.
+    """The config.json of a run; if it has changed since it was written, that is told once.
 
     Raises:
         UserError: there is none, or it is damaged.
@@ -146,13 +154,24 @@ def read_config(directory: str | os.PathLike) -> dict[str, Any]:
             raise UserError(
                 f"{directory} is not a run: it has no {CONFIG}. Give the workdir of a training run."
             )
-        text = path.read_text()
+        data, checksum = path.read_bytes(), path.with_name(CONFIG_SUM)
+        written = checksum.read_bytes()[:64] if checksum.exists() else None
+    if written not in (None, hashlib.sha256(data).hexdigest().encode()):
+        _tell_changed(path)
     try:
-        config = json.loads(text)
+        config = json.loads(data)
         if not isinstance(config, dict):
             raise ValueError("it holds no fields")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(
             f"{path} is damaged ({error}). Restore it from the config that started the run."
         ) from error
     return config
+
+
+@functools.cache
+def _tell_changed(path: Path) -> None:
+    log(
+        f"warning: {path} has changed since it was written. If you did not edit it, restore it; if you "
+        f"did, delete {CONFIG_SUM} beside it."
+    )

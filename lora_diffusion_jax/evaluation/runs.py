@@ -39,6 +39,7 @@ class Network(NamedTuple):
         """
         surplus = skip % self.generator.call_size
         for batch in self.generator.batches(self.variables, seeds[skip - surplus :]):
+            batch.check_finite()
             yield batch.images[surplus:]
             surplus = 0
 

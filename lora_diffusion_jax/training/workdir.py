@@ -4,7 +4,6 @@ import contextlib
 import datetime
 import fnmatch
 import functools
-import hashlib
 import json
 import os
 import socket
@@ -142,6 +141,14 @@ def differences(
     return fixed, free
 
 
+def has_changed(directory: str | os.PathLike) -> bool:
+    """Whether config.json differs from what a run wrote; older versions wrote no checksum."""
+    checksum = Path(directory) / CONFIG_SUM
+    if not checksum.exists():
+        return False
+    return checksum.read_bytes()[:64] != files.sha256(Path(directory) / CONFIG).encode()
+
+
 def read_config(directory: str | os.PathLike) -> dict[str, Any]:
     """The config.json of a run; if it has changed since it was written, that is told once.
 
@@ -154,12 +161,11 @@ def read_config(directory: str | os.PathLike) -> dict[str, Any]:
             raise UserError(
                 f"{directory} is not a run: it has no {CONFIG}. Give the workdir of a training run."
             )
-        data, checksum = path.read_bytes(), path.with_name(CONFIG_SUM)
-        written = checksum.read_bytes()[:64] if checksum.exists() else None
-    if written not in (None, hashlib.sha256(data).hexdigest().encode()):
-        _tell_changed(path)
+        text = path.read_bytes()
+        if has_changed(directory):
+            _tell_changed(path)
     try:
-        config = json.loads(data)
+        config = json.loads(text)
         if not isinstance(config, dict):
             raise ValueError("it holds no fields")
     except (ValueError, RecursionError) as error:

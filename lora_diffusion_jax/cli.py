@@ -51,6 +51,7 @@ def run(work: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> 
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    sys.unraisablehook = _quiet_loops
     arguments = sys.argv[1:] if argv is None else list(argv)
     processes.session.debug = "--debug" in arguments
     try:
@@ -71,6 +72,12 @@ def run(work: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> 
         sys.stderr.flush()
         os._exit(status)
     return status
+
+
+def _quiet_loops(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Leaves out what orbax's closed event loops raise while they are collected, after an error."""
+    if str(unraisable.exc_value) != "Event loop is closed" or processes.session.debug:
+        sys.__unraisablehook__(unraisable)
 
 
 def _sentence(error: Exception) -> str:

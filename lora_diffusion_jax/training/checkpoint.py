@@ -38,6 +38,8 @@ Parts = Mapping[str, PyTree]
 
 # Drops orbax's log records: its errors reach us as exceptions.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in Path(record.pathname).parts)
+# A full disk fails hundreds of its tasks, of which it awaits one; asyncio would print the others.
+logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
 
 
 class Checkpoints:

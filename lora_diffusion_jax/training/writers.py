@@ -47,6 +47,7 @@ class Writers:
         if not processes.is_leader():
             return
         with files.disk_errors(directory):
+            os.close(files.open_own(self.path, os.O_WRONLY))  # an error if it is a link
             lines, damaged = files.read_lines(self.path)
             damaged += [json.dumps(line).encode() for line in lines if not _is_line(line)]
             kept = [line for line in lines if _is_line(line) and line["step"] <= step]

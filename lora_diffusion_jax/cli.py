@@ -51,9 +51,12 @@ def run(work: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> 
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-    sys.unraisablehook = _quiet_loops
     arguments = sys.argv[1:] if argv is None else list(argv)
     processes.session.debug = "--debug" in arguments
+    sys.unraisablehook = _quiet_loops
+    # Python's resource tracker removes the shared memory of workers that an error ended, and says so.
+    quiet = "ignore:resource_tracker:UserWarning"
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), quiet]))
     try:
         status = work([a for a in arguments if a != "--debug"])
     except Exception as error:
@@ -188,7 +191,9 @@ class Parser(argparse.ArgumentParser):
             "--config.GROUP.FIELD=VALUE": "override a field; the last value of a field counts",
         }
         for flag in lines if with_file else list(lines)[1:]:
-            self.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=lines[flag])
+            self.add_argument(
+                flag, action="store_true", default=argparse.SUPPRESS, help=lines[flag]
+            )
         full = "this text, and all config fields with their defaults"
         self.add_argument(
             "--helpfull", action=_HelpFull, nargs=0, default=argparse.SUPPRESS, help=full

@@ -81,7 +81,9 @@ class Output:
         asked = {self.folder / name for name in self.names}
         found = (path for path in self.folder.rglob("*") if path.suffix.lower() in IMAGES)
         others = sorted(path for path in found if path not in asked)
-        ours = [p for p in others if p.parent == self.folder and re.fullmatch(r"\d{6,10}\.png", p.name)]
+        ours = [
+            p for p in others if p.parent == self.folder and re.fullmatch(r"\d{6,10}\.png", p.name)
+        ]
         if overwrite and ours == others:
             for path in ours:
                 path.unlink()

@@ -112,7 +112,6 @@ def test_a_folder_below_another_is_no_link(tmp_path):
 
 
 def test_every_flipped_bit_of_a_line_is_noticed(tmp_path):
-    """Except in the name of the checksum, where the values stay as they were."""
     path, records = tmp_path / "x.jsonl", [{"step": k, "a": 0.5 + k, "b": "word"} for k in range(3)]
     for record in records:
         files.append(path, files.checked_line(json.dumps(record)))
@@ -124,8 +123,8 @@ def test_every_flipped_bit_of_a_line_is_noticed(tmp_path):
         data[length + bit // 8] ^= 1 << bit % 8
         path.write_bytes(data)
         good, damaged = files.read_lines(path)
-        known = [{k: v for k, v in record.items() if k in records[0]} for record in good]
-        assert known == records or (len(damaged) and [records[0], records[2]] == known)
+        assert damaged
+        assert good == [records[0], records[2]]
 
 
 def test_old_lines_and_endless_brackets(tmp_path):

@@ -74,7 +74,9 @@ def plot(runs: Runs, metric: str, path: Path) -> None:
         axes.plot([x], [y], "*", color="black", markersize=12)
         text = f"best {y:.4g}\nat {x:.3g} M images"
         # Towards the middle of the axes, which it would else run past.
-        right, upper = (np.mean(limits()) < at for limits, at in ((axes.get_xlim, x), (axes.get_ylim, y)))
+        right, upper = (
+            np.mean(limits()) < at for limits, at in ((axes.get_xlim, x), (axes.get_ylim, y))
+        )
         place = {"ha": "right" if right else "left", "va": "top" if upper else "bottom"}
         offset = (-8 if right else 8, -8 if upper else 8)
         axes.annotate(text, (x, y), offset, textcoords="offset points", **place)

@@ -44,7 +44,8 @@ def complete(config: ConfigDict, source: image_source.ImageSource) -> ConfigDict
 
     Raises:
         UserError: the config states another size than the data set has, the image size does not fit
-            the U-Net's levels, attention is asked for at a level that there is not, or class_conditional is set and the data set has no classes.
+            the U-Net's levels, attention is asked for at a level that does not exist, or
+            class_conditional is set and the data set has no classes.
     """
     height, width, channels = source.image_shape
     config = config.copy_and_resolve_references()

@@ -102,8 +102,8 @@ def check_attention(config: ConfigDict) -> None:
     if wrong := [size for size in attention_heights(config) if size not in levels]:
         raise UserError(
             f"model.attn_resolutions is {tuple(config.model.attn_resolutions)}, but no level of an image "
-            f"{height} pixels high has {wrong[0]}: its levels have {', '.join(map(str, levels))}. Name some of "
-            "these, or set model.attn_levels ((1,) is the second level at any size)."
+            f"{height} pixels high has {wrong[0]}: its levels have {', '.join(map(str, levels))}. Name some "
+            "of these, or set model.attn_levels ((1,) is the second level at any size)."
         )
 
 

@@ -119,7 +119,9 @@ class LowRankAdapter(nn.Module):
                 f"'{'/'.join(self.path)}'; it must be [1, E] or one row per sample."
             )
         inner = (1,) * (hidden.ndim - 2)  # the axes between batch and channels
-        batch = () if rows == 1 else (rows, *inner)  # one row serves inputs without a batch axis, too
+        batch = (
+            () if rows == 1 else (rows, *inner)
+        )  # one row serves inputs without a batch axis, too
         delta = _up(layer)(hidden * weights.reshape(*batch, width).astype(hidden.dtype))
         if self.use_bias:
             features = delta.shape[hidden.ndim - 1 :]
@@ -145,8 +147,8 @@ class UCLoRA(LowRankAdapter):
         """The MLP's output for the embedding [B, E], or [E] for a single input."""
         if jnp.ndim(condition) not in (1, 2):
             raise UserError(
-                f"The LoRA condition at '{'/'.join(self.path)}' has the shape {jnp.shape(condition)}; UC-LoRA "
-                "needs an embedding [B, E], one vector per sample."
+                f"The LoRA condition at '{'/'.join(self.path)}' has the shape {jnp.shape(condition)}; "
+                "UC-LoRA needs an embedding [B, E], one vector per sample."
             )
         condition = jnp.atleast_2d(condition)
         return ConditionMLP(self.bases, tuple(self.widths), name="composition")(condition)

@@ -14,7 +14,6 @@ from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.lora.adapter import LAYER_TYPES, check_layer
 from lora_diffusion_jax.paths import ADAPTER, list_sites
 
-
 _MARK = "_is_lora_adapter"  # attribute of the adapters that are made here
 
 

@@ -124,7 +124,6 @@ def run(directory: Path, may_be_new: bool) -> Iterator[str]:
     if may_be_new and not (directory / workdir.CONFIG).exists():
         return
     train = config_from_dict(workdir.read_config(directory)).train
-    folder = directory / checkpoint.FOLDER
     steps = checkpoint.saved_steps(directory)
     seen = steps[-1] * train.batch_size if steps else 0
     yield f"run: {len(steps)} checkpoints, {seen:,} of {train.total_images:,} images"

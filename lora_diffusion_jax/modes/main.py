@@ -35,7 +35,9 @@ def build_parser() -> cli.Parser:
     add("--step", type=int, help="sample, export: which checkpoint; default: the newest")
     parser.add_path("--out", help="sample: folder, .npz or .png (a grid); export: .safetensors")
     parser.add_path("--source", help="import: the checkpoint file")
-    parser.add_path("--base", help="import: for a file of adapters alone, the base's file or workdir")
+    parser.add_path(
+        "--base", help="import: for a file of adapters alone, the base's file or workdir"
+    )
     parser.add_switch("overwrite", False, "sample: remove other samples from the folder --out")
     parser.add_switch("adapters_only", False, "export: leave the base out")
     parser.add_config_help(with_file=True)
@@ -106,7 +108,9 @@ def sample(args: argparse.Namespace, config: ConfigDict) -> int:
     run = load_workdir(args.workdir, weights=args.weights, at_step=args.step)
     run = with_config(run, config)
     about = describe(config, args.weights, run.step)
-    status = cli.cut_short(lambda: sample(run, seeds, args.class_id, args.out, about, overwrite=args.overwrite))
+    status = cli.cut_short(
+        lambda: sample(run, seeds, args.class_id, args.out, about, overwrite=args.overwrite)
+    )
     if status == 0:
         log(json.dumps({"images": len(seeds), "out": args.out, **about}))
     return status

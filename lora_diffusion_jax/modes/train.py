@@ -136,7 +136,8 @@ def callbacks(
     if config.eval.num_samples:
         heldout = None if config.eval.reference else open_heldout(config)
         paths = {
-            name: files.expand(config.eval[name], f"eval.{name}") for name in ("reference", "inception")
+            name: files.expand(config.eval[name], f"eval.{name}")
+            for name in ("reference", "inception")
         }
         measure = for_training(source, heldout, **paths)
     if measure is None:

@@ -78,7 +78,9 @@ class Checkpoints:
                 files.make_folder(self.directory, self.directory.parent)
                 for path in self.directory.iterdir():
                     if path.is_symlink():  # orbax would write or delete what it points to
-                        raise UserError(f"{path} is a link; a run's checkpoints are its own. Remove it.")
+                        raise UserError(
+                            f"{path} is a link; a run's checkpoints are its own. Remove it."
+                        )
 
         processes.from_leader("creating the folder of checkpoints", create_folder)
         handlers = {name: ocp.PyTreeCheckpointHandler() for name in PARTS}
@@ -227,7 +229,9 @@ def _write_sums(folder: Path) -> None:
     try:
         files.write_sums(folder)
     except OSError as error:
-        log(f"warning: {folder} has no checksums ({error.strerror}); damage to it would go unnoticed")
+        log(
+            f"warning: {folder} has no checksums ({error.strerror}); damage to it would go unnoticed"
+        )
 
 
 def find_damage(folder: Path, parts: Sequence[str] = PARTS) -> str:
@@ -247,9 +251,8 @@ def find_damage(folder: Path, parts: Sequence[str] = PARTS) -> str:
     weights_alone = saved == {"weights"} and folder.name == "0"
     for name in ("weights",) if weights_alone else parts or ("weights",):
         if name not in saved or not (folder / name).is_dir():
-            return f"it has no {name}" + " (to start from its weights, use init_from)" * (
-                name != "weights"
-            )
+            advice = "" if name == "weights" else " (init_from starts from its weights)"
+            return f"it has no {name}{advice}"
     try:
         damage = files.check_sums(folder, lambda name: bool(parts) or name.startswith("weights/"))
     except OSError as error:  # of the disk

@@ -385,7 +385,10 @@ def describe_sites(sites: Sequence[str]) -> str:
     for site in sites:
         block, _, layer = site.rpartition("/")
         layers.setdefault(block, []).append(layer)
-    listed = [f"{block} ({', '.join(names)})" if block else ", ".join(names) for block, names in layers.items()]
+    listed = [
+        f"{block} ({', '.join(names)})" if block else ", ".join(names)
+        for block, names in layers.items()
+    ]
     return f"{len(sites)} LoRA sites" + (f": {', '.join(listed)}" if sites else "")
 
 

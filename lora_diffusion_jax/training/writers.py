@@ -56,13 +56,17 @@ class Writers:
             }
             if damaged:
                 files.append(directory / DAMAGED, b"".join(line + b"\n" for line in damaged))
-                log(f"{self.path}: moved {len(damaged)} damaged lines to {DAMAGED}; the others stay")
+                log(
+                    f"{self.path}: moved {len(damaged)} damaged lines to {DAMAGED}; the others stay"
+                )
             data = b"".join(files.checked_line(json.dumps(line)) for line in kept)
             if self.path.exists() and self.path.read_bytes() != data:
                 with files.atomic(self.path) as temporary:
                     temporary.write_bytes(data)
             descriptor = files.open_own(self.path, os.O_WRONLY | os.O_APPEND)
-            self.lines = os.fdopen(descriptor, "ab", buffering=0)  # closing has nothing left to write
+            self.lines = os.fdopen(
+                descriptor, "ab", buffering=0
+            )  # closing has nothing left to write
             self.events = _open_events(directory, purge_from=step * batch_size + 1)
 
     def __enter__(self) -> "Writers":

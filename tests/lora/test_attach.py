@@ -316,5 +316,7 @@ def test_what_cannot_be_attached_is_one_sentence():
         with pytest.raises(UserError, match=words):
             jax.eval_shape(module.init, jax.random.key(0), x, condition)
     variables = random_variables(once, x, c)
-    with pytest.raises(UserError, match="LoRA site 'qkv' got a condition or an input of another width"):
+    with pytest.raises(
+        UserError, match="LoRA site 'qkv' got a condition or an input of another width"
+    ):
         once.apply(variables, x, jnp.ones((4, 7)))

@@ -63,7 +63,8 @@ def write_npz(path: str | os.PathLike[str], arrays: dict[str, Any], advice: str 
     with files.disk_errors(path, advice):
         path.parent.mkdir(parents=True, exist_ok=True)
         with files.atomic(path) as temporary, temporary.open("wb") as file:
-            np.savez(file, **arrays, **{DIGEST: np.array(_digest(arrays))})
+            contents: dict[str, Any] = {**arrays, DIGEST: np.array(_digest(arrays))}
+            np.savez(file, **contents)
 
 
 def _digest(arrays: Mapping[str, Any]) -> str:

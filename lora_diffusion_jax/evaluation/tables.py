@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -77,7 +78,10 @@ def plot(runs: Runs, metric: str, path: Path) -> None:
         right, upper = (
             np.mean(limits()) < at for limits, at in ((axes.get_xlim, x), (axes.get_ylim, y))
         )
-        place = {"ha": "right" if right else "left", "va": "top" if upper else "bottom"}
+        place: dict[str, Any] = {
+            "ha": "right" if right else "left",
+            "va": "top" if upper else "bottom",
+        }
         offset = (-8 if right else 8, -8 if upper else 8)
         axes.annotate(text, (x, y), offset, textcoords="offset points", **place)
     axes.set_xlabel("million images seen")

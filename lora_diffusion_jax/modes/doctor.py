@@ -127,9 +127,9 @@ def run(directory: Path, may_be_new: bool) -> Iterator[str]:
     steps = checkpoint.saved_steps(directory)
     seen = steps[-1] * train.batch_size if steps else 0
     yield f"run: {len(steps)} checkpoints, {seen:,} of {train.total_images:,} images"
-    yield "checksums: of all checkpoints, config.json, metrics and results"
     if problems := list(damaged(directory)):
         raise UserError("; ".join(problems) + ".")
+    yield "checksums: no damage in checkpoints, config.json, metrics and results"
 
 
 def damaged(directory: Path) -> Iterator[str]:

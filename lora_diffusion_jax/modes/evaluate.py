@@ -211,7 +211,9 @@ def open_images(args: argparse.Namespace, flag: str) -> tuple[Source, str, Recor
     except UserError as error:
         # The data's own messages speak of the config of main.py.
         flags = {"name": flag, "path": flag}
-        text = re.sub(r"\bdata\.(\w+)", lambda m: f"--{flags.get(m[1], m[1])}", str(error))
+        text = re.sub(
+            r"(?:--config\.)?\bdata\.(\w+)", lambda m: f"--{flags.get(m[1], m[1])}", str(error)
+        )
         unknown = "" if is_file else f"There is no file or folder {named}, and as a TFDS name: "
         raise UserError(unknown + text) from error
     where = str(path) if is_file else f"{named}[{split}]"

@@ -76,20 +76,22 @@ def sample(
         # Whole batches of an undisturbed run: an image's place in its batch can change how XLA
         # rounds it, and flip a byte.
         batch_of = np.arange(len(seeds)) // generator.call_size
-        rows = np.flatnonzero(np.isin(batch_of, batch_of[left]))
+        sampled = np.flatnonzero(np.isin(batch_of, batch_of[left]))
         for batch in generator.batches(
             run.variables,
-            checked[rows],
-            labels[rows],
+            checked[sampled],
+            labels[sampled],
             progress=processes.is_leader(),
             between=pause_point,
         ):
             batch.check_finite()
-            now, rows = rows[: len(batch.images)], rows[len(batch.images) :]
+            now, sampled = np.split(sampled, [len(batch.images)])
             for output in opened:
                 with files.disk_errors(out):
                     output.write(batch.images[left[now]])
     processes.from_leader("finishing --out", finish, FINISH_LIMIT)
+    if rows and out.suffix == ".png":
+        log(f"rows of {out}, from the top: class {', '.join(map(str, range(rows)))}")
 
 
 def choose_classes(

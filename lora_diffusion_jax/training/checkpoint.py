@@ -264,7 +264,10 @@ def find_damage(folder: Path, parts: Sequence[str] = PARTS) -> str:
 
 @functools.cache
 def _tell_unverified(directory: Path) -> None:
-    log(f"{directory} has checkpoints without checksums, saved by an older version: not verified")
+    log(
+        f"{directory} has checkpoints without checksums, saved by an older version or just before a kill: "
+        "not verified"
+    )
 
 
 def _read(folder: Path, like: Parts | None) -> dict[str, PyTree]:

@@ -54,17 +54,27 @@ def read_npz(
         ) from error
 
 
-def write_npz(path: str | os.PathLike[str], arrays: dict[str, Any], advice: str = ADVICE) -> None:
+def write_npz(
+    path: str | os.PathLike[str],
+    arrays: dict[str, Any],
+    advice: str = ADVICE,
+    *,
+    checked: bool = True,
+) -> None:
     """Writes an npz, and its folder if missing, so that a kill leaves no partial file.
 
-    A further entry `sha256` holds a hash of the arrays, for `read_npz`.
+    Args:
+        path: the file.
+        arrays: by name.
+        advice: what to do where it cannot be written.
+        checked: add an entry `sha256` with a hash of the arrays, which `read_npz` compares.
     """
     path = Path(path)
     with files.disk_errors(path, advice):
         path.parent.mkdir(parents=True, exist_ok=True)
         with files.atomic(path) as temporary, temporary.open("wb") as file:
-            contents: dict[str, Any] = {**arrays, DIGEST: np.array(_digest(arrays))}
-            np.savez(file, **contents)
+            contents: dict[str, Any] = {DIGEST: np.array(_digest(arrays))} if checked else {}
+            np.savez(file, **(contents | arrays))
 
 
 def _digest(arrays: Mapping[str, Any]) -> str:

@@ -20,7 +20,7 @@ demo: $(VENV)/installed
 	$(RUN) main.py --mode=train --config=configs/digits.py --workdir=workdirs/demo
 	$(RUN) main.py --mode=sample --workdir=workdirs/demo --seeds=0-99 --class_id=all --out=workdirs/demo/grid.png
 	@echo "Samples, one row per class: workdirs/demo/grid.png"
-	@echo "Metrics: workdirs/demo/metrics.jsonl    TensorBoard: tensorboard --logdir=workdirs/demo"
+	@echo "Metrics: workdirs/demo/metrics.jsonl    TensorBoard: pip install tensorboard; tensorboard --logdir=workdirs/demo"
 	@echo "Checkpoints: workdirs/demo/checkpoints  Grids during training: workdirs/demo/samples"
 
 test: $(VENV)/installed-test

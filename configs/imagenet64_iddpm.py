@@ -13,10 +13,11 @@ The settings are those of improved-diffusion's checkpoint imagenet64_uncond_100M
 `--config.init_from=FILE.pt` starts from. Its class-conditional network (imagenet64_cond_270M_250K.pt) is
 
     --config.class_conditional=True --config.lora.mode=baseline --config.model.channels=192 \
-        --config.train.learning_rate=3e-4 --config.train.batch_size=2048 --config.train.total_images=512000000 \
-        --config.precond.rescale_timesteps=False
+        --config.train.learning_rate=3e-4 --config.train.batch_size=2048 \
+        --config.train.total_images=512000000 --config.precond.rescale_timesteps=False
 
-with 273,049,350 parameters (`--config.lora.adapter=time_class` beside with_lora or only_lora). Not yet measured here.
+with 273,049,350 parameters (`--config.lora.adapter=time_class` beside with_lora or only_lora). Not yet
+measured here.
 """
 
 from ml_collections import ConfigDict

@@ -22,8 +22,8 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags import config_path
 
-from lora_diffusion_jax import compile_cache, default_config, processes
-from lora_diffusion_jax.errors import UserError, not_installed
+from lora_diffusion_jax import compile_cache, default_config, files, processes
+from lora_diffusion_jax.errors import UserError, explain, not_installed
 from lora_diffusion_jax.processes.interrupts import Interrupted, Interrupts
 
 # Packaged configs lie inside an installed package, and beside it in a checkout.
@@ -42,7 +42,8 @@ _CONFIG_ARGUMENT = re.compile(r"--?(no)?config(?:\.([^=]*))?(?:=(.*))?", re.DOTA
 def run(work: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> int:
     """Calls `work` with a command line, and returns the exit status of the program.
 
-    That is what `work` returns, 2 after a user's mistake, or 130 after Ctrl-C.
+    That is what `work` returns, 2 after an error, which is printed as one sentence, or 130 after
+    Ctrl-C. `--debug`, which is taken out of the command line, prints where an error was raised.
 
     Args:
         work: the program.
@@ -50,16 +51,19 @@ def run(work: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> 
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    processes.session.debug = "--debug" in arguments
+    sys.unraisablehook = _quiet_loops
+    # Python's resource tracker removes the shared memory of workers that an error ended, and says so.
+    quiet = "ignore:resource_tracker:UserWarning"
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), quiet]))
     try:
-        status = work(sys.argv[1:] if argv is None else list(argv))
-    except UserError as error:
-        if processes.is_leader():  # the mistake of another process alone is printed there
-            print(f"error: {error}", file=sys.stderr)
-        status = 2
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith(__package__):
-            raise
-        print(f"error: {not_installed(error)}", file=sys.stderr)
+        status = work([a for a in arguments if a != "--debug"])
+    except Exception as error:
+        if processes.session.debug:
+            traceback.print_exception(error)
+        if not isinstance(error, UserError) or processes.is_leader():  # else it is printed there
+            print(f"error: {_sentence(error)}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:  # before there was anything to save
         print("interrupted; rerun the same command to resume", file=sys.stderr)
@@ -71,6 +75,20 @@ def run(work: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> 
         sys.stderr.flush()
         os._exit(status)
     return status
+
+
+def _quiet_loops(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Leaves out what orbax's closed event loops raise while they are collected, after an error."""
+    if str(unraisable.exc_value) != "Event loop is closed" or processes.session.debug:
+        sys.__unraisablehook__(unraisable)
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith(__package__):
+        return not_installed(error)
+    return explain(error)
 
 
 @contextlib.contextmanager
@@ -132,10 +150,16 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **settings: Any):
         settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(allow_abbrev=False, **settings)
+        text = "print where an error was raised"
+        self.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=text)
 
     def error(self, message: str) -> NoReturn:
         """Raises UserError instead of exiting."""
         raise UserError(f"{message}. See {self.prog} --help.")
+
+    def add_path(self, name: str, **settings: Any) -> None:
+        """Adds a flag whose value is a path, with ~ and environment variables replaced."""
+        self.add_argument(name, action=_Path, **settings)
 
     def add_switch(self, name: str, default: bool | None, text: str) -> None:
         """Adds --name and --noname."""
@@ -155,17 +179,31 @@ class Parser(argparse.ArgumentParser):
                 self.add_argument(f"--{name}", type=numbers.get(name, str), help=text)
         self.set_defaults(process_timeout=300.0, heartbeat_timeout=15.0)
 
-    def add_config_help(self) -> None:
-        """Adds --helpfull, and lines on the arguments that `take_config` takes."""
-        for flag, text in (
-            ("--config=FILE", "a config file, or the name of a packaged config such as digits"),
-            ("--config.GROUP.FIELD=VALUE", "override a field; the last value of a field counts"),
-        ):
-            self.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
+    def add_config_help(self, *, with_file: bool) -> None:
+        """Adds --helpfull, and lines on the arguments that `take_config` takes.
+
+        Args:
+            with_file: whether --config=FILE is one of them.
+        """
+        lines = {
+            "--config=FILE": "a config file, or the name of a packaged config such as digits",
+            "--config.GROUP.FIELD=VALUE": "override a field; the last value of a field counts",
+        }
+        for flag in lines if with_file else list(lines)[1:]:
+            self.add_argument(
+                flag, action="store_true", default=argparse.SUPPRESS, help=lines[flag]
+            )
         full = "this text, and all config fields with their defaults"
         self.add_argument(
             "--helpfull", action=_HelpFull, nargs=0, default=argparse.SUPPRESS, help=full
         )
+
+
+class _Path(argparse.Action):
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, value: Any, *_: Any
+    ) -> None:
+        setattr(namespace, self.dest, files.expand(value, self.option_strings[0]))
 
 
 class _HelpFull(argparse.Action):
@@ -224,7 +262,7 @@ def load_config(name: str) -> tuple[ConfigDict, ModuleType]:
     Raises:
         UserError: there is no such file, or it fails.
     """
-    path = Path(name).expanduser().resolve()
+    path = Path(files.expand(name, "--config")).resolve()
     if path.suffix != ".py":
         packaged = {p.stem: p for folder in CONFIG_FOLDERS for p in folder.glob("[!_]*.py")}
         if name not in packaged:

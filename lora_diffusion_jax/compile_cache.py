@@ -3,12 +3,14 @@
 import contextlib
 import os
 import platform
+import stat
 import sys
 import zlib
 from pathlib import Path
 
 import jax
 
+from lora_diffusion_jax import files
 from lora_diffusion_jax.errors import UserError
 
 MIN_COMPILE_SECONDS = 0.1  # faster ones are not stored: reading an entry takes some 10 ms
@@ -23,8 +25,9 @@ def cache_dir() -> str:
     if os.environ.get("JAX_ENABLE_COMPILATION_CACHE", "1").lower() in ("0", "false", "f", "off"):
         return ""
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
-        return os.environ["JAX_COMPILATION_CACHE_DIR"]
-    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        given = os.environ["JAX_COMPILATION_CACHE_DIR"]
+        return given if "://" in given else files.expand(given, "JAX_COMPILATION_CACHE_DIR")
+    home = Path(files.expand(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "XDG_CACHE_HOME"))
     # CPU programs run only on the kind of processor they were compiled for, and machines of several
     # kinds may share a home directory.
     try:
@@ -51,7 +54,8 @@ def max_bytes() -> int:
 def use_compilation_cache() -> str:
     """Turns the cache on and tidies it; returns its folder, '' if it is off.
 
-    A folder that cannot be written to is a warning; what it holds is still read.
+    A folder that cannot be written to is a warning; what it holds is still read. One that others can
+    write to is not used, since a compiled program runs with all rights of this process.
     """
     folder = cache_dir()
     # GPU processes that compile share the search for fast kernels: one that found the program in a
@@ -61,6 +65,10 @@ def use_compilation_cache() -> str:
         folder = ""
     min_seconds = os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", MIN_COMPILE_SECONDS)
     if folder and "://" not in folder:  # a bucket has rules of its own
+        if problem := find_stranger(Path(folder)):
+            print(f"warning: {problem}", file=sys.stderr)
+            jax.config.update("jax_compilation_cache_dir", None)
+            return ""
         try:
             tidy(Path(folder), max_bytes())
         except OSError as error:
@@ -74,6 +82,23 @@ def use_compilation_cache() -> str:
     jax.config.update("jax_compilation_cache_dir", folder or None)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", float(min_seconds))
     return folder
+
+
+def find_stranger(folder: Path) -> str:
+    """Says who else could put programs into the cache; '' if nobody can, or it does not exist yet."""
+    if not folder.exists():
+        return ""
+    found = folder.stat()
+    if found.st_uid not in (os.geteuid(), 0):
+        problem = f"belongs to another user (uid {found.st_uid})"
+    elif found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        problem = f"can be written to by others (mode {stat.S_IMODE(found.st_mode):o})"
+    else:
+        return ""
+    return (
+        f"the compilation cache {folder} {problem}, who could place programs there, so it is not used. "
+        "Set JAX_COMPILATION_CACHE_DIR to a folder of your own, or run: chmod go-w " + str(folder)
+    )
 
 
 def tidy(folder: Path, limit: int) -> None:
@@ -90,7 +115,9 @@ def tidy(folder: Path, limit: int) -> None:
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     stamp = folder / ".checked"  # older entries are known to be whole
     checked = stamp.stat().st_mtime if stamp.exists() else 0.0
-    stamp.write_bytes(b"1")
+    with os.fdopen(files.open_own(stamp, os.O_WRONLY), "wb") as file:
+        file.write(b"1")
+    os.utime(stamp)
     with contextlib.suppress(OSError):  # another process may tidy at the same time
         entries = [(path.stat(), path) for path in folder.glob("*-cache")]
         entries.sort(key=lambda entry: max(entry[0].st_atime, entry[0].st_mtime), reverse=True)

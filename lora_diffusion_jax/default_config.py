@@ -25,7 +25,9 @@ def base() -> ConfigDict:
     config.model.channel_mult = (2, 2, 2)
     config.model.channel_mult_emb = 4
     config.model.num_blocks = 4
-    config.model.attn_resolutions = (16,)
+    config.model.attn_resolutions = (16,)  # heights of the levels with attention, and so with LoRA
+    # Or these levels, whatever the image size: 0 is the finest, (1,) the second.
+    config.model.attn_levels = config_dict.placeholder(tuple)
     config.model.dropout = 0.13
     config.model.label_dropout = 0.0
     config.model.augment_dim = 9  # width of the augmentation labels; 0 has no layer for them

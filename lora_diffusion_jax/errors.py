@@ -10,6 +10,15 @@ class UserError(ValueError):
     """
 
 
+def explain(error: BaseException) -> str:
+    """A sentence for an unexpected error, with its type and first line."""
+    text = printable((str(error).strip().splitlines() or ["without a message"])[0], 300)
+    return (
+        f"{type(error).__name__}: {text}. This error is unexpected: unless a file is damaged, please report "
+        "it. The same command with --debug prints where it happened."
+    )
+
+
 def choose(setting: str, value: Any, known: Any) -> Any:
     """Returns known[value], or value itself where `known` is a sequence.
 

@@ -27,12 +27,31 @@ NO_LABEL = -1  # the label of an image from an unconditional network, in files a
 Sampler = Callable[..., Images]  # (denoise, latents, *, key) -> images in [-1, 1]
 
 
+class NotFiniteError(UserError):
+    """Generated images hold NaN or infinity."""
+
+
 class Batch(NamedTuple):
     """Generated images with what made them."""
 
     images: np.ndarray  # uint8 [N, H, W, C]
     seeds: np.ndarray  # int64 [N]
     labels: np.ndarray  # int32 [N]; NO_LABEL without classes
+    finite: np.ndarray | bool = True  # bool [N]: without NaN or infinity, which no uint8 shows
+
+    def not_finite(self) -> list[int]:
+        """The seeds of the images that hold NaN or infinity."""
+        return self.seeds[~np.broadcast_to(self.finite, len(self.seeds))].tolist()
+
+    def check_finite(self) -> None:
+        """Raises NotFiniteError if an image holds NaN or infinity."""
+        if bad := self.not_finite():
+            listed = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
+            raise NotFiniteError(
+                f"{len(bad)} of {len(self.seeds)} images hold NaN or infinity (seeds {listed}): the "
+                "sampler overflowed. Use dtype=float32, more steps (sampler.num_steps), or another "
+                "checkpoint (--step)."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,15 +80,21 @@ class Generator:
         return -(-self.batch_size // self.mesh.size) * self.mesh.size
 
     @functools.cached_property
-    def compiled(self) -> Callable[[Variables, jax.Array, Labels], jax.Array]:
-        """The whole sampling run as one jitted function (variables, seeds [B], labels [B, n]) -> uint8.
+    def compiled(
+        self,
+    ) -> Callable[[Variables, jax.Array, Labels], tuple[jax.Array, jax.Array]]:
+        """The whole sampling run as one jitted function.
+
+        It is (variables, seeds [B], labels [B, n]) -> (uint8 [B, H, W, C], bool [B]: finite).
 
         Kept, so that a training run compiles its sampler once and not at every grid of samples.
         """
         spread = NamedSharding(self.mesh, P(self.mesh.axis_names))
         return jax.jit(self._sample, in_shardings=(None, spread, spread), out_shardings=spread)
 
-    def _sample(self, variables: Variables, seeds: jax.Array, labels: Labels) -> jax.Array:
+    def _sample(
+        self, variables: Variables, seeds: jax.Array, labels: Labels
+    ) -> tuple[jax.Array, jax.Array]:
         def latent(seed: jax.Array) -> jax.Array:
             return jax.random.normal(purpose_key(seed, LATENT), self.image_shape)
 
@@ -77,7 +102,8 @@ class Generator:
         # Weights that training splits (`training.sharding.gathered` says why) are used whole.
         variables = jax.lax.with_sharding_constraint(variables, NamedSharding(self.mesh, P()))
         denoise = bind(self.denoiser, variables, labels if self.num_classes else None)
-        return to_uint8(self.sampler(denoise, jax.vmap(latent)(seeds), key=churn))
+        images = self.sampler(denoise, jax.vmap(latent)(seeds), key=churn)
+        return to_uint8(images), jnp.isfinite(images).all(axis=(1, 2, 3))
 
     def batches(
         self,
@@ -124,8 +150,8 @@ class Generator:
         one_hot = np.eye(max(self.num_classes, 1), dtype=np.float32)[np.maximum(labels, 0)]
         spread = NamedSharding(self.mesh, P(self.mesh.axis_names))
         inputs = (processes.place(a[fill], spread) for a in (seeds.astype(np.uint32), one_hot))
-        images = processes.fetch(self.compiled(variables, *inputs))
-        return Batch(images[: len(seeds)], seeds, labels)
+        images, finite = map(processes.fetch, self.compiled(variables, *inputs))
+        return Batch(images[: len(seeds)], seeds, labels, finite[: len(seeds)])
 
     def choose_labels(
         self, seeds: np.ndarray, class_ids: Sequence[int] | int | None = None

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,9 +12,11 @@ import numpy as np
 from PIL import Image
 
 from lora_diffusion_jax import files
+from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.generate import NO_LABEL
 
 FILES = (".npz", ".png")  # any other --out is a folder
+IMAGES = (".png", ".jpg", ".jpeg")  # what an evaluation of a folder counts
 
 
 class Output:
@@ -24,42 +27,73 @@ class Output:
     uint8 [N, H, W, C], seeds [N], labels [N] and a JSON text `about`; a .png shows all images as a grid.
     Until such a file is complete, its images lie in the folder `FILE.unfinished`.
 
+    Links in the folder are not followed.
+
     Args:
         path: the folder or file.
         seeds: of all images, int64 [N]; in a folder each one once.
         labels: of all images, int32 [N].
         identity: what else decides the images; images left by a run of another identity are dropped.
         columns: of a grid; 0: as many as rows.
+        overwrite: remove images of other seeds that an earlier command wrote into the folder.
 
     Attributes:
         done: bool [N], which images an interrupted run has left. The others are to be written in order.
 
     Raises:
-        UserError: another process is writing there.
+        UserError: another process is writing there, or the folder holds images of other origin.
     """
 
     def __init__(
-        self, path: Path, seeds: np.ndarray, labels: np.ndarray, identity: str, columns: int = 0
+        self,
+        path: Path,
+        seeds: np.ndarray,
+        labels: np.ndarray,
+        identity: str,
+        columns: int = 0,
+        *,
+        overwrite: bool = False,
     ):
         self.path, self.seeds, self.labels, self.columns = path, seeds, labels, columns
         packed = path.suffix in FILES
         self.folder = path.with_name(path.name + ".unfinished") if packed else path
         # A file may hold a seed twice, with two labels: there images are numbered by position.
         self.names = [f"{n:06d}.png" for n in (range(len(seeds)) if packed else seeds)]
-        self.folder.mkdir(parents=True, exist_ok=True)
+        files.make_folder(self.folder, self.folder.parent if packed else self.folder)
         self.lock = files.Lock(
             self.folder / ".lock",
             f"Another process is writing {path}; wait for it, or choose another --out.",
         )
+        if not packed:
+            self._refuse_others(overwrite)
         self.state = self.folder / ".unfinished"
         if not (self.state.is_file() and self.state.read_text() == identity):
             for name in ["dataset.json", *self.names]:  # must not pass for this run's
                 (self.folder / name).unlink(missing_ok=True)
             files.write_text(self.state, identity)
         # An empty file is what a crash of the machine may leave.
-        there = {entry.name for entry in os.scandir(self.folder) if entry.stat().st_size}
+        there = {e.name for e in os.scandir(self.folder) if e.is_file() and e.stat().st_size}
         self.done = np.array([name in there for name in self.names])
         self._missing = iter([name for name in self.names if name not in there])
+
+    def _refuse_others(self, overwrite: bool) -> None:
+        """Raises UserError for images in the folder that an evaluation would count with this run's."""
+        asked = {self.folder / name for name in self.names}
+        found = (path for path in self.folder.rglob("*") if path.suffix.lower() in IMAGES)
+        others = sorted(path for path in found if path not in asked)
+        ours = [
+            p for p in others if p.parent == self.folder and re.fullmatch(r"\d{6,10}\.png", p.name)
+        ]
+        if overwrite and ours == others:
+            for path in ours:
+                path.unlink()
+        elif others:
+            advice = "choose another --out"
+            advice += ", or add --overwrite to remove them" if ours == others else ""
+            raise UserError(
+                f"{self.folder} holds {len(others)} images that this command does not write, such as "
+                f"{others[0].name}; they would count as samples of this run: {advice}."
+            )
 
     def write(self, images: np.ndarray) -> None:
         """Writes the next of the missing images, uint8 [n, H, W, C]."""

@@ -19,6 +19,12 @@ def is_adapter(path: str) -> bool:
     return ADAPTER in path.split("/")
 
 
+def list_sites(params: Any) -> list[str]:
+    """Paths of the adapted layers in a parameter tree, sorted."""
+    adapted = [path for path in traverse_util.flatten_dict(params) if ADAPTER in path]
+    return sorted({"/".join(path[: path.index(ADAPTER)]) for path in adapted})
+
+
 def split(params: Any, chosen: Callable[[str], bool]) -> tuple[Any, Any]:
     """Splits nested dictionaries into the leaves whose path is chosen, and the rest."""
     flat = traverse_util.flatten_dict(params)

@@ -164,8 +164,13 @@ def test_mistakes_and_interruptions_have_an_exit_status(capsys):
     assert cli.run(raising(KeyboardInterrupt()), []) == 130
     assert cli.run(raising(ModuleNotFoundError("No x", name="grain")), []) == 2
     assert "the package grain is not installed" in capsys.readouterr().err
-    with pytest.raises(ZeroDivisionError):
-        cli.run(raising(ZeroDivisionError()), [])
+    assert cli.run(raising(ZeroDivisionError("by 0\nat once")), []) == 2
+    assert capsys.readouterr().err.startswith("error: ZeroDivisionError: by 0. Nobody foresaw this")
+    for error in (ZeroDivisionError(), UserError("What was found.")):
+        assert cli.run(raising(error), ["--debug"]) == 2
+        text = capsys.readouterr().err
+        assert text.startswith("Traceback")
+        assert "\nerror: " in text
 
 
 def test_a_signal_cuts_work_short(capsys):

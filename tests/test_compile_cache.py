@@ -5,6 +5,7 @@ import subprocess
 import sys
 import zlib
 
+import jax
 import pytest
 
 from lora_diffusion_jax import compile_cache
@@ -77,6 +78,34 @@ def test_the_environment_decides(environment, place, monkeypatch):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert compile_cache.cache_dir() == place
+
+
+def test_a_folder_that_others_can_write_to_is_not_used(tmp_path, capsys, monkeypatch):
+    """A compiled program is machine code: whoever writes it there has it run."""
+    monkeypatch.setattr(jax.config, "update", lambda *setting: settings.append(setting))
+    for mode, words in ((0o777, "mode 777"), (0o770, "mode 770"), (0o755, "")):
+        settings = []
+        folder = tmp_path / f"{mode:o}"
+        folder.mkdir()
+        folder.chmod(mode)
+        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder))
+        assert compile_cache.use_compilation_cache() == ("" if words else str(folder))
+        assert words in capsys.readouterr().err
+        if words:
+            assert settings == [("jax_compilation_cache_dir", None)]
+            assert not list(folder.iterdir())
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    if folder.stat().st_uid:
+        assert "belongs to another user" in compile_cache.find_stranger(folder)
+
+
+def test_the_stamp_is_not_written_through_a_link(tmp_path):
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / ".checked").symlink_to(tmp_path / "precious")
+    with pytest.raises(UserError, match=".checked is a link"):
+        compile_cache.tidy(tmp_path / "cache", 10**9)
+    assert (tmp_path / "precious").read_text() == "precious"
 
 
 @pytest.mark.parametrize("text", ["many", "-1", "nan"])

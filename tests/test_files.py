@@ -1,5 +1,7 @@
 """Files that appear whole or not at all, locks, and disk errors in plain words."""
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -64,3 +66,126 @@ def test_a_lock_is_held_until_its_process_dies(tmp_path):
     with files.Lock(path, "taken") as lock:
         lock.release(remove=True)
     assert not path.exists()
+
+
+LINKS = {
+    "to a file": lambda path, outside: path.symlink_to(outside),
+    "to nothing": lambda path, outside: path.symlink_to(outside.with_name("new")),
+    "a second name": lambda path, outside: os.link(outside, path),
+    "a pipe": lambda path, outside: os.mkfifo(path),
+}
+WRITERS = {
+    "lock": lambda path: files.Lock(path, "taken", holder="me"),
+    "append": lambda path: files.append(path, b"x"),
+    "write_text": lambda path: files.write_text(path, "x"),
+}
+
+
+@pytest.mark.parametrize("kind", LINKS)
+@pytest.mark.parametrize("writer", WRITERS)
+def test_nothing_is_written_through_a_link(tmp_path, kind, writer):
+    outside, path = tmp_path / "precious", tmp_path / "run" / "file"
+    outside.write_text("precious")
+    path.parent.mkdir()
+    LINKS[kind](path, outside)
+    if writer == "write_text":  # replaces the link
+        WRITERS[writer](path)
+        assert path.read_text() == "x"
+        assert not path.is_symlink()
+    else:
+        with pytest.raises(UserError, match="file is a link or no ordinary file|Cannot use"):
+            WRITERS[writer](path)
+    assert outside.read_text() == "precious"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["precious", "run"]
+
+
+def test_a_folder_below_another_is_no_link(tmp_path):
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / "real")  # the user's own choice
+    (tmp_path / "real").mkdir()
+    folder = files.make_folder(tmp_path / "run" / "a" / "b", tmp_path / "run")
+    assert folder.is_dir()
+    (folder / "c").symlink_to(tmp_path / "outside")
+    with pytest.raises(UserError, match="c is a link"):
+        files.make_folder(folder / "c" / "d", tmp_path / "run")
+    assert not list((tmp_path / "outside").iterdir())
+
+
+def test_every_flipped_bit_of_a_line_is_noticed(tmp_path):
+    path, records = tmp_path / "x.jsonl", [{"step": k, "a": 0.5 + k, "b": "word"} for k in range(3)]
+    for record in records:
+        files.append(path, files.checked_line(json.dumps(record)))
+    assert files.read_lines(path) == (records, [])
+    whole = path.read_bytes()
+    length = whole.index(b"\n") + 1
+    for bit in range(8 * (length - 1)):
+        data = bytearray(whole)
+        data[length + bit // 8] ^= 1 << bit % 8
+        path.write_bytes(data)
+        good, damaged = files.read_lines(path)
+        assert damaged
+        assert good == [records[0], records[2]]
+
+
+def test_old_lines_and_endless_brackets(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'{"a": 1}\n' + b"[" * 200_000 + b"\n5\n\xff\n")
+    good, damaged = files.read_lines(path)
+    assert good == [{"a": 1}]
+    assert len(damaged) == 3
+
+
+def test_a_line_after_a_torn_one_stands_alone(tmp_path):
+    path = tmp_path / "x"
+    path.write_bytes(b"torn")
+    files.append(path, b"next\n")
+    files.append(path, b"last\n")
+    assert path.read_bytes() == b"torn\nnext\nlast\n"
+
+
+def test_checksums_are_those_of_sha256sum_and_notice_changes(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x").write_bytes(b"abc")
+    (tmp_path / "y").write_bytes(b"")
+    assert files.check_sums(tmp_path) is None
+    files.write_sums(tmp_path)
+    # FIPS 180-2, appendix B.1, and the digest of nothing
+    assert (tmp_path / files.SUMS).read_text() == (
+        "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad  a/x\n"
+        "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855  y\n"
+    )
+    assert files.check_sums(tmp_path) == ""
+    (tmp_path / "y").write_bytes(b"\0")
+    assert "y does not have the content" in files.check_sums(tmp_path)
+    assert files.check_sums(tmp_path, lambda name: name.startswith("a/")) == ""
+    (tmp_path / "y").unlink()
+    assert files.check_sums(tmp_path) == "y is missing"
+    (tmp_path / files.SUMS).write_text("ba78")
+    assert files.check_sums(tmp_path) == "SHA256SUMS is damaged"
+
+
+def test_what_is_set_aside_keeps_its_content(tmp_path):
+    for n, name in ((1, "bad"), (2, "bad-2"), (3, "bad-3")):
+        (tmp_path / "x").write_text(str(n))
+        assert files.set_aside(tmp_path / "x", "bad").name == name
+        assert (tmp_path / name).read_text() == str(n)
+
+
+def test_paths_are_expanded_or_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PLACE", "/disk")
+    monkeypatch.delenv("NOPE", raising=False)
+    assert files.expand("~/x") == f"{tmp_path}/x"
+    assert files.expand("${PLACE}/$PLACE") == "/disk//disk"
+    assert files.expand("a/~b c") == "a/~b c"
+    assert files.expand("") == ""
+    for text, words in (
+        ("gs://bucket/x", "--out=gs://bucket/x is a URL"),
+        ("https:/host/x", "is a URL"),
+        ("file:///x", "is a URL"),
+        ("$NOPE/x", "variable NOPE is not set"),
+        ("~no_such_user_here/x", "no home directory"),
+    ):
+        with pytest.raises(UserError) as error:
+            files.expand(text, "--out")
+        assert words in str(error.value)

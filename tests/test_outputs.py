@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.outputs import Output, grid
 
 SEEDS = np.array([4, 1, 9, 3, 11])
@@ -64,6 +65,42 @@ def test_what_was_done_before_a_kill_is_kept(tmp_path, name):
     found, expected = contents(path), contents(whole)
     assert list(found.values()) == list(expected.values())
     assert not Output(path, SEEDS, LABELS, "another").done.any()
+
+
+def test_images_that_would_be_counted_with_the_new_ones_are_refused(tmp_path):
+    """Of an earlier, larger run: --overwrite removes them; anybody else's are never removed."""
+    save(tmp_path)
+    few = SEEDS[:2], LABELS[:2]
+    with pytest.raises(UserError, match=r"3 images .* such as 000003.png.*--overwrite"):
+        Output(tmp_path, *few, "few")
+    assert len(list(tmp_path.glob("*.png"))) == 5
+    output = Output(tmp_path, *few, "few", overwrite=True)
+    output.write(IMAGES[:2])
+    output.finish(ABOUT)
+    assert sorted(p.name for p in tmp_path.glob("*.png")) == ["000001.png", "000004.png"]
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "holiday.JPG").write_bytes(b"precious")
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match=r"holiday.JPG.*choose another --out\.$"):
+            Output(tmp_path, *few, "few", overwrite=overwrite)
+    assert (tmp_path / "deep" / "holiday.JPG").read_bytes() == b"precious"
+    Output(tmp_path / "deep" / "x.npz", *few, "few")  # a file holds its own images alone
+
+
+@pytest.mark.parametrize("name", [".lock", ".unfinished", "000004.png", "dataset.json"])
+def test_links_in_the_folder_are_not_followed(tmp_path, name):
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).symlink_to(tmp_path / "precious")
+    if name == ".lock":
+        with pytest.raises(UserError, match=".lock is a link"):
+            save(tmp_path / "out")
+    else:
+        save(tmp_path / "out")
+    assert (tmp_path / "precious").read_text() == "precious"
+    (tmp_path / "x.npz.unfinished").symlink_to(tmp_path / "out")
+    with pytest.raises(UserError, match="x.npz.unfinished is a link"):
+        save(tmp_path / "x.npz")
 
 
 def test_an_earlier_result_does_not_pass_for_this_one(tmp_path):

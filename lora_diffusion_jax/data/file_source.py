@@ -82,7 +82,7 @@ class FileSource(ImageSource):
         def shapes() -> Iterator[tuple[Shape, str]]:
             title = f"checking {self._files.path}"
             indices = evenly_spaced(len(self), _MAX_HEADERS)
-            for i in tqdm(indices, desc=title, unit="img", delay=2):
+            for i in tqdm(indices, desc=title, unit="img", delay=2, disable=None):
                 where = self._files.where(self._names[i])
                 with self._files.open(self._names[i]) as file:
                     yield read_shape(file, where), where

@@ -82,7 +82,7 @@ class ImageSource(abc.ABC):
         starts = range(0, len(self), _CHUNK)
         labels = [
             self._checked_label(encoded)
-            for start in tqdm(starts, desc="reading labels", delay=2)
+            for start in tqdm(starts, desc="reading labels", delay=2, disable=None)
             for encoded in self.fetch(range(start, min(start + _CHUNK, len(self))))
         ]
         return np.array(labels, np.int32)

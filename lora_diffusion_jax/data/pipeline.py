@@ -171,7 +171,9 @@ def _decode_all(source: Source) -> tuple[np.ndarray, np.ndarray]:
         images[part], labels[part] = batch["image"], batch["label"]
         return part.stop - part.start
 
-    bar = tqdm(total=size, desc="decoding images", unit="img", delay=2, mininterval=0.5)
+    bar = tqdm(
+        total=size, desc="decoding images", unit="img", delay=2, mininterval=0.5, disable=None
+    )
     with bar, ThreadPoolExecutor(_num_threads(source)) as pool:
         try:
             for count in pool.map(fill, range(0, size, _CHUNK)):

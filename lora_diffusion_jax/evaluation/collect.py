@@ -15,7 +15,7 @@ from lora_diffusion_jax import files
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.evaluation.features import Detector, extract
 from lora_diffusion_jax.evaluation.npz import read_npz, write_npz
-from lora_diffusion_jax.evaluation.results import source_hash, to_line
+from lora_diffusion_jax.evaluation.results import note, source_hash, to_line
 from lora_diffusion_jax.evaluation.statistics import Moments
 from lora_diffusion_jax.processes import from_leader, is_leader
 from lora_diffusion_jax.processes.interrupts import pause_point
@@ -156,7 +156,7 @@ class Partial:
 
     def __init__(self, home: Path, identity: Mapping[str, object]):
         key = hashlib.sha256(to_line(dict(identity)).encode()).hexdigest()[:16]
-        self.folder = home / "partial" / key
+        self.home, self.folder = home, home / "partial" / key
         self.saved = 0  # images
 
     @property
@@ -167,12 +167,15 @@ class Partial:
         """Takes the lock against other programs that compute the same sums."""
         advice = "Make it writable, or choose another with the environment variable"
         with files.disk_errors(self.folder, f"{advice} LORA_DIFFUSION_CACHE."):
-            self.folder.mkdir(parents=True, exist_ok=True)
+            files.make_folder(self.folder, self.home)
         taken = f"Another process is computing the same result in {self.folder}; wait or stop it."
         return files.Lock(self._lock_file, taken)
 
     def restore(self, found: FeatureSet) -> None:
-        """Puts what was saved into an empty set; discards what is torn or of another version."""
+        """Puts what was saved into an empty set; discards what is damaged or of another version."""
+        if not (self.folder / "state.npz").exists():
+            shutil.rmtree(self.folder, ignore_errors=True)  # rows before the first state
+            return
         try:
             state = self._read(self.folder / "state.npz")
             if str(state["code"]) != source_hash():
@@ -181,7 +184,8 @@ class Partial:
             if found.keep_rows:
                 found.rows = self._read_rows(len(moments))
             found.moments = moments
-        except (UserError, KeyError):
+        except (UserError, KeyError, ValueError) as error:
+            note(f"the partial sums are computed again: {error}")
             shutil.rmtree(self.folder, ignore_errors=True)
         self.saved = len(found)
 

@@ -16,6 +16,7 @@ import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from lora_diffusion_jax import files
 from lora_diffusion_jax.array_types import PyTree
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.evaluation import resize
@@ -41,12 +42,13 @@ def load_dinov2(path: str | os.PathLike[str] | None = None) -> Detector:
         UserError: no file, a damaged one, or another network's.
     """
     named = path or os.environ.get(VARIABLE)
-    if not named or not Path(named).expanduser().is_file():
+    named = files.expand(named or "", VARIABLE)
+    if not Path(named).is_file():
         raise UserError(
-            f"There is no DINOv2 weights file {named or ''}. Download the official {FILE_NAME}, and "
+            f"There is no DINOv2 weights file {named}. Download the official {FILE_NAME}, and "
             f"pass --dinov2=PATH or set {VARIABLE}=PATH."
         )
-    path = Path(named).expanduser()
+    path = Path(named)
     return make_detector(read_torch_state_dict(path), path, sha256_of(path))
 
 

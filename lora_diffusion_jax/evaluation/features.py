@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lora_diffusion_jax import files
 from lora_diffusion_jax.array_types import PyTree
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.processes import fetch, place
@@ -93,7 +94,7 @@ class Detector:
 def cache_folder() -> Path:
     """The folder of downloaded and trained networks: $LORA_DIFFUSION_CACHE, or one in ~/.cache."""
     default = os.environ.get("LORA_DIFFUSION_CACHE", "~/.cache/lora_diffusion_jax")
-    return Path(default).expanduser()
+    return Path(files.expand(default, "LORA_DIFFUSION_CACHE"))
 
 
 def sha256_of(path: Path) -> str:

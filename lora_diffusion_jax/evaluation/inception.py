@@ -80,7 +80,7 @@ def present_weights(path: str | os.PathLike[str] | None = None) -> Path | None:
     """Returns the weights file named by argument, environment or cache; None if there is none."""
     named = path or os.environ.get(VARIABLE)
     cached = cache_folder() / FILE_NAME
-    return Path(named).expanduser() if named else cached if cached.is_file() else None
+    return Path(files.expand(named, VARIABLE)) if named else cached if cached.is_file() else None
 
 
 def find_weights(path: str | os.PathLike[str] | None = None) -> Path:

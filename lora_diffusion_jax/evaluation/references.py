@@ -83,7 +83,8 @@ def save_reference(path: str | os.PathLike[str], reference: Reference) -> None:
     }
     if reference.features is not None:
         arrays["features"] = np.asarray(reference.features, np.float32)
-    write_npz(path, arrays | {WEIGHTS + name: value for name, value in reference.weights.items()})
+    arrays |= {WEIGHTS + name: value for name, value in reference.weights.items()}
+    write_npz(path, arrays, checked=False)  # other tools may edit it
 
 
 def load_reference(path: str | os.PathLike[str]) -> Reference:

@@ -82,26 +82,28 @@ def results_file(workdir: str | os.PathLike[str]) -> Path:
 
 
 def append(path: Path, record: Record) -> None:
-    """Appends one result; a partial line left by a crash stays a line of its own."""
+    """Appends one result, with its CRC-32; a partial line left by a crash stays a line of its own."""
     with files.disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torn = path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n")
-        with path.open("a") as file:
-            file.write(("\n" if torn else "") + to_line(record) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        files.make_folder(path.parent, path.parent.parent)
+        files.append(path, files.checked_line(to_line(record)), sync=True)
 
 
 def read(path: Path) -> dict[str, Record]:
-    """Returns the results in a file by key; lines cut off by a crash are left out."""
-    found = {}
-    for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
-        try:
-            record = json.loads(line)
-            found[key_of(record)] = record
-        except (json.JSONDecodeError, AttributeError):
-            continue  # not a result: that measurement will be repeated
-    return found
+    """Returns the results in a file by key; damaged lines are left out, and moved away by `repair`."""
+    return {key_of(record): record for record in files.read_lines(path)[0]}
+
+
+def repair(path: Path) -> None:
+    """Moves damaged lines of a results file (bits changed, cut off by a crash) to FILE.damaged."""
+    good, damaged = files.read_lines(path)
+    if not damaged:
+        return
+    with files.disk_errors(path):
+        aside = path.with_name(f"{path.name}.damaged")
+        files.append(aside, b"".join(line + b"\n" for line in damaged))
+        with files.atomic(path) as temporary:
+            temporary.write_bytes(b"".join(files.checked_line(to_line(record)) for record in good))
+    note(f"{path}: moved {len(damaged)} damaged lines to {aside.name}; they are measured again")
 
 
 def key_of(record: Record) -> str:

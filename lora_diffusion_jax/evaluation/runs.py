@@ -39,6 +39,7 @@ class Network(NamedTuple):
         """
         surplus = skip % self.generator.call_size
         for batch in self.generator.batches(self.variables, seeds[skip - surplus :]):
+            batch.check_finite()
             yield batch.images[surplus:]
             surplus = 0
 
@@ -77,7 +78,7 @@ def evaluate(
             evaluator.detector,
             functools.partial(network.images, seeds),
             len(seeds),
-            cache_folder() if step is None else Path(run.where) / results.FOLDER,
+            cache_folder() if step is None else _results_folder(run.where),
             {name: labels[name] for name in IMAGES_DEPEND_ON},
             keep_rows=evaluator.needs_rows,
             mesh=network.generator.mesh,
@@ -141,12 +142,20 @@ def evaluate_all(
             pause_point()
 
 
+def _results_folder(where: str) -> Path:
+    """The folder of a run's results."""
+    folder = Path(where) / results.FOLDER
+    with files.disk_errors(folder):
+        return files.make_folder(folder, where)
+
+
 def _evaluate_once(run: Run, step: int, repeats: Repeats, evaluator: Evaluator) -> Iterator[Record]:
     """The results of one checkpoint: those in the run's file, or new ones, which are added to it."""
     path = results.results_file(run.where)
     keys = expected_keys(run, step, repeats, evaluator)
 
     def read_all() -> list[Record] | None:
+        results.repair(path)
         known = results.read(path)
         return [known[key] for key in keys] if known.keys() >= set(keys) else None
 
@@ -191,7 +200,7 @@ def _summarise(root: Path, runs: Iterator[Run], repeats: Repeats, evaluator: Eva
         found[name] = [known[key] for part in keys for key in part if key in known]
     folder, text = root / results.FOLDER, tables.table(found)
     with files.disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        files.make_folder(folder, root)
         files.write_text(folder / "table.txt", text + "\n")
         for name in names:
             tables.plot(found, name, folder / f"{name}.png")

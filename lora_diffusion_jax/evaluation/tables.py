@@ -2,6 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from lora_diffusion_jax import files
 from lora_diffusion_jax.evaluation.results import Record, is_score
@@ -71,7 +74,16 @@ def plot(runs: Runs, metric: str, path: Path) -> None:
         x, y = point(top[metric])
         axes.plot([x], [y], "*", color="black", markersize=12)
         text = f"best {y:.4g}\nat {x:.3g} M images"
-        axes.annotate(text, (x, y), (8, 8), textcoords="offset points")
+        # Towards the middle of the axes, which it would else run past.
+        right, upper = (
+            np.mean(limits()) < at for limits, at in ((axes.get_xlim, x), (axes.get_ylim, y))
+        )
+        place: dict[str, Any] = {
+            "ha": "right" if right else "left",
+            "va": "top" if upper else "bottom",
+        }
+        offset = (-8 if right else 8, -8 if upper else 8)
+        axes.annotate(text, (x, y), offset, textcoords="offset points", **place)
     axes.set_xlabel("million images seen")
     axes.set_ylabel(metric)
     axes.grid(alpha=0.3)

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from lora_diffusion_jax import lora
@@ -46,12 +47,16 @@ _RANGES = {  # fields -> their range; upper bounds keep a damaged file from aski
     ("train.batch_size", "train.total_images", "sampler.batch_size"): (1, math.inf),
     ("train.microbatch", "eval.num_samples", "eval.final_num_samples"): (0, math.inf),
     ("eval.num_steps", "train.new_classes"): (0, math.inf),
+    ("train.learning_rate", "train.ema_halflife_images", "train.ema_rampup_ratio"): (0, math.inf),
+    ("train.rampup_images", "data.memory_limit_gib"): (0, math.inf),
+    ("data.workers",): (0, 1024),
     ("train.seed",): (0, 2**32 - 1),  # JAX would drop the bits above
 }
 _TUPLES = {  # field -> range of its length, range of its integers
     "model.channel_mult": ((1, 12), (1, 1024)),
     "model.attn_resolutions": ((0, 64), (1, 8192)),
-    "model.resample_filter": ((1, 64), (1, 65_536)),
+    "model.attn_levels": ((0, 12), (0, 11)),
+    "model.resample_filter": ((2, 64), (1, 65_536)),
     "lora.widths": ((1, 16), (1, 65_536)),
 }
 
@@ -61,6 +66,12 @@ def check(config: ConfigDict) -> None:
 
     Parts of the system check what they alone know: sampler grids, the batch against the mesh.
     """
+    for field, value in flatten_dict(config.to_dict(), sep=".").items():
+        numbers = value if isinstance(value, list | tuple) else (value,)
+        if any(isinstance(v, float) and not math.isfinite(v) for v in numbers) and not (
+            field == "sampler.s_max" and value == math.inf
+        ):
+            raise UserError(f"{field} is {printable(value)}; it must be a finite number.")
     for field, known in _CHOICES.items():
         if (value := _get(config, field)) is not None:
             choose(field, value, known)

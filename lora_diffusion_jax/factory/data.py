@@ -3,9 +3,10 @@
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from lora_diffusion_jax import files
 from lora_diffusion_jax.data import image_source, pipeline, sources
 from lora_diffusion_jax.errors import UserError
-from lora_diffusion_jax.factory.networks import num_classes
+from lora_diffusion_jax.factory.networks import check_attention, num_classes
 from lora_diffusion_jax.models.unet import check_image_size
 from lora_diffusion_jax.training import sharding
 
@@ -22,16 +23,19 @@ def open_source(config: ConfigDict) -> image_source.ImageSource:
             "No data set is named: set --config.data.name (a TFDS data set) or --config.data.path "
             "(a folder or ZIP of images)."
         )
-    return sources.open_source(d.name, d.data_dir, d.path, d.split, class_folders=d.class_folders)
+    data_dir, path = (files.expand(d[name], f"data.{name}") for name in ("data_dir", "path"))
+    return sources.open_source(d.name, data_dir, path, d.split, class_folders=d.class_folders)
 
 
 def open_heldout(config: ConfigDict) -> image_source.ImageSource | None:
     """Held-out images that training never sees; None for a folder or ZIP without data.eval_path."""
     d = config.data
     if d.name:
-        return sources.open_source(d.name, d.data_dir, "", d.eval_split)
+        data_dir = files.expand(d.data_dir, "data.data_dir")
+        return sources.open_source(d.name, data_dir, "", d.eval_split)
     if d.eval_path:
-        return sources.open_source(path=d.eval_path, class_folders=d.class_folders)
+        path = files.expand(d.eval_path, "data.eval_path")
+        return sources.open_source(path=path, class_folders=d.class_folders)
     return None
 
 
@@ -40,7 +44,8 @@ def complete(config: ConfigDict, source: image_source.ImageSource) -> ConfigDict
 
     Raises:
         UserError: the config states another size than the data set has, the image size does not fit
-            the U-Net's levels, or class_conditional is set and the data set has no classes.
+            the U-Net's levels, attention is asked for at a level that does not exist, or
+            class_conditional is set and the data set has no classes.
     """
     height, width, channels = source.image_shape
     config = config.copy_and_resolve_references()
@@ -59,6 +64,7 @@ def complete(config: ConfigDict, source: image_source.ImageSource) -> ConfigDict
         config.data.fingerprint = source.fingerprint()
     num_classes(config)
     check_image_size(height, width, len(config.model.channel_mult))
+    check_attention(config)
     return config
 
 

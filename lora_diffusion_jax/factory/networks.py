@@ -67,6 +67,8 @@ def build_denoiser(config: ConfigDict) -> Denoiser:
         config,
         "model",
         image_size=height,
+        attn_resolutions=attention_heights(config),
+        attn_levels=None,
         in_channels=channels,
         out_channels=channels * out_factor,
         learn_sigma=None,  # it is in out_channels
@@ -97,6 +99,35 @@ def unseen(config: ConfigDict) -> str:
         f"lora.mode=only_lora with lora.adapter={config.lora.adapter}: nothing in the network depends on "
         f"{' or '.join(ignored)}."
     )
+
+
+def attention_heights(config: ConfigDict) -> tuple[int, ...]:
+    """The heights of the levels that have attention besides the innermost block, which always has it.
+
+    Raises:
+        UserError: there is no such level.
+    """
+    model, (height, _, _) = config.model, image_shape(config)
+    if model.attn_levels is None:
+        return tuple(model.attn_resolutions)
+    if wrong := [k for k in model.attn_levels if k >= len(model.channel_mult)]:
+        raise UserError(
+            f"model.attn_levels is {model.attn_levels}, but there is no level {wrong[0]}: model.channel_mult "
+            f"has the levels 0 to {len(model.channel_mult) - 1}."
+        )
+    return tuple(height >> k for k in model.attn_levels)
+
+
+def check_attention(config: ConfigDict) -> None:
+    """Raises UserError for an attention resolution that no level has: its LoRA sites would be missing."""
+    height = image_shape(config)[0]
+    levels = [height >> k for k in range(len(config.model.channel_mult))]
+    if wrong := [size for size in attention_heights(config) if size not in levels]:
+        raise UserError(
+            f"model.attn_resolutions is {tuple(config.model.attn_resolutions)}, but no level of an image "
+            f"{height} pixels high has {wrong[0]}: its levels have {', '.join(map(str, levels))}. Name some "
+            "of these, or set model.attn_levels ((1,) is the second level at any size)."
+        )
 
 
 def _build(kind: Callable[..., Any], config: ConfigDict, group: str, **given: Any) -> Any:

@@ -10,7 +10,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
-from lora_diffusion_jax import default_config
+from lora_diffusion_jax import default_config, files
 from lora_diffusion_jax.array_types import Variables
 from lora_diffusion_jax.diffusion.precond import Denoiser
 from lora_diffusion_jax.errors import UserError, choose, printable
@@ -75,13 +75,25 @@ def load_workdir(
     Raises:
         UserError: this is not a run, or it has no such checkpoint.
     """
+    path = files.expand(path)
     config = config_from_dict(workdir.read_config(path))
     step_read, saved = checkpoint.open_for_reading(path, at_step)
     assemble = choose("weights", weights, {"ema": state.ema_variables, "raw": state.raw_variables})
     variables = assemble(saved)
     # iDDPM's noise levels, which older versions kept beside the weights, follow from the config.
     variables.get("buffers", {}).pop("u", None)
+    check_finite(variables, f"{path}, step {step_read}")
     return Pretrained(build_denoiser(config), variables, config, step_read)
+
+
+def check_finite(variables: Variables, origin: str) -> None:
+    """Raises UserError if a variable holds NaN or infinity, naming it and where it comes from."""
+    for name, value in flatten_dict(variables, sep="/").items():
+        if bad := np.size(value) - np.count_nonzero(np.isfinite(value)):
+            raise UserError(
+                f"{origin}: {printable(name, 160)} holds NaN or infinity ({bad:,} of {np.size(value):,} "
+                "values); the weights are damaged or their training diverged. Use another checkpoint."
+            )
 
 
 def network_fields(config: ConfigDict) -> dict[str, Any]:

@@ -7,10 +7,16 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
+from lora_diffusion_jax import files
 from lora_diffusion_jax.array_types import Variables
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.factory.networks import build_denoiser
-from lora_diffusion_jax.factory.pretrained import Pretrained, load_workdir, with_config
+from lora_diffusion_jax.factory.pretrained import (
+    Pretrained,
+    check_finite,
+    load_workdir,
+    with_config,
+)
 from lora_diffusion_jax.interop.export import Export, export_network, read_export
 from lora_diffusion_jax.interop.infer import infer_config
 from lora_diffusion_jax.interop.names import base_hash, to_state_dict, to_variables
@@ -49,6 +55,7 @@ def load_pretrained(
     Raises:
         UserError: one sentence that names the file and what was found. Nothing in a file is executed.
     """
+    path = files.expand(path)
     if is_torch_file(path):
         if base is not None:
             raise UserError(f"{path} is a whole network; a base ({base}) goes with adapters alone.")
@@ -98,7 +105,9 @@ def _assembled(
     """A config's network with the weights of a file, those of adapters on the base `below`."""
     with _naming(path):
         weights = {name: _float32(name, value) for name, value in weights.items()}
-        return Pretrained(build_denoiser(config), to_variables(weights, config, below), config)
+        loaded = Pretrained(build_denoiser(config), to_variables(weights, config, below), config)
+    check_finite(loaded.variables, str(path))
+    return loaded
 
 
 def _base_of(export: Export, path: str | Path, base: str | Path | None) -> Variables:
@@ -106,7 +115,7 @@ def _base_of(export: Export, path: str | Path, base: str | Path | None) -> Varia
     if base is None:
         raise UserError(
             f"{path} holds adapters alone, for the base {export.base_hash[:12]}; "
-            "give that network too (load_pretrained(path, base=...))."
+            "give that network too with --base=FILE (in Python: load_pretrained(path, base=...))."
         )
     variables = load_pretrained(base).variables
     if (found := base_hash(variables)) != export.base_hash:

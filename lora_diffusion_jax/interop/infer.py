@@ -126,6 +126,11 @@ def config_from_official(
     for group, values in (("precond", constants), ("lora", adapters or {})):
         for name, value in values.items():
             _assign(config, f"{group}.{name}", value, name)
+    levels = [config.data.image_size >> k for k in range(len(config.model.channel_mult))]
+    heights = config.model.attn_resolutions
+    config.model.attn_resolutions = tuple(
+        size for size in heights if size in levels
+    )  # others do nothing
     if adapters is None and not use_affine:
         raise UserError("No lora.mode describes a network with neither scale-and-shift nor LoRA.")
     _clear_usual(config, "model", _defaults(config.model.name))

@@ -78,6 +78,8 @@ def check_layer(layer: nn.Module, path: str) -> None:
 class LowRankAdapter(nn.Module):
     """Base class of adapters: a down/up pair of m * r channels, scaled by the composition weights.
 
+    Inputs may lack their batch axis, as under jax.vmap: then the condition lacks it too.
+
     Called as adapter(layer, x, condition) -> what to add to the layer's output. The inner channel is
     basis * rank + r. A subclass defines `compose(condition) -> omega [B or 1, m]`, which also fixes
     the number m of bases. The weights are sown as ('intermediates', 'omega').
@@ -109,20 +111,23 @@ class LowRankAdapter(nn.Module):
         omega = self.compose(condition)  # [B or 1, m]
         self.sow("intermediates", "omega", omega)
         weights = jnp.repeat(omega, self.rank, axis=-1)  # [B or 1, m * r]
-        rows, width = weights.shape
+        rows, width = weights.shape if weights.ndim == 2 else (None, weights.shape[-1])
         hidden = _down(layer, width, self.rank)(x)
-        if rows not in (1, hidden.shape[0]):
+        if rows not in (1, hidden.shape[0]) or (rows != 1 and hidden.ndim < 2):
             raise UserError(
-                f"The LoRA condition has {rows} rows for a batch of {hidden.shape[0]} at "
+                f"The LoRA condition has {omega.shape[0]} rows for a batch of {hidden.shape[0]} at "
                 f"'{'/'.join(self.path)}'; it must be [1, E] or one row per sample."
             )
         inner = (1,) * (hidden.ndim - 2)  # the axes between batch and channels
-        delta = _up(layer)(hidden * weights.reshape(rows, *inner, width).astype(hidden.dtype))
+        batch = (
+            () if rows == 1 else (rows, *inner)
+        )  # one row serves inputs without a batch axis, too
+        delta = _up(layer)(hidden * weights.reshape(*batch, width).astype(hidden.dtype))
         if self.use_bias:
             features = delta.shape[hidden.ndim - 1 :]
             shape = (width, int(np.prod(features)))
             mixed = weights @ self.param("bias", nn.initializers.zeros, shape)
-            delta = delta + mixed.astype(delta.dtype).reshape(rows, *inner, *features)
+            delta = delta + mixed.astype(delta.dtype).reshape(*batch, *features)
         return delta
 
 
@@ -139,7 +144,13 @@ class UCLoRA(LowRankAdapter):
     widths: Sequence[int] = (128, 64)
 
     def compose(self, condition: Float[Array, "B E"]) -> Float[Array, "B bases"]:
-        """The MLP's output for the embedding."""
+        """The MLP's output for the embedding [B, E], or [E] for a single input."""
+        if jnp.ndim(condition) not in (1, 2):
+            raise UserError(
+                f"The LoRA condition at '{'/'.join(self.path)}' has the shape {jnp.shape(condition)}; "
+                "UC-LoRA needs an embedding [B, E], one vector per sample."
+            )
+        condition = jnp.atleast_2d(condition)
         return ConditionMLP(self.bases, tuple(self.widths), name="composition")(condition)
 
     def validate(self) -> None:

@@ -5,13 +5,16 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import flax
 import flax.linen as nn
 import jax
 from flax import traverse_util
 
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.lora.adapter import LAYER_TYPES, check_layer
-from lora_diffusion_jax.paths import ADAPTER
+from lora_diffusion_jax.paths import ADAPTER, list_sites
+
+_MARK = "_is_lora_adapter"  # attribute of the adapters that are made here
 
 
 class _Call:
@@ -32,6 +35,11 @@ class _Call:
         """The interceptor: taps the condition, and adds the adapter's output at the sites."""
         module = context.module
         parts = module.path[len(self.wrapper.path) :]
+        if parts and parts[-1] == ADAPTER and not hasattr(module, _MARK):
+            raise UserError(
+                f"The base has a submodule '{'/'.join(parts)}', but '{ADAPTER}' is the name of adapters and "
+                "their parameters. Give it another name."
+            )
         if context.method_name != "__call__" or not parts or ADAPTER in parts:
             return next_fun(*args, **kwargs)
         path = "/".join(parts)
@@ -51,7 +59,18 @@ class _Call:
         if not self.wrapper.enabled:
             return y
         x = args[0] if args else kwargs["inputs"]  # the name that all LAYER_TYPES give it
-        return y + self._adapter(module)(module, x, self._condition_at(path))
+        try:
+            return y + self._adapter(module)(module, x, self._condition_at(path))
+        except flax.errors.NameInUseError:
+            raise UserError(
+                f"LoRA site '{path}' has an adapter already. Attach adapters once; several at one site are "
+                "a SumOfAdapters."
+            ) from None
+        except flax.errors.ScopeParamShapeError as error:
+            raise UserError(
+                f"LoRA site '{path}' got a condition or an input of another width than its parameters were "
+                f"made for ({str(error).split('. (http')[0]}). Give arrays of the same width as at init."
+            ) from error
 
     def _taps(self, path: str) -> bool:
         pattern = self.wrapper.condition
@@ -61,6 +80,7 @@ class _Call:
         """The layer's adapter, made once per call."""
         if id(layer) not in self.adapters:  # holding on to the layer keeps its id from being reused
             adapter = self.wrapper.template.adapter.clone(parent=layer, name=ADAPTER)
+            object.__setattr__(adapter, _MARK, True)
             self.adapters[id(layer)] = (layer, adapter)
         return self.adapters[id(layer)][1]
 
@@ -122,6 +142,11 @@ class Adapted(nn.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the base with the adapters in place."""
         condition = self.condition(*args, **kwargs) if callable(self.condition) else None
+        if callable(self.condition) and condition is None:
+            raise UserError(
+                "The LoRA condition function returned None; it must return the condition of every call, an "
+                "array of zeros where there is none."
+            )
         call = _Call(self, condition)
         with nn.intercept_methods(call.intercept):
             result = self.module(*args, **kwargs)
@@ -139,8 +164,8 @@ def attach(
     """Returns `module` with a conditioned low-rank adapter at each site (arXiv 2405.03958).
 
     At initialisation the result computes exactly what `module` does, and its base parameters have
-    the paths and values that they have without LoRA. Works under jit, grad and nn.remat. A condition
-    that is tapped must come from outside nn.scan and nn.remat regions.
+    the paths and values that they have without LoRA. Works under jit, grad, vmap (of single inputs, too)
+    and nn.remat. A condition that is tapped must come from outside nn.scan and nn.remat regions.
 
     Args:
         module: any linen module, used unchanged.
@@ -155,6 +180,11 @@ def attach(
         UserError: sizes or patterns are invalid; at the first call: no layer matches (the error
             lists the candidates), a matching layer cannot be adapted, or no condition was tapped.
     """
+    if isinstance(module, Adapted):
+        raise UserError(
+            f"This module has adapters already, at {module.sites!r}. Attach to the base (its field "
+            "`module`) once, with a pattern for all sites; several adapters at one site are a SumOfAdapters."
+        )
     for name, pattern in (("site", sites), ("condition", condition)):
         if isinstance(pattern, str):
             try:
@@ -173,11 +203,15 @@ def composition_weights(
 ) -> dict[str, jax.Array | dict[tuple[str, ...], jax.Array]]:
     """Runs a module with adapters and returns site path -> omega [B or 1, m].
 
-    A site with several adapters (`SumOfAdapters`) has a dictionary (adapter's name,) -> omega.
+    A site with several adapters (`SumOfAdapters`) has a dictionary (adapter's name,) -> omega. Sites
+    inside nn.scan or nn.vmap have a leading axis for their copies.
+
+    Raises:
+        UserError: a site recorded no weights.
     """
     _, state = wrapped.apply(variables, *args, mutable=["intermediates"], **kwargs)
     weights: dict = {}
-    for path, values in traverse_util.flatten_dict(state["intermediates"]).items():
+    for path, values in traverse_util.flatten_dict(state.get("intermediates", {})).items():
         if path[-1] != "omega" or ADAPTER not in path:
             continue
         at = path.index(ADAPTER)
@@ -186,4 +220,10 @@ def composition_weights(
             weights.setdefault(site, {})[rest] = values[-1]
         else:
             weights[site] = values[-1]
+    if missing := [s for s in list_sites(variables.get("params", {})) if s not in weights]:
+        raise UserError(
+            f"The LoRA site '{missing[0]}' recorded no composition weights. If it lies inside nn.scan or "
+            "nn.vmap, give that variable_axes={'params': 0, 'intermediates': 0}; adapters that are switched "
+            "off have none."
+        )
     return weights

@@ -86,6 +86,7 @@ def class_weights(labels: jax.Array, num_classes: int) -> Float[Array, "B num_cl
     """
     if jnp.issubdtype(labels.dtype, jnp.integer):
         return jax.nn.one_hot(jnp.reshape(labels, -1), num_classes)
+    labels = jnp.atleast_2d(labels)  # a single input has [num_classes]
     if labels.ndim != 2 or labels.shape[1] != num_classes:
         raise UserError(
             f"ClassLoRA for {num_classes} classes got labels of shape {labels.shape}; give one-hot "

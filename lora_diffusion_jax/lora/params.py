@@ -11,13 +11,7 @@ from flax import traverse_util
 from lora_diffusion_jax import paths
 from lora_diffusion_jax.array_types import PyTree
 from lora_diffusion_jax.errors import UserError
-from lora_diffusion_jax.paths import ADAPTER, is_adapter
-
-
-def list_sites(params: PyTree) -> list[str]:
-    """Paths of the adapted layers in a parameter tree, sorted."""
-    adapted = [path for path in traverse_util.flatten_dict(params) if ADAPTER in path]
-    return sorted({"/".join(path[: path.index(ADAPTER)]) for path in adapted})
+from lora_diffusion_jax.paths import is_adapter, list_sites
 
 
 def split(params: PyTree) -> tuple[PyTree, PyTree]:

@@ -20,12 +20,13 @@ from ml_collections import ConfigDict
 
 from lora_diffusion_jax import compile_cache, files
 from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.evaluation import results
 from lora_diffusion_jax.factory.checks import check
 from lora_diffusion_jax.factory.data import complete, open_source
 from lora_diffusion_jax.factory.networks import build_denoiser, variable_shapes
 from lora_diffusion_jax.factory.pretrained import config_from_dict
 from lora_diffusion_jax.factory.training import build_mesh
-from lora_diffusion_jax.training import checkpoint, sharding, workdir
+from lora_diffusion_jax.training import checkpoint, sharding, workdir, writers
 
 GIB = 2**30
 PROBE_SECONDS = 120  # a TPU that another process holds does not answer
@@ -106,6 +107,8 @@ def cache() -> Iterator[str]:
     folder = compile_cache.cache_dir()
     yield f"compilation cache: {folder or 'off (JAX_ENABLE_COMPILATION_CACHE)'}"
     if folder and "://" not in folder:
+        if problem := compile_cache.find_stranger(Path(folder)):
+            raise UserError(problem[0].upper() + problem[1:])
         with files.disk_errors(folder, "Set JAX_COMPILATION_CACHE_DIR to a writable folder."):
             compile_cache.tidy(Path(folder), compile_cache.max_bytes())
 
@@ -121,12 +124,27 @@ def run(directory: Path, may_be_new: bool) -> Iterator[str]:
     if may_be_new and not (directory / workdir.CONFIG).exists():
         return
     train = config_from_dict(workdir.read_config(directory)).train
-    folder = directory / checkpoint.FOLDER
     steps = checkpoint.saved_steps(directory)
     seen = steps[-1] * train.batch_size if steps else 0
     yield f"run: {len(steps)} checkpoints, {seen:,} of {train.total_images:,} images"
-    for path in folder.glob("unreadable-*"):
-        raise UserError(f"{path} could not be read; delete it if nothing is missing.")
+    if problems := list(damaged(directory)):
+        raise UserError("; ".join(problems) + ".")
+    yield "checksums: no damage in checkpoints, config.json, metrics and results"
+
+
+def damaged(directory: Path) -> Iterator[str]:
+    """What is damaged in a run's directory, compared with its checksums."""
+    folder = directory / checkpoint.FOLDER
+    if workdir.has_changed(directory):
+        yield f"{directory / workdir.CONFIG} has changed since it was written"
+    for step in checkpoint.saved_steps(directory):
+        if problem := checkpoint.find_damage(folder / str(step)):
+            yield f"checkpoint {step}: {problem} (training and sampling will use the one before it)"
+    for path in sorted(folder.glob("unreadable-*")):
+        yield f"{path} could not be read; delete it if nothing is missing"
+    for path in (directory / writers.METRICS, results.results_file(directory)):
+        if lines := files.read_lines(path)[1]:
+            yield f"{path} has {len(lines)} damaged lines (the next run moves them to {path.name}.damaged)"
 
 
 def training(config: ConfigDict) -> Iterator[str]:

@@ -61,15 +61,16 @@ def work(argv: list[str]) -> int:
 def build_parser() -> cli.Parser:
     """The verbs and their flags."""
     parser = cli.Parser(description=__doc__)
+    parser.add_config_help(with_file=False)
     add = parser.add_subparsers(dest="verb", required=True, metavar="ref|calc|gen|all").add_parser
     ref = add("ref", help="statistics of a data set, in EDM's npz format")
-    ref.add_argument("--data", required=True, help="TFDS name, folder, ZIP or npz of images")
-    ref.add_argument("--dest", required=True, help="the npz to write")
+    ref.add_path("--data", required=True, help="TFDS name, folder, ZIP or npz of images")
+    ref.add_path("--dest", required=True, help="the npz to write")
     ref.add_argument("--keep_features", action="store_true", help="keep every image's features")
     calc = add("calc", help="evaluate images in a folder, ZIP or npz")
-    calc.add_argument("--images", required=True, help="folder, ZIP or npz of images; TFDS name")
+    calc.add_path("--images", required=True, help="folder, ZIP or npz of images; TFDS name")
     for verb in (ref, calc):
-        verb.add_argument("--data_dir", help="directory of TFDS data sets")
+        verb.add_path("--data_dir", help="directory of TFDS data sets")
         verb.add_argument("--split", help="TFDS split or slice; default: train")
         verb.add_argument(
             "--class_folders", action="store_true", help="an image's first folder is its class"
@@ -77,21 +78,22 @@ def build_parser() -> cli.Parser:
     gen = add("gen", help="evaluate a network's samples without writing them")
     every = add("all", help="evaluate every checkpoint of a run or a sweep")
     for verb in (gen, every):
-        verb.add_argument("--workdir", required=True, help="a run (gen: or a checkpoint file)")
+        verb.add_path("--workdir", required=True, help="a run (gen: or a checkpoint file)")
         verb.add_argument("--seeds", help="one per image, for instance 0-49999")
         verb.add_argument("--weights", choices=("ema", "raw"), help="default: ema")
         verb.add_argument("--repeats", type=int, default=1, help="3: the official seed ranges")
         verb.add_argument("--batch_size", type=int, help="images sampled at a time")
+        verb.add_config_help(with_file=False)
     gen.add_argument("--step", type=int, help="checkpoint of this step; default: the newest")
     every.add_argument("--follow", action="store_true", help="wait for new checkpoints")
     for verb in (ref, calc, gen, every):
         verb.add_argument("--num", type=int, help="number of images; another count is an error")
         verb.add_argument("--features", choices=FEATURES, default="auto")
-        verb.add_argument("--inception", help="Inception weights file")
-        verb.add_argument("--dinov2", help="DINOv2 weights file")
+        verb.add_path("--inception", help="Inception weights file")
+        verb.add_path("--dinov2", help="DINOv2 weights file")
         verb.add_process_flags()
     for verb in (calc, gen, every):
-        verb.add_argument("--ref", required=True, help="statistics written by ref, or EDM's")
+        verb.add_path("--ref", required=True, help="statistics written by ref, or EDM's")
         verb.add_argument("--metrics", default="fid", help=",".join(METRICS))
     return parser
 
@@ -189,8 +191,8 @@ def open_images(args: argparse.Namespace, flag: str) -> tuple[Source, str, Recor
     named = getattr(args, flag)
     if not named:
         raise UserError(f"--{flag} is empty; give a folder, a ZIP, an npz or a TFDS data set.")
-    path = Path(named).expanduser()
-    is_file = path.suffix in (".npz", ".zip") or path.exists() or named.startswith((".", "/", "~"))
+    path = Path(named)
+    is_file = path.suffix in (".npz", ".zip") or path.exists() or named.startswith((".", "/"))
     if is_file and (args.split or args.data_dir):
         raise UserError(
             f"--split and --data_dir apply to TFDS data sets; {named} is read whole. Omit them."
@@ -209,7 +211,9 @@ def open_images(args: argparse.Namespace, flag: str) -> tuple[Source, str, Recor
     except UserError as error:
         # The data's own messages speak of the config of main.py.
         flags = {"name": flag, "path": flag}
-        text = re.sub(r"\bdata\.(\w+)", lambda m: f"--{flags.get(m[1], m[1])}", str(error))
+        text = re.sub(
+            r"(?:--config\.)?\bdata\.(\w+)", lambda m: f"--{flags.get(m[1], m[1])}", str(error)
+        )
         unknown = "" if is_file else f"There is no file or folder {named}, and as a TFDS name: "
         raise UserError(unknown + text) from error
     where = str(path) if is_file else f"{named}[{split}]"

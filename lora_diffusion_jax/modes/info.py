@@ -10,6 +10,7 @@ from lora_diffusion_jax.factory.checks import check
 from lora_diffusion_jax.factory.data import complete, open_source
 from lora_diffusion_jax.factory.networks import (
     build_denoiser,
+    check_attention,
     forward_flops,
     unseen,
     variable_shapes,
@@ -30,6 +31,7 @@ def describe(config: ConfigDict) -> str:
         data = f"data set: not opened. {error}"
         if not (config.data.image_size and config.data.channels):
             raise
+    check_attention(config)
     denoiser = build_denoiser(config)
     params = variable_shapes(config, denoiser)["params"]
     base, adapters = lora.split(params)

@@ -29,7 +29,7 @@ def build_parser() -> cli.Parser:
     parser = cli.Parser(description=__doc__)
     add = parser.add_argument
     add("--mode", required=True, choices=MODES, help="what to do")
-    add("--workdir", help="directory of the run")
+    parser.add_path("--workdir", help="directory of the run")
     add("--seeds", default="0-63", help="sample: one image per seed, such as 0-63 or 0,5,7-9")
     add("--class_id", help="sample: a class number, or `all` for an even split")
     add(
@@ -38,11 +38,14 @@ def build_parser() -> cli.Parser:
     add("--step", type=int, help="sample, likelihood, export: checkpoint; default: the newest")
     add("--num", type=int, help="likelihood: how many held-out images; default: up to 1000")
     add("--route", choices=("vlb", "ode"), help="likelihood: variational bound or probability flow")
-    add("--out", help="sample: folder, .npz or .png (a grid); export: .safetensors")
-    add("--source", help="import: the checkpoint file")
-    add("--base", help="import: for a file of adapters alone, the base's file or workdir")
+    parser.add_path("--out", help="sample: folder, .npz or .png (a grid); export: .safetensors")
+    parser.add_path("--source", help="import: the checkpoint file")
+    parser.add_path(
+        "--base", help="import: for a file of adapters alone, the base's file or workdir"
+    )
+    parser.add_switch("overwrite", False, "sample: remove other samples from the folder --out")
     parser.add_switch("adapters_only", False, "export: leave the base out")
-    parser.add_config_help()
+    parser.add_config_help(with_file=True)
     parser.add_process_flags()
     return parser
 
@@ -111,7 +114,9 @@ def sample(args: argparse.Namespace, config: ConfigDict) -> int:
     run = load_workdir(args.workdir, weights=args.weights, at_step=args.step)
     run = with_config(run, config)
     about = describe(config, args.weights, run.step)
-    status = cli.cut_short(lambda: sample(run, seeds, args.class_id, args.out, about))
+    status = cli.cut_short(
+        lambda: sample(run, seeds, args.class_id, args.out, about, overwrite=args.overwrite)
+    )
     if status == 0:
         nfe = evaluations(build_sampler(config, run.denoiser), run.denoiser)
         log(json.dumps({"images": len(seeds), "out": args.out, **about, "nfe": nfe}))

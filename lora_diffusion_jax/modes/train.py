@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -116,8 +116,9 @@ def initial_state(
 
     if not config.init_from or has_checkpoint(directory):
         return fresh
-    described = not interop.is_torch_file(config.init_from)
-    start = interop.load_pretrained(config.init_from, config=None if described else config)
+    source = files.expand(config.init_from, "init_from")
+    described = not interop.is_torch_file(source)
+    start = interop.load_pretrained(source, config=None if described else config)
     variables = jax.jit(functools.partial(init_variables, config, denoiser))(key)
     loaded, added = with_more_classes(start, config, variables)
     variables = overlay(variables, loaded, config.init_from)
@@ -141,22 +142,25 @@ def callbacks(
         name = f"{step * config.train.batch_size:010d}.png"
         if processes.is_leader():
             with files.disk_errors(directory):
-                outputs.write_png(Path(directory) / "samples" / name, picture)
+                folder = files.make_folder(Path(directory) / "samples", directory)
+                outputs.write_png(folder / name, picture)
         return {"samples/grid": picture}
 
     measure = None
     if config.eval.num_samples:
         heldout = None if config.eval.reference else open_heldout(config)
-        measure = for_training(
-            source, heldout, reference=config.eval.reference, inception=config.eval.inception
-        )
+        paths = {
+            name: files.expand(config.eval[name], f"eval.{name}")
+            for name in ("reference", "inception")
+        }
+        measure = for_training(source, heldout, **paths)
     if measure is None:
         return {"samples": samples}
     quick_config = config.copy_and_resolve_references()
     quick_config.sampler.num_steps = config.eval.num_steps or config.sampler.num_steps
     quick = build_generator(quick_config, denoiser, mesh)
 
-    def evaluate(now: state.TrainState, step: int) -> Mapping[str, Any]:
+    def evaluate(now: state.TrainState, step: int) -> Mapping[str, Any] | None:
         last = step * config.train.batch_size >= config.train.total_images
         # Metrics of one name must come from one sampler: the full one is used only with a number of
         # samples of its own, which is part of the name.
@@ -165,7 +169,17 @@ def callbacks(
         batches = (generator if full else quick).batches(
             state.ema_variables(now), range(count), between=pause_point
         )
-        return {f"eval/{k}": v for k, v in measure((b.images for b in batches), count).items()}
+
+        def images() -> Iterator[np.ndarray]:
+            for batch in batches:
+                batch.check_finite()
+                yield batch.images
+
+        try:
+            return {f"eval/{k}": v for k, v in measure(images(), count).items()}
+        except generate.NotFiniteError as error:  # the training itself may go well
+            log(f"not evaluated: {error}")
+            return None
 
     return {"samples": samples, "eval": evaluate}
 
@@ -176,5 +190,9 @@ def sample_grid(
     """A uint8 picture of samples: a row per class, for up to `rows` classes, or `rows` rows."""
     rows = min(rows, generator.num_classes) if generator.num_classes else rows
     classes = [k for k in range(rows) for _ in range(columns)] if generator.num_classes else None
-    batches = generator.batches(variables, range(rows * columns), classes, between=pause_point)
+    batches = list(
+        generator.batches(variables, range(rows * columns), classes, between=pause_point)
+    )
+    if bad := sum(len(batch.not_finite()) for batch in batches):
+        log(f"warning: {bad} of {rows * columns} samples hold NaN or infinity")
     return outputs.grid(np.concatenate([b.images for b in batches]), columns)

@@ -8,6 +8,7 @@ from lora_diffusion_jax.processes.agreement import (
     exchange,
     from_leader,
     is_leader,
+    session,
 )
 from lora_diffusion_jax.processes.arrays import fetch, place
 from lora_diffusion_jax.processes.ending import ending_together
@@ -31,4 +32,5 @@ __all__ = [
     "join",
     "pause_point",
     "place",
+    "session",
 ]

@@ -28,6 +28,7 @@ class Session:
 
     limit: float = 300.0  # seconds to wait for the other processes
     heartbeat: int = 15  # seconds of silence after which JAX considers a process dead
+    debug: bool = False  # print tracebacks
     exchanges: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
 
 

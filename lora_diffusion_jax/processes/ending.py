@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import jax
 
-from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.errors import UserError, explain
 from lora_diffusion_jax.processes.agreement import ROOT, SharedError, alone, client, session
 from lora_diffusion_jax.processes.interrupts import Interrupted
 
@@ -96,8 +96,10 @@ def _fail(error: BaseException) -> NoReturn:
     elif isinstance(error, KeyboardInterrupt):
         summary, status = "interrupted", 130
     else:
-        traceback.print_exception(error)
-        summary, status = f"{type(error).__name__}: {summary}", 1
+        if session.debug:
+            traceback.print_exception(error)
+        print(f"error: {explain(error)}", file=sys.stderr)
+        summary = f"{type(error).__name__}: {summary}"
     sys.stdout.flush()
     sys.stderr.flush()
     me = jax.process_index()

@@ -1,8 +1,15 @@
-"""Checkpoints of a run: saved in the background, restored onto any mesh, read by others."""
+"""Checkpoints of a run: saved in the background, restored onto any mesh, read by others.
 
-import itertools
+Orbax writes no checksums. Once a checkpoint is complete, a thread writes the SHA-256 of all its files
+into its SHA256SUMS, which every reading compares. A checkpoint that is damaged or lacks a part is set
+aside, and the one before it is used.
+"""
+
+import functools
+import json
 import logging
 import os
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,6 +38,8 @@ Parts = Mapping[str, PyTree]
 
 # Drops orbax's log records: its errors reach us as exceptions.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in Path(record.pathname).parts)
+# A full disk fails hundreds of its tasks, of which it awaits one; asyncio would print the others.
+logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
 
 
 class Checkpoints:
@@ -52,6 +61,7 @@ class Checkpoints:
         self.directory = Path(workdir).absolute() / FOLDER
         self.waited = 0.0
         self.saving = False  # a save was begun whose outcome is not known yet
+        self.summing: threading.Thread | None = None  # writes the checksums of the last one
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             enable_async_checkpointing=True,
@@ -65,7 +75,12 @@ class Checkpoints:
 
         def create_folder() -> None:
             with files.disk_errors(self.directory):
-                self.directory.mkdir(parents=True, exist_ok=True)
+                files.make_folder(self.directory, self.directory.parent)
+                for path in self.directory.iterdir():
+                    if path.is_symlink():  # orbax would write or delete what it points to
+                        raise UserError(
+                            f"{path} is a link; a run's checkpoints are its own. Remove it."
+                        )
 
         processes.from_leader("creating the folder of checkpoints", create_folder)
         handlers = {name: ocp.PyTreeCheckpointHandler() for name in PARTS}
@@ -84,6 +99,7 @@ class Checkpoints:
             if kind is None:  # else it would replace the error that is being raised
                 raise
         finally:
+            self._join()
             self.manager.close()
 
     def latest_step(self) -> int | None:
@@ -102,6 +118,7 @@ class Checkpoints:
             return
         items = {name: ocp.args.PyTreeSave(part) for name, part in parts.items()}
         began = time.perf_counter()
+        self.wait()  # saving may delete the checkpoint whose checksums are being computed
         with files.disk_errors(self.directory):
             self.saving = True
             self.manager.save(step, args=ocp.args.Composite(**items))
@@ -110,26 +127,41 @@ class Checkpoints:
     def check(self) -> None:
         """Raises what went wrong in the background since the last call; costs next to nothing."""
         if self.saving and not self.manager.is_saving_in_progress():
-            self.wait()
+            self._finish()
 
     def wait(self) -> None:
         """Returns when everything is on disk."""
+        self._finish()
+        self._join()
+
+    def _finish(self) -> None:
+        """Waits for the save that was begun, and begins to write its checksums."""
         with files.disk_errors(self.directory):
-            self.saving = False
+            saving, self.saving = self.saving, False
             self.manager.wait_until_finished()
             self.manager.check_for_errors()
+        if saving and processes.is_leader():
+            folder = self.directory / str(self.manager.latest_step())
+            self.summing = threading.Thread(target=_write_sums, args=(folder,))
+            self.summing.start()
+
+    def _join(self) -> None:
+        if self.summing is not None:
+            self.summing.join()
+            self.summing = None
 
     def restore(self, like: Parts) -> tuple[int, dict[str, PyTree]] | None:
-        """The newest checkpoint that can be read, on the shardings of `like`.
+        """The newest checkpoint that is whole, on the shardings of `like`.
 
-        Unreadable ones (truncated by a full disk, a copy or a crash) are logged, and renamed to
+        Others (changed bits, cut short by a full disk, a copy or a crash) are logged, and renamed to
         unreadable-STEP once an older one was read.
 
         Args:
-            like: shapes with shardings, part by part; parts that a checkpoint lacks are left out.
+            like: shapes with shardings, part by part.
 
         Returns:
-            (step, parts), or None when there is no checkpoint.
+            (step, parts), the weights alone if nothing else was saved (`save_weights`); or None when
+            there is no checkpoint.
 
         Raises:
             UserError: the checkpoint is of another network; or there are some, and all unreadable.
@@ -164,14 +196,18 @@ def _read_newest(
     for step in reversed(steps):
         parts: dict[str, PyTree] = {}
         error = None
+        folder = directory / str(step)
+        problem = functools.partial(find_damage, folder, () if like is None else PARTS)
         try:
-            parts = _read(directory / str(step), like)
+            if damage := processes.from_leader("checking a checkpoint", problem, RESTORE_LIMIT):
+                raise ValueError(damage)
+            parts = _read(folder, like)
         except UserError:
             raise
         # Whatever damaged files make the readers raise: a missing piece, JSON, decompression.
         except Exception as caught:
             error = caught
-        reason = "" if error is None else f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        reason = "" if error is None else _one_line(error)
         reasons = processes.exchange(f"reading checkpoint {step}", reason, RESTORE_LIMIT)
         if not any(reasons):
             return step, parts, unreadable
@@ -183,10 +219,59 @@ def _read_newest(
     ) from error
 
 
+def _one_line(error: Exception) -> str:
+    kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+    return f"{kind}{error}".splitlines()[0][:200]
+
+
+def _write_sums(folder: Path) -> None:
+    """Writes the checksums of a checkpoint; an error is told, as the checkpoint itself is whole."""
+    try:
+        files.write_sums(folder)
+    except OSError as error:
+        log(
+            f"warning: {folder} has no checksums ({error.strerror}); damage to it would go unnoticed"
+        )
+
+
+def find_damage(folder: Path, parts: Sequence[str] = PARTS) -> str:
+    """What is wrong with a checkpoint, '' if nothing is.
+
+    Checksums are compared where it has some; those saved by older versions have none.
+
+    Args:
+        folder: of the checkpoint.
+        parts: those that must be there, unless weights alone were saved; () to read the weights, of
+            which alone the checksums are compared then.
+    """
+    try:
+        saved = json.loads((folder / "_CHECKPOINT_METADATA").read_bytes())["item_handlers"].keys()
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        return "its _CHECKPOINT_METADATA is missing or damaged"
+    weights_alone = saved == {"weights"} and folder.name == "0"
+    for name in ("weights",) if weights_alone else parts or ("weights",):
+        if name not in saved or not (folder / name).is_dir():
+            advice = "" if name == "weights" else " (init_from starts from its weights)"
+            return f"it has no {name}{advice}"
+    try:
+        damage = files.check_sums(folder, lambda name: bool(parts) or name.startswith("weights/"))
+    except OSError as error:  # of the disk
+        return f"{error.filename}: {error.strerror}"
+    if damage is None:
+        _tell_unverified(folder.parent)
+    return damage or ""
+
+
+@functools.cache
+def _tell_unverified(directory: Path) -> None:
+    log(
+        f"{directory} has checkpoints without checksums, saved by an older version or just before a kill: "
+        "not verified"
+    )
+
+
 def _read(folder: Path, like: Parts | None) -> dict[str, PyTree]:
     """The parts of one checkpoint as `like` has them; without `like` the weights, as numpy arrays."""
-    if not (folder / "weights").is_dir():
-        raise FileNotFoundError("it has no weights")
     handler, found = ocp.PyTreeCheckpointHandler(), {}
     with ocp.Checkpointer(handler, multiprocessing_options=_all_processes()) as reader:
         for path in (folder / name for name in (like or ["weights"])):
@@ -226,9 +311,7 @@ def _set_aside(directory: Path, unreadable: Sequence[int]) -> None:
     def rename() -> None:
         with files.disk_errors(directory):
             for step in unreadable:
-                suffixes = (f"-{n}" if n > 1 else "" for n in itertools.count(1))
-                targets = (directory / f"unreadable-{step}{suffix}" for suffix in suffixes)
-                (directory / str(step)).rename(next(t for t in targets if not t.exists()))
+                files.set_aside(directory / str(step), f"unreadable-{step}")
 
     processes.from_leader("setting unreadable checkpoints aside", rename)
 

@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from clu import parameter_overview
 from clu.metrics import Collection
 from jax.sharding import Mesh
 
-from lora_diffusion_jax import files, processes
+from lora_diffusion_jax import files, paths, processes
 from lora_diffusion_jax.array_types import Key, PyTree
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.keys import TRAIN, purpose_key
@@ -373,11 +373,26 @@ def _write_overview(directory: Path, state: TrainState) -> None:
             tables.append(f"{name} parameters: {count:,}\n{table}\n")
             log(f"{name} parameters: {count:,}")
 
+    log(describe_sites(paths.list_sites(paths.merge(state.params, state.frozen))))
+
     def write() -> None:
         with files.disk_errors(directory):
             files.write_text(directory / "parameters.txt", "\n".join(tables))
 
     processes.from_leader("writing parameters.txt", write)
+
+
+def describe_sites(sites: Sequence[str]) -> str:
+    """'3 LoRA sites: a/b (qkv, proj), a/c (qkv)'."""
+    layers: dict[str, list[str]] = {}
+    for site in sites:
+        block, _, layer = site.rpartition("/")
+        layers.setdefault(block, []).append(layer)
+    listed = [
+        f"{block} ({', '.join(names)})" if block else ", ".join(names)
+        for block, names in layers.items()
+    ]
+    return f"{len(sites)} LoRA sites" + (f": {', '.join(listed)}" if sites else "")
 
 
 def empty_metrics(mesh: Mesh, metrics: type[Collection] = TrainMetrics) -> Collection:

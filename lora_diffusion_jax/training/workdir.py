@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import fnmatch
+import functools
 import json
 import os
 import socket
@@ -19,6 +20,7 @@ from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.training.writers import log
 
 CONFIG = "config.json"
+CONFIG_SUM = "config.json.sha256"  # beside it, to notice damage
 LOCK = ".lock"
 
 
@@ -30,6 +32,8 @@ def open_workdir(
     complete: Callable[[dict[str, Any]], Mapping[str, Any]] = lambda saved: saved,
 ) -> Iterator[Path]:
     """Creates the directory where it is missing, locks it, and writes or compares its config.json.
+
+    Nothing is written through links in it.
 
     Only process 0 takes the lock, which the system frees when the process dies.
 
@@ -101,7 +105,10 @@ def reconcile_config(
             if not free:
                 return
         with files.disk_errors(path):
+            checksum = directory / CONFIG_SUM
+            checksum.unlink(missing_ok=True)  # a kill leaves none rather than a wrong one
             files.write_text(path, json.dumps(config, indent=2, allow_nan=True) + "\n")
+            files.write_text(checksum, f"{files.sha256(path)}  {CONFIG}\n")
 
     processes.from_leader("reading config.json", reconcile)
 
@@ -134,8 +141,16 @@ def differences(
     return fixed, free
 
 
+def has_changed(directory: str | os.PathLike) -> bool:
+    """Whether config.json differs from what a run wrote; older versions wrote no checksum."""
+    checksum = Path(directory) / CONFIG_SUM
+    if not checksum.exists():
+        return False
+    return checksum.read_bytes()[:64] != files.sha256(Path(directory) / CONFIG).encode()
+
+
 def read_config(directory: str | os.PathLike) -> dict[str, Any]:
-    """The config.json of a run.
+    """The config.json of a run; if it has changed since it was written, that is told once.
 
     Raises:
         UserError: there is none, or it is damaged.
@@ -146,13 +161,23 @@ def read_config(directory: str | os.PathLike) -> dict[str, Any]:
             raise UserError(
                 f"{directory} is not a run: it has no {CONFIG}. Give the workdir of a training run."
             )
-        text = path.read_text()
+        text = path.read_bytes()
+        if has_changed(directory):
+            _tell_changed(path)
     try:
         config = json.loads(text)
         if not isinstance(config, dict):
             raise ValueError("it holds no fields")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(
             f"{path} is damaged ({error}). Restore it from the config that started the run."
         ) from error
     return config
+
+
+@functools.cache
+def _tell_changed(path: Path) -> None:
+    log(
+        f"warning: {path} has changed since it was written. If you did not edit it, restore it; if you "
+        f"did, delete {CONFIG_SUM} beside it."
+    )

@@ -1,6 +1,5 @@
 """Where a run logs: metrics.jsonl, TensorBoard events, standard output and a progress bar."""
 
-import contextlib
 import datetime
 import json
 import math
@@ -21,15 +20,17 @@ from lora_diffusion_jax import files, processes
 from lora_diffusion_jax.training.metrics import check_names
 
 METRICS = "metrics.jsonl"
+DAMAGED = "metrics.jsonl.damaged"  # lines that could not be read
 PROGRESS_SECONDS = 10.0  # between lines of progress where there is no terminal
 
 
 class Writers:
     """metrics.jsonl and TensorBoard of one run; does nothing in processes other than 0.
 
-    A line of metrics.jsonl holds step, images, time (Unix seconds) and values by name; a line of a
-    callback also holds its name as `callback`. TensorBoard's horizontal axis is images. Opening
-    drops what a killed run wrote after the checkpoint that is now resumed.
+    A line of metrics.jsonl holds step, images, time (Unix seconds), values by name, and its CRC-32; a
+    line of a callback also holds its name as `callback`. TensorBoard's horizontal axis is images.
+    Opening drops what a killed run wrote after the checkpoint that is now resumed, and moves lines
+    that are damaged into a file of their own.
 
     Args:
         directory: the workdir.
@@ -46,14 +47,26 @@ class Writers:
         if not processes.is_leader():
             return
         with files.disk_errors(directory):
-            kept = [line for line in read_metrics(directory) if line["step"] <= step]
+            os.close(files.open_own(self.path, os.O_WRONLY))  # an error if it is a link
+            lines, damaged = files.read_lines(self.path)
+            damaged += [json.dumps(line).encode() for line in lines if not _is_line(line)]
+            kept = [line for line in lines if _is_line(line) and line["step"] <= step]
             self.done = {
                 line["callback"] for line in kept if "callback" in line and line["step"] == step
             }
-            text = "".join(json.dumps(line) + "\n" for line in kept)
-            if self.path.exists() and self.path.read_text() != text:
-                files.write_text(self.path, text)
-            self.lines = self.path.open("ab", buffering=0)  # closing has nothing left to write
+            if damaged:
+                files.append(directory / DAMAGED, b"".join(line + b"\n" for line in damaged))
+                log(
+                    f"{self.path}: moved {len(damaged)} damaged lines to {DAMAGED}; the others stay"
+                )
+            data = b"".join(files.checked_line(json.dumps(line)) for line in kept)
+            if self.path.exists() and self.path.read_bytes() != data:
+                with files.atomic(self.path) as temporary:
+                    temporary.write_bytes(data)
+            descriptor = files.open_own(self.path, os.O_WRONLY | os.O_APPEND)
+            self.lines = os.fdopen(
+                descriptor, "ab", buffering=0
+            )  # closing has nothing left to write
             self.events = _open_events(directory, purge_from=step * batch_size + 1)
 
     def __enter__(self) -> "Writers":
@@ -89,7 +102,7 @@ class Writers:
         if not self.path.exists():
             raise files.disappeared(self.path)
         with files.disk_errors(self.path):
-            self.lines.write((json.dumps(line) + "\n").encode())
+            self.lines.write(files.checked_line(json.dumps(line)))
             for name, value in values.items():
                 if name in scalars:
                     item = summary.scalar(name, scalars[name])
@@ -114,13 +127,12 @@ def _open_events(directory: Path, purge_from: int) -> EventsWriter:
 
 
 def read_metrics(directory: str | os.PathLike) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, without a last one that was cut short; [] without a file."""
-    path, lines = Path(directory) / METRICS, []
-    if path.exists():
-        with contextlib.suppress(json.JSONDecodeError):
-            for text in path.read_text().splitlines():
-                lines.append(json.loads(text))
-    return lines
+    """The lines of metrics.jsonl, without checksums and damaged lines; [] without a file."""
+    return [line for line in files.read_lines(Path(directory) / METRICS)[0] if _is_line(line)]
+
+
+def _is_line(line: Mapping[str, Any]) -> bool:
+    return type(line.get("step")) is int
 
 
 def log(text: str) -> None:

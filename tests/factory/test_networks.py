@@ -16,6 +16,7 @@ from lora_diffusion_jax.factory.checks import check
 from lora_diffusion_jax.factory.networks import (
     build_denoiser,
     bypass_lora,
+    check_attention,
     init_variables,
     variable_shapes,
 )
@@ -194,3 +195,18 @@ def test_residual_encoder_stays_in_half_precision():
     _, state = jax.eval_shape(run, jax.random.key(0))
     skips = state["intermediates"]["model"]["enc"]["__call__"][0]
     assert {skip.dtype.name for skip in skips} == {"bfloat16"}
+
+
+@pytest.mark.parametrize("size", [8, 16])
+def test_attention_by_level_is_attention_by_height_at_every_size(size):
+    by_level = small_config(data__image_size=size, model__attn_levels=(1,))
+    by_height = small_config(data__image_size=size, model__attn_resolutions=(size // 2,))
+    assert build_denoiser(by_level) == build_denoiser(by_height)
+    with pytest.raises(UserError, match="there is no level 2: .* 0 to 1"):
+        build_denoiser(small_config(model__attn_levels=(2,)))
+
+
+def test_attention_at_a_height_that_no_level_has_is_refused():
+    check_attention(small_config())
+    with pytest.raises(UserError, match="no level of an image 24 pixels high has 4: .* 24, 12"):
+        check_attention(small_config(data__image_size=24))

@@ -238,3 +238,85 @@ def test_attaching_twice_gives_equal_modules():
     """Equal modules share compilations where a module is a static argument of jit."""
     assert adapted() == adapted()
     assert adapted() != adapted(adapter=lora.UCLoRA(rank=2, bases=4, widths=(16, 8)))
+
+
+@pytest.mark.parametrize(
+    ("adapter", "condition"),
+    [
+        (lora.UCLoRA(rank=2, bases=3, widths=(8,)), jnp.linspace(-1, 1, 20).reshape(4, 5)),
+        (lora.TimeLoRA(rank=2, bases=3, num_timesteps=9), jnp.array([0.0, 2.5, 4.0, 9.0])),
+        (lora.ClassLoRA(rank=2, num_classes=3), jnp.array([0, 2, 1, 1])),
+        (lora.ClassLoRA(rank=2, num_classes=3), jnp.eye(4, 3)),
+    ],
+)
+@pytest.mark.parametrize("inner", [(), (3,)])
+def test_single_inputs_under_vmap_give_the_rows_of_a_batch(adapter, condition, inner):
+    wrapped = lora.attach(Layer(), sites="qkv", adapter=adapter, condition=lambda x, c: c)
+    x = jax.random.normal(jax.random.key(0), (4, *inner, 6))
+    variables = random_variables(wrapped, x, condition)
+    batch = wrapped.apply(variables, x, condition)
+    single = jax.vmap(lambda x, c: wrapped.apply(variables, x, c))(x, condition)
+    assert single.shape == batch.shape
+    np.testing.assert_allclose(single, batch, rtol=1e-5, atol=1e-5)  # sums in another order
+
+
+class Layer(nn.Module):
+    name_of_layer: str = "qkv"
+
+    @nn.compact
+    def __call__(self, x, condition):
+        return nn.Dense(5, name=self.name_of_layer)(x)
+
+
+class Stack(nn.Module):
+    """Three layers `qkv` in nn.scan, which may collect what they sow."""
+
+    collect: bool
+
+    @nn.compact
+    def __call__(self, x, condition):
+        class Step(nn.Module):
+            @nn.compact
+            def __call__(self, x, _):
+                return nn.Dense(6, name="qkv")(x), None
+
+        axes = {"params": 0} | ({"intermediates": 0} if self.collect else {})
+        scan = nn.scan(Step, variable_axes=axes, split_rngs={"params": True}, length=3)
+        return scan(name="stack")(x, None)[0]
+
+
+def test_composition_weights_in_a_scan_are_collected_or_missed():
+    x, c = jnp.ones((4, 6)), jnp.ones((4, 5))
+    settings = {"sites": ".*/qkv", "adapter": lora.UCLoRA(rank=2, bases=3, widths=(8,))}
+    for collect in (True, False):
+        wrapped = lora.attach(Stack(collect), condition=lambda x, c: c, **settings)
+        variables = random_variables(wrapped, x, c)
+        if collect:
+            (omega,) = lora.composition_weights(wrapped, variables, x, c).values()
+            assert omega.shape == (3, 4, 3)
+        else:
+            with pytest.raises(UserError, match="'stack/qkv' recorded no .*'intermediates': 0"):
+                lora.composition_weights(wrapped, variables, x, c)
+
+
+def test_what_cannot_be_attached_is_one_sentence():
+    x, c = jnp.ones((4, 6)), jnp.ones((4, 5))
+    settings = {"adapter": lora.UCLoRA(rank=2, bases=3, widths=(8,)), "sites": ".*/(qkv|lora)"}
+    once = lora.attach(Layer(), condition=lambda x, c: c, **settings)
+    with pytest.raises(UserError, match="has adapters already, at"):
+        lora.attach(once, condition=lambda x, c: c, **settings)
+    named = lora.attach(Layer("lora"), condition=lambda x, c: c, **settings)
+    none = lora.attach(Layer(), condition=lambda x, c: None, **settings)
+    tokens = jnp.ones((4, 2, 5))
+    for module, condition, words in (
+        (named, c, "The base has a submodule 'lora'"),
+        (none, c, "condition function returned None"),
+        (once, tokens, r"has the shape \(4, 2, 5\)"),
+    ):
+        with pytest.raises(UserError, match=words):
+            jax.eval_shape(module.init, jax.random.key(0), x, condition)
+    variables = random_variables(once, x, c)
+    with pytest.raises(
+        UserError, match="LoRA site 'qkv' got a condition or an input of another width"
+    ):
+        once.apply(variables, x, jnp.ones((4, 7)))

@@ -2,6 +2,7 @@
 
 import fnmatch
 import json
+import shutil
 
 import pytest
 
@@ -72,6 +73,25 @@ def test_unreadable_checkpoints_and_a_damaged_config_are_problems(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="damaged"):
         list(doctor.run(tmp_path, may_be_new=False))
+
+
+def test_all_damage_in_a_run_is_listed(workdir, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(workdir, run_dir)
+    assert list(doctor.damaged(run_dir)) == []
+    steps = sorted(int(p.name) for p in (run_dir / "checkpoints").iterdir())
+    (run_dir / "checkpoints" / str(steps[0]) / "weights" / "_METADATA").write_text("{}")
+    shutil.rmtree(run_dir / "checkpoints" / str(steps[1]) / "optimizer")
+    with (run_dir / "config.json").open("a") as file:
+        file.write(" ")
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"step"')
+    found = list(doctor.damaged(run_dir))
+    assert len(found) == 4
+    for text, words in zip(
+        found, ("config.json", "weights/_METADATA", "no optimizer", "1 damaged lines"), strict=True
+    ):
+        assert words in text
 
 
 def test_the_command_counts_problems(tmp_path, data_dir):

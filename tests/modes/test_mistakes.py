@@ -16,6 +16,12 @@ MISTAKES = {
         "sigma_min is 2",
     ),
     "mesh": (["--config.mesh.data=3"], "data=3"),
+    "attention at no level": (["--config.model.attn_resolutions=(5,)"], "levels have 8"),
+    "no such level": (["--config.model.attn_levels=(1,)"], "there is no level 1"),
+    "a number that is none": (["--config.sampler.s_noise=nan"], "s_noise is nan"),
+    "an infinite rate": (["--config.train.learning_rate=inf"], "learning_rate is inf"),
+    "a rate below 0": (["--config.train.learning_rate=-1"], "learning_rate is -1"),
+    "a URL": (["--config.init_from=https://x.org/y.pkl"], "init_from=https://x.org/y.pkl is a URL"),
     "half precision": (["--config.dtype=float16"], "bfloat16"),
     "unwritable workdir": (["--workdir=/proc/run"], "/proc/run"),
 }

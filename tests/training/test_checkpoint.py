@@ -1,3 +1,4 @@
+import shutil
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import pytest
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.training.checkpoint import (
     Checkpoints,
+    find_damage,
     from_parts,
     open_for_reading,
     save_weights,
@@ -133,7 +135,21 @@ def largest_file(folder):
     return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
 
 
+def flip(path, bit):
+    data = bytearray(path.read_bytes())
+    data[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(data)
+
+
 DAMAGE = {
+    "one bit": lambda folder: flip(largest_file(folder / "weights" / "d"), 1000),
+    "one bit of the optimizer": lambda folder: flip(largest_file(folder / "optimizer" / "d"), 999),
+    "no optimizer": lambda folder: shutil.rmtree(folder / "optimizer"),
+    "no optimizer, old": lambda folder: [
+        shutil.rmtree(folder / "optimizer"),
+        (folder / "SHA256SUMS").unlink(),
+    ],
+    "checksums cut": lambda folder: (folder / "SHA256SUMS").write_text("ba78"),
     "cut": lambda folder: largest_file(folder).write_bytes(largest_file(folder).read_bytes()[:-40]),
     "one file lost": lambda folder: next((folder / "optimizer" / "d").iterdir()).unlink(),
     "all data lost": lambda folder: [p.unlink() for p in folder.rglob("d/*")],
@@ -156,6 +172,45 @@ def test_an_unreadable_checkpoint_is_skipped_and_logged(tmp_path, damage, capsys
     assert "checkpoint 2 " in capsys.readouterr().out
     assert saved_steps(tmp_path) == [1, 2]
     assert open_for_reading(tmp_path)[0] == 2
+
+
+def test_what_was_set_aside_is_kept(tmp_path):
+    save(tmp_path, 1, 2)
+    DAMAGE["one bit"](tmp_path / "checkpoints" / "2")
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        assert checkpoints.restore(shapes(make_state()))[0] == 1
+        checkpoints.save(3, to_parts(make_state(3), Sums(jnp.zeros(2))))
+    names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert names == ["3", "unreadable-2"]
+    assert find_damage(tmp_path / "checkpoints" / "3") == ""
+
+
+def test_a_checkpoint_without_checksums_is_read_and_told_of(tmp_path, capsys):
+    save(tmp_path, 1)
+    (tmp_path / "checkpoints" / "1" / "SHA256SUMS").unlink()
+    assert open_for_reading(tmp_path)[0] == 1
+    assert open_for_reading(tmp_path)[0] == 1
+    assert capsys.readouterr().out.count("without checksums") == 1
+
+
+def test_weights_are_read_though_the_optimizer_is_damaged(tmp_path):
+    save(tmp_path, 1, 2)
+    DAMAGE["one bit of the optimizer"](tmp_path / "checkpoints" / "2")
+    assert open_for_reading(tmp_path)[0] == 2
+    assert "optimizer/" in find_damage(tmp_path / "checkpoints" / "2")
+
+
+def test_links_among_checkpoints_are_refused(tmp_path):
+    (tmp_path / "outside" / "9").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "9").symlink_to(tmp_path / "outside" / "9")
+    with pytest.raises(UserError, match="checkpoints/9 is a link"):
+        Checkpoints(tmp_path / "run")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "checkpoints").symlink_to(tmp_path / "outside")
+    with pytest.raises(UserError, match="checkpoints is a link"):
+        Checkpoints(tmp_path / "other")
+    assert (tmp_path / "outside" / "9").is_dir()
 
 
 def test_reading_skips_an_unreadable_checkpoint_too(tmp_path, capsys):

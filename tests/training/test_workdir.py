@@ -7,6 +7,7 @@ import pytest
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.training.workdir import (
     differences,
+    has_changed,
     open_workdir,
     read_config,
     reconcile_config,
@@ -57,11 +58,22 @@ def test_differences_see_lists_tuples_and_empty_groups_alike():
     assert differences({"a": [1, 2]}, {"a": [2, 1]}) == ({"a": ([1, 2], [2, 1])}, {})
 
 
-@pytest.mark.parametrize("text", ["", '{"a": 1', "[1]", "\0\1"])
+@pytest.mark.parametrize("text", ["", '{"a": 1', "[1]", "\0\1", "[" * 100_000])
 def test_a_damaged_config_is_an_error(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(UserError, match="damaged"):
         reconcile_config(tmp_path, CONFIG)
+
+
+def test_a_changed_config_is_told_of_once(tmp_path, capsys):
+    reconcile_config(tmp_path, CONFIG)
+    path = tmp_path / "config.json"
+    path.write_text(path.read_text().replace("32", "33"))
+    assert read_config(tmp_path)["model"]["channels"] == 33
+    read_config(tmp_path)
+    assert capsys.readouterr().out.count("config.json has changed since it was written") == 1
+    (tmp_path / "config.json.sha256").unlink()
+    assert not has_changed(tmp_path)
 
 
 def test_a_folder_that_is_no_run_is_an_error(tmp_path):

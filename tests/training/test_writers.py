@@ -66,6 +66,33 @@ def test_reopening_drops_what_came_after_the_restored_step(tmp_path):
         assert writers.done == set()
 
 
+def test_a_damaged_line_is_kept_aside_and_the_others_stay(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    with Writers(tmp_path, 16, 0) as writers:
+        for step in (1, 2, 3):
+            writers.write(step, {"train/loss": step / 2})
+    data = bytearray(path.read_bytes())
+    data[data.index(b"loss", 100) + 1] ^= 4
+    path.write_bytes(data)
+    damaged = data.split(b"\n")[1]
+    with Writers(tmp_path, 16, 3) as writers:
+        writers.write(4, {"train/loss": 2.0})
+    assert "moved 1 damaged lines" in capsys.readouterr().out
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 3, 4]
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == damaged + b"\n"
+    Writers(tmp_path, 16, 4).lines.close()
+    assert capsys.readouterr().out == ""
+
+
+def test_a_link_in_place_of_the_metrics_is_refused(tmp_path):
+    (tmp_path / "outside").write_text("precious")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").symlink_to(tmp_path / "outside")
+    with pytest.raises(UserError, match="metrics.jsonl is a link"):
+        Writers(tmp_path / "run", 16, 0)
+    assert (tmp_path / "outside").read_text() == "precious"
+
+
 def test_an_unknown_name_is_refused_before_anything_is_written(tmp_path):
     with Writers(tmp_path, 16, 0) as writers, pytest.raises(ValueError, match="loss"):
         writers.write(1, {"loss": 1.0})

@@ -1,9 +1,10 @@
 """Npz files: read without pickles, written whole or not at all."""
 
+import io
+import math
 import os
 import tempfile
 import zipfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,16 @@ from typing import Any
 import numpy as np
 
 from lora_diffusion_jax import files
-from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.errors import UserError, printable
+from lora_diffusion_jax.untrusted import read_entry, refusing
 
+# What arrays may unpack to: images and statistics pack to a half, a bomb to a thousandth.
+UNPACKED = 64 << 20  # bytes, whatever the file's size
+PACKING = 16  # times the file's size beyond
+_HEADERS = {  # 3.0 is for field names that are no Latin text
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
 ADVICE = "Choose a path that can be written."
 
 
@@ -27,23 +36,56 @@ def read_npz(
         expected: what the file should contain, for errors.
 
     Raises:
-        UserError: another kind of file, a damaged one, or one that needs pickle.
+        UserError: another kind of file, a damaged one, one that needs pickle, or one that unpacks to
+            far more than it holds.
     """
-    try:
-        if not zipfile.is_zipfile(path):
-            with path.open("rb") as file:
-                start = file.read(8)
+    where = printable(str(path), 300)
+    with refusing(where, "read as npz", f"Expected {expected}: recreate it."):
+        if not path.is_file() or not zipfile.is_zipfile(path):
+            start = _head(path)
             raise UserError(
-                f"{path} is not a whole npz file (it starts with {start!r}); expected {expected}."
+                f"{where} is not a whole npz file (it starts with {start!r}); expected {expected}."
             )
-        with np.load(path, allow_pickle=False) as file:
-            return list(file.files), {name: file[name] for name in file.files if wanted(name)}
-    except UserError:
-        raise
-    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        with zipfile.ZipFile(path) as archive:
+            entries = {e.filename.removesuffix(".npy"): e for e in archive.infolist()}
+            chosen = {name: entry for name, entry in entries.items() if wanted(name)}
+            limit = UNPACKED + PACKING * path.stat().st_size
+            if (total := sum(entry.file_size for entry in chosen.values())) > limit:
+                raise UserError(
+                    f"{where} unpacks to {total:,} bytes, far more than it holds; save it with np.savez, "
+                    "unpacked, if these are meant."
+                )
+            arrays = {}
+            for name, entry in chosen.items():
+                inside = f"{where}: {printable(name)}"
+                arrays[name] = _array(read_entry(archive, entry, inside, limit), inside)
+    return list(entries), arrays
+
+
+def _head(path: Path) -> bytes:
+    """The first bytes of a file, to show in an error; none of what is no file."""
+    if not path.is_file():
+        return b""
+    with path.open("rb") as file:
+        return file.read(8)
+
+
+def _array(data: bytes, where: str) -> np.ndarray:
+    """The array of an npy file, whose header must describe exactly the bytes that follow it."""
+    file = io.BytesIO(data)
+    version = np.lib.format.read_magic(file)
+    if version not in _HEADERS:
+        raise ValueError(f"npy version {version}")
+    shape, fortran, dtype = _HEADERS[version](file)
+    if dtype.hasobject:
+        raise UserError(f"{where} holds objects, which need pickle and are never read.")
+    left = len(data) - file.tell()
+    if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != left:
         raise UserError(
-            f"{path} cannot be read as npz ({error}); expected {expected}. Recreate it."
-        ) from error
+            f"{where} is damaged: it declares the shape {printable(list(shape))} of {dtype.itemsize} bytes "
+            f"each, and holds {left:,} bytes."
+        )
+    return np.ndarray(shape, dtype, data, file.tell(), order="F" if fortran else "C")
 
 
 def write_npz(path: str | os.PathLike[str], arrays: dict[str, Any], advice: str = ADVICE) -> None:

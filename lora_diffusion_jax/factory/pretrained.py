@@ -62,7 +62,7 @@ def load_workdir(
 
 def network_fields(config: ConfigDict) -> dict[str, Any]:
     """The fields of a config that describe its network, for JSON; `config_from_dict` reads them."""
-    data = ("image_size", "image_width", "channels", "num_classes")
+    data = ("image_size", "image_width", "channels", "num_classes", "class_names")
     return {
         "class_conditional": config.class_conditional,
         "data": {field: config.data[field] for field in data},
@@ -94,6 +94,7 @@ def _identity(config: ConfigDict) -> dict[str, Any]:
     fields = flatten_dict(network_fields(config), sep=".")
     fields["data.image_width"] = image_shape(config)[1]  # 0 stands for square
     fields["data.num_classes"] = num_classes(config)
+    del fields["data.class_names"]
     return {k: v for k, v in fields.items() if k not in _FREE}
 
 

@@ -39,12 +39,12 @@ RESUMABLE_CHANGES = (
     *("train.total_images", "train.*_every", "train.keep", "train.max_nonfinite"),
     *("train.microbatch", "train.remat", "mesh.*", "sampler.*", "eval.*", "init_from"),
     *("data.name", "data.data_dir", "data.path", "data.eval_*"),  # the fingerprint must agree
-    *("data.workers", "data.memory_limit_gib"),
+    *("data.workers", "data.memory_limit_gib", "data.class_names"),
 )
 # An imported network's config decides its architecture alone; these are open until it is first trained.
 OPEN_AFTER_IMPORT = (
     *("train.*", "augment.p", "dtype", "model.*dropout"),
-    *("data.fingerprint", "data.image_width", "data.split", "data.class_folders"),
+    *("data.fingerprint", "data.image_width", "data.split", "data.class_folders", "data.background"),
 )
 
 

@@ -21,13 +21,14 @@ MAX_JSON = 4 << 20  # bytes of JSON text, unless the caller knows better
 MAX_VALUES = 500_000  # values in it, at up to 80 bytes each
 MAX_DEPTH = 64  # containers inside containers
 MAX_DIGITS = 18  # of an integer, so that it fits 64 bits
+ADVICE = "Restore or replace it."
 
 # bzip2 and lzma are left out: zipfile unpacks a whole chunk of them at once, to any size.
 _PACKINGS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
 @contextlib.contextmanager
-def refusing(where: str, doing: str = "read", advice: str = "Restore or replace it.") -> Iterator[None]:
+def refusing(where: str, doing: str = "read", advice: str = ADVICE) -> Iterator[None]:
     """Turns whatever a library raises over a damaged file into a UserError that names the file.
 
     Args:
@@ -40,7 +41,7 @@ def refusing(where: str, doing: str = "read", advice: str = "Restore or replace 
     except UserError:
         raise
     except OSError as error:
-        raise cannot_use(where, error.strerror or printable(str(error), 200), advice) from error
+        raise cannot_use(where, error.strerror or reason(error), advice) from error
     except Exception as error:
         raise UserError(f"{where} cannot be {doing} ({reason(error)}). {advice}") from error
 
@@ -51,7 +52,7 @@ def reason(error: Exception) -> str:
     return printable(first, 200) or type(error).__name__
 
 
-def read_file(path: str | os.PathLike, limit: int, advice: str = "Restore or replace it.") -> bytes:
+def read_file(path: str | os.PathLike, limit: int, advice: str = ADVICE) -> bytes:
     """The content of a file of at most `limit` bytes.
 
     Raises:
@@ -71,9 +72,10 @@ def read_file(path: str | os.PathLike, limit: int, advice: str = "Restore or rep
     return data
 
 
-def read_json(path: str | os.PathLike, *, infinite: bool = False) -> Any:
+def read_json(path: str | os.PathLike, *, infinite: bool = False, advice: str = ADVICE) -> Any:
     """The value of a JSON file; see `parse_json`."""
-    return parse_json(read_file(path, MAX_JSON), printable(str(path), 300), infinite=infinite)
+    data = read_file(path, MAX_JSON, advice)
+    return parse_json(data, printable(str(path), 300), infinite=infinite, advice=advice)
 
 
 def parse_json(
@@ -83,6 +85,7 @@ def parse_json(
     limit: int = MAX_JSON,
     values: int = MAX_VALUES,
     infinite: bool = False,
+    advice: str = ADVICE,
 ) -> Any:
     """The value of a JSON text.
 
@@ -92,16 +95,20 @@ def parse_json(
         limit: bytes that it may have.
         values: values, keys included, that it may hold.
         infinite: accept Python's Infinity, which JSON lacks and configs need.
+        advice: what to do, as a sentence.
 
     Raises:
         UserError: not valid JSON, repeated keys, too large or too deep, NaN, or numbers that fit no
             64 bits.
     """
     raw = data.encode("utf-8", "surrogatepass") if isinstance(data, str) else data
-    if len(raw) > limit:
-        raise UserError(f"{where} is not valid JSON for its purpose: {len(raw):,} bytes, not {limit:,}.")
-    if (count := sum(map(raw.count, (b"[", b"{", b",", b":")))) > values:
-        raise UserError(f"{where} is not valid JSON for its purpose: {count:,} values, not {values:,}.")
+    count = sum(map(raw.count, (b"[", b"{", b",", b":")))
+    for found, most, unit in ((len(raw), limit, "bytes"), (count, values, "values")):
+        if found > most:
+            raise UserError(
+                f"{where} is not valid JSON for its purpose: {found:,} {unit}, at most {most:,} are "
+                f"expected. {advice}"
+            )
 
     def word(text: str) -> float:
         if infinite and text != "NaN":
@@ -121,7 +128,7 @@ def parse_json(
         if "\\ud" in text.lower():  # half of a surrogate pair cannot be printed or written
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not valid JSON ({reason(error)}).") from error
+        raise UserError(f"{where} is not valid JSON ({reason(error)}). {advice}") from error
     return value
 
 
@@ -187,5 +194,7 @@ def read_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, where: str, lim
     with open_entry(archive, entry, where, limit) as file:
         data = file.read(entry.file_size)
     if len(data) != entry.file_size:
-        raise UserError(f"{where} is truncated: {entry.file_size:,} bytes declared, {len(data):,} there.")
+        raise UserError(
+            f"{where} is truncated: {entry.file_size:,} bytes declared, {len(data):,} there."
+        )
     return data

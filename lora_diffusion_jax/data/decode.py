@@ -59,12 +59,14 @@ def colour(text: str) -> tuple[int, int, int]:
         UserError: it is neither.
     """
     try:
-        red, green, blue = ImageColor.getrgb(text)
-    except ValueError as error:  # also of too many values: a colour with an alpha
+        rgb = ImageColor.getrgb(text)
+        if len(rgb) != 3:
+            raise ValueError("it has an alpha")
+    except ValueError as error:
         raise UserError(
             f"data.background={text!r} is no colour; give white, black, another name or '#rrggbb'."
         ) from error
-    return red, green, blue
+    return rgb[0], rgb[1], rgb[2]
 
 
 def read_shape(file: IO[bytes], where: str) -> Shape:
@@ -105,7 +107,9 @@ def decode(
         channels = shape[2] if convert else _channels(image, where)
         check_shape(_shape(image, channels), where, shape)
         image.load()
-        check_shape(_shape(image, channels), where, shape)  # a PNG may have its EXIF behind the pixels
+        check_shape(
+            _shape(image, channels), where, shape
+        )  # a PNG may have its EXIF behind the pixels
         orientation = _orientation(image)
         pixels: Image.Image = image
         if "A" in image.mode.upper() or "transparency" in image.info:
@@ -159,7 +163,9 @@ def _opened(file: IO[bytes], where: str) -> Iterator[Image.Image]:
         text = reason(error)
         if "cannot identify image file" in text:  # its text shows the address of a BytesIO
             text = "another format, or damaged"
-        raise UserError(f"{where} cannot be read as PNG or JPEG ({text}). Replace or remove it.") from error
+        raise UserError(
+            f"{where} cannot be read as PNG or JPEG ({text}). Replace or remove it."
+        ) from error
 
 
 def _shape(image: Image.Image, channels: int) -> Shape:
@@ -191,7 +197,9 @@ def _opaque(image: Image.Image, where: str, background: str) -> Image.Image:
         )
     behind = colour(background)
     if image.mode in ("LA", "La") and len(set(behind)) > 1:
-        raise UserError(f"{where} is gray, but data.background={background!r} is not; choose a gray.")
+        raise UserError(
+            f"{where} is gray, but data.background={background!r} is not; choose a gray."
+        )
     return Image.alpha_composite(Image.new("RGBA", image.size, (*behind, 255)), rgba)
 
 

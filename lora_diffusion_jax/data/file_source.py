@@ -207,7 +207,9 @@ def _file_size(path: Path) -> int:
         status = path.stat()
     except OSError as error:
         if path.is_symlink():
-            raise UserError(f"{path} is a link to {os.readlink(path)!a}, which is missing. {_ADVICE}") from error
+            raise UserError(
+                f"{path} is a link to {os.readlink(path)!a}, which is missing. {_ADVICE}"
+            ) from error
         raise cannot_use(path, error.strerror or "cannot look at it", _ADVICE) from error
     if not stat.S_ISREG(status.st_mode):
         raise UserError(f"{path} is neither a file nor a folder. Remove it.")
@@ -360,13 +362,19 @@ def _folder_classes(files: _Files, names: Sequence[str]) -> tuple[dict[str, int]
     """Returns ({name: class}, class names, origin) by the folders that the images lie in."""
     parents = [name.split("/")[:-1] for name in names]
     outer: list[str] = []  # folders around all the class folders, such as the one that was packed
-    while all(len(p) > len(outer) + 1 for p in parents) and len({p[len(outer)] for p in parents}) == 1:
+    while (
+        all(len(p) > len(outer) + 1 for p in parents) and len({p[len(outer)] for p in parents}) == 1
+    ):
         outer.append(parents[0][len(outer)])
     depth, prefix = len(outer), "".join(f"{part}/" for part in outer)
     folders = {
-        name: parent[depth] for name, parent in zip(names, parents, strict=True) if len(parent) > depth
+        name: parent[depth]
+        for name, parent in zip(names, parents, strict=True)
+        if len(parent) > depth
     }
-    there = {f.split("/")[depth] for f in files.folders if f.startswith(prefix) and f not in ("", ".")}
+    there = {
+        f.split("/")[depth] for f in files.folders if f.startswith(prefix) and f not in ("", ".")
+    }
     class_names = sorted(set(folders.values()), key=_natural)
     empty = sorted(there - set(class_names) - {""}, key=_natural)
     if empty:
@@ -380,7 +388,9 @@ def _folder_classes(files: _Files, names: Sequence[str]) -> tuple[dict[str, int]
             "least two class folders. Set data.class_folders=False, or give each class a folder."
         )
     if len(class_names) > _MAX_CLASSES:
-        raise UserError(f"{files.path} has {len(class_names):,} class folders; at most {_MAX_CLASSES:,} work.")
+        raise UserError(
+            f"{files.path} has {len(class_names):,} class folders; at most {_MAX_CLASSES:,} work."
+        )
     ids = {folder: i for i, folder in enumerate(class_names)}
     origin = "names of the folders" + (f" in {printable('/'.join(outer), 200)}" if outer else "")
     return {name: ids[folder] for name, folder in folders.items()}, class_names, origin

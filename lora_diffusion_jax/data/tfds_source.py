@@ -103,7 +103,9 @@ class TfdsSource(ImageSource):
             return ()
         count = self._info.features[self._label_key].num_classes
         if count > _MAX_CLASSES:
-            raise UserError(f"{self._full_name} declares {count:,} classes; at most {_MAX_CLASSES:,} work.")
+            raise UserError(
+                f"{self._full_name} declares {count:,} classes; at most {_MAX_CLASSES:,} work."
+            )
         path = self._directory / f"{self._label_key.replace('/', '.')}.labels.txt"
         if not path.exists():
             return tuple(map(str, range(count)))
@@ -240,7 +242,9 @@ def _class_names(spec: Any) -> Iterator[str]:
             yield from _class_names(item)
     if isinstance(spec, dict):
         for key, item in spec.items():
-            if key in ("pythonClassName", "python_class_name", "type") and not isinstance(item, dict):
+            if key in ("pythonClassName", "python_class_name", "type") and not isinstance(
+                item, dict
+            ):
                 yield str(item)
             elif key == "json" and isinstance(item, str):
                 yield from _class_names(parse_json(item, "a feature's JSON"))

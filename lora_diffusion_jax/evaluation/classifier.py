@@ -193,7 +193,11 @@ def _recipe_problem(recipe: dict[str, Any]) -> str:
     if not (isinstance(settings, dict) and settings.keys() == names):
         return "its settings are not those of this version"
     widths = settings["widths"]
-    if not (isinstance(widths, list | tuple) and 1 <= len(widths) <= 16 and all(within(n, 8192) for n in widths)):
+    if not (
+        isinstance(widths, list | tuple)
+        and 1 <= len(widths) <= 16
+        and all(within(n, 8192) for n in widths)
+    ):
         return "it has no valid widths"
     if not all(isinstance(v, int | float) for k, v in settings.items() if k != "widths"):
         return "a setting is no number"

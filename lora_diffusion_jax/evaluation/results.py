@@ -13,10 +13,13 @@ from typing import Any
 import numpy as np
 
 from lora_diffusion_jax import files
+from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.untrusted import parse_json
 
 Record = dict[str, Any]  # one JSON line
 FOLDER = "evaluation"  # inside a workdir
 FILE = "results.jsonl"
+MAX_LINE = 1 << 20  # bytes of a result
 HIGHER_IS_BETTER = ("is", "precision", "recall", "density", "coverage")
 # What makes two results the same measurement; the code version is not part of it.
 KEY = (
@@ -94,14 +97,28 @@ def append(path: Path, record: Record) -> None:
 
 def read(path: Path) -> dict[str, Record]:
     """Returns the results in a file by key; lines cut off by a crash are left out."""
-    found = {}
-    for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
-        try:
-            record = json.loads(line)
-            found[key_of(record)] = record
-        except (json.JSONDecodeError, AttributeError):
-            continue  # not a result: that measurement will be repeated
+    found: dict[str, Record] = {}
+    if not path.is_file():
+        return found
+    with (
+        files.disk_errors(path, "Restore it, or remove it to measure again."),
+        path.open("rb") as file,
+    ):
+        while line := file.readline(MAX_LINE):
+            try:
+                record = parse_json(line, "a result")
+            except UserError:
+                continue  # not a result: that measurement will be repeated
+            if _is_result(record):
+                found[key_of(record)] = record
     return found
+
+
+def _is_result(record: Any) -> bool:
+    return isinstance(record, dict) and all(
+        isinstance(record.get(name), kind)
+        for name, kind in {"metric": str, "step": int, "value": int | float | str}.items()
+    )
 
 
 def key_of(record: Record) -> str:

@@ -99,8 +99,8 @@ def check(config: ConfigDict) -> None:
         raise UserError("data.class_names holds other things than names; give one text per class.")
     if names and config.data.num_classes not in (0, len(names)):
         raise UserError(
-            f"data.class_names has {len(names):,} names for data.num_classes={config.data.num_classes:,}; give "
-            "one per class, or none."
+            f"data.class_names has {len(names):,} names for data.num_classes="
+            f"{config.data.num_classes:,}; give one per class, or none."
         )
     if config.data.name and config.data.path:
         raise UserError(

@@ -74,6 +74,7 @@ def build_parser() -> cli.Parser:
         verb.add_argument(
             "--class_folders", action="store_true", help="an image's first folder is its class"
         )
+        verb.add_argument("--background", default="", help="colour behind transparent pixels")
     gen = add("gen", help="evaluate a network's samples without writing them")
     every = add("all", help="evaluate every checkpoint of a run or a sweep")
     for verb in (gen, every):
@@ -201,10 +202,17 @@ def open_images(args: argparse.Namespace, flag: str) -> tuple[Source, str, Recor
         if path.suffix == ".npz":
             source = images.ArraySource(images.open_npz(path))
         elif is_file:
-            source = open_source(path=str(path), class_folders=args.class_folders)
+            source = open_source(
+                path=str(path), class_folders=args.class_folders, background=args.background
+            )
         else:
             source = open_source(
-                named, args.data_dir or "", "", split, class_folders=args.class_folders
+                named,
+                args.data_dir or "",
+                "",
+                split,
+                class_folders=args.class_folders,
+                background=args.background,
             )
     except UserError as error:
         # The data's own messages speak of the config of main.py.

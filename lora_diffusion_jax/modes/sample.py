@@ -36,8 +36,8 @@ def sample(
     Args:
         run: the network, its weights and its config.
         seeds: one per image.
-        class_id: a class's number or name for all images, `all` for an even split in class order, or None to draw each
-            image's class from its seed.
+        class_id: a class's number or name for all images, `all` for an even split in class order, or
+            None to draw each image's class from its seed.
         out: a folder, .npz or .png.
         about: recorded beside the images.
 
@@ -110,7 +110,11 @@ def choose_classes(
     spelled = unicodedata.normalize("NFC", class_id)
     if spelled in names:
         return names.index(spelled)
-    known = f", nor one of the names {', '.join(name_classes(range(len(names)), names))}" if names else ""
+    known = (
+        f", nor one of the names {', '.join(name_classes(range(len(names)), names))}"
+        if names
+        else ""
+    )
     raise UserError(f"--class_id={class_id} is neither a class number nor `all`{known}.")
 
 

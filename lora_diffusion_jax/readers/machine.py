@@ -18,7 +18,9 @@ from typing import Any
 from lora_diffusion_jax.errors import printable
 
 MAX_INT_BYTES = 16  # the longest legitimate integer is PyTorch's ten-byte magic number
-_HEAVY = 3  # work beyond the opcode's for an empty set or view of bytes: 200 bytes from one of the file
+_HEAVY = (
+    3  # work beyond the opcode's for an empty set or view of bytes: 200 bytes from one of the file
+)
 MAX_KEY = 1 << 20  # integers hash to themselves: large ones could be chosen to collide
 
 

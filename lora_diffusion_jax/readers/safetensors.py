@@ -10,8 +10,24 @@ from safetensors import safe_open
 from lora_diffusion_jax.errors import UserError, printable
 from lora_diffusion_jax.untrusted import MAX_JSON, parse_json, refusing
 
-MAX_HEADER = 100_000_000  # bytes, the limit that the safetensors library sets; we read up to MAX_JSON
-_DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")
+MAX_HEADER = (
+    100_000_000  # bytes, the limit that the safetensors library sets; we read up to MAX_JSON
+)
+_DTYPES = (
+    "F64",
+    "F32",
+    "F16",
+    "BF16",
+    "I64",
+    "I32",
+    "I16",
+    "I8",
+    "U64",
+    "U32",
+    "U16",
+    "U8",
+    "BOOL",
+)
 
 
 def is_safetensors(path: str | Path) -> bool:

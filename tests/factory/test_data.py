@@ -30,7 +30,9 @@ def test_sizes_come_from_the_data_set_or_agree_with_it():
     assert config.data.num_classes == 0  # not asked for
     conditional = small_config(**open_sizes, class_conditional=True)
     assert complete(conditional, Pictures((8, 8, 1))).data.num_classes == 3
-    assert complete(conditional, Pictures((8, 8, 1))).data.class_names == ()  # the numbers, no names
+    assert (
+        complete(conditional, Pictures((8, 8, 1))).data.class_names == ()
+    )  # the numbers, no names
     for shape, words in (((8, 16, 1), "image_width=8"), ((9, 9, 1), "image_size=8")):
         with pytest.raises(UserError, match=words):
             complete(small_config(), Pictures(shape))
@@ -46,7 +48,9 @@ def test_class_names_are_kept_and_compared():
     config = complete(conditional, pictures)
     assert config.data.class_names == ("ant", "bee", "cat")
     assert complete(config, pictures).data.class_names == config.data.class_names
-    with pytest.raises(UserError, match="data.class_names=ant,bee,cat, but pictures has bee,ant,cat"):
+    with pytest.raises(
+        UserError, match="data.class_names=ant,bee,cat, but pictures has bee,ant,cat"
+    ):
         complete(config, Pictures((8, 8, 1), ("bee", "ant", "cat")))
     assert complete(small_config(), pictures).data.class_names == ()  # not asked for
 

@@ -10,10 +10,11 @@ docs/evaluation.md explains the numbers.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -102,6 +103,19 @@ def emit(record: Record) -> None:
     print(results.to_line(record), flush=True)
 
 
+@contextlib.contextmanager
+def naming_flags(flag: str) -> Iterator[None]:
+    """Errors of the data, which speak of the config of main.py, in the flags of this program."""
+    try:
+        yield
+    except UserError as error:
+        flags = {"name": flag, "path": flag}
+        fields = r"(?<![\w/])data\.(name|path|data_dir|split|class_folders|background)\b"
+        text = re.sub(fields, lambda m: f"--{flags.get(m[1], m[1])}", str(error))
+        raise UserError(text) from error
+
+
+@naming_flags("data")
 def run_ref(args: argparse.Namespace) -> None:
     """Writes the statistics of a data set."""
     check_target(args.dest)
@@ -118,6 +132,7 @@ def run_ref(args: argparse.Namespace) -> None:
         found.remove_partial()
 
 
+@naming_flags("images")
 def run_calc(args: argparse.Namespace) -> None:
     """Evaluates images in files."""
     source, where, identity = open_images(args, "images")
@@ -215,11 +230,8 @@ def open_images(args: argparse.Namespace, flag: str) -> tuple[Source, str, Recor
                 background=args.background,
             )
     except UserError as error:
-        # The data's own messages speak of the config of main.py.
-        flags = {"name": flag, "path": flag}
-        text = re.sub(r"\bdata\.(\w+)", lambda m: f"--{flags.get(m[1], m[1])}", str(error))
         unknown = "" if is_file else f"There is no file or folder {named}, and as a TFDS name: "
-        raise UserError(unknown + text) from error
+        raise UserError(f"{unknown}{error}") from error
     where = str(path) if is_file else f"{named}[{split}]"
     if len(source) < 2:
         raise UserError(f"{where} holds {len(source)} images; a distance needs at least 2.")

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lora_diffusion_jax.array_types import Source
-from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.errors import UserError, printable
 from lora_diffusion_jax.evaluation import classifier
 from lora_diffusion_jax.evaluation.collect import FeatureSet, collect
 from lora_diffusion_jax.evaluation.detectors import File, detector_for_reference
@@ -117,9 +117,9 @@ class Evaluator:
         sizes = len(self.reference.mu), self.detector.feature_dim
         if theirs != (name, hashed) or sizes[0] != sizes[1]:
             raise UserError(
-                f"The reference was made with {sizes[0]} {theirs[0]} features (detector hash "
-                f"{theirs[1]}), not with these {sizes[1]} {name} features ({hashed}). Use the same "
-                "--features and weights file for both."
+                f"The reference was made with {sizes[0]} {printable(theirs[0])} features (detector hash "
+                f"{printable(theirs[1])}), not with these {sizes[1]} {name} features ({hashed}). Use the "
+                "same --features and weights file for both."
             )
         if "is" in self.metrics and not self.detector.has_classes:
             raise UserError(

@@ -115,10 +115,12 @@ def read(path: Path) -> dict[str, Record]:
 
 
 def _is_result(record: Any) -> bool:
-    return isinstance(record, dict) and all(
-        isinstance(record.get(name), kind)
-        for name, kind in {"metric": str, "step": int, "value": int | float | str}.items()
-    )
+    """Whether a line of the file holds a result of a checkpoint; infinity stands there as a word."""
+    if not isinstance(record, dict):
+        return False
+    value = record.get("value")
+    number = type(value) in (int, float) or value in ("inf", "-inf", "nan")
+    return number and type(record.get("metric")) is str and type(record.get("step")) is int
 
 
 def key_of(record: Record) -> str:

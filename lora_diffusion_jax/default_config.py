@@ -70,6 +70,7 @@ def base() -> ConfigDict:
     config.data.data_dir = ""  # where TFDS data sets are prepared; "" is TFDS's own default
     config.data.path = ""  # or a folder or ZIP of images
     config.data.class_folders = False  # with path: the first folder of an image is its class
+    config.data.background = ""  # colour behind transparent pixels, such as white; "" refuses them
     config.data.split = "train"
     config.data.eval_split = "test"
     config.data.eval_path = ""  # with path: held-out images for the evaluation
@@ -77,6 +78,7 @@ def base() -> ConfigDict:
     config.data.image_width = 0  # 0: square
     config.data.channels = 0
     config.data.num_classes = 0
+    config.data.class_names = ()  # one per class, unless they are its number; () is as the data set has
     config.data.fingerprint = ""  # of the training images; filled in when a run starts
     config.data.memory_limit_gib = 1.0  # smaller data sets are decoded once, larger ones stream
     config.data.workers = 0  # processes that decode streamed images; 0: threads of this one

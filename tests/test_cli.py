@@ -165,7 +165,9 @@ def test_mistakes_and_interruptions_have_an_exit_status(capsys):
     assert cli.run(raising(ModuleNotFoundError("No x", name="grain")), []) == 2
     assert "the package grain is not installed" in capsys.readouterr().err
     assert cli.run(raising(ZeroDivisionError("by 0\nat once")), []) == 2
-    assert capsys.readouterr().err.startswith("error: ZeroDivisionError: by 0. This error is unexpected")
+    assert capsys.readouterr().err.startswith(
+        "error: ZeroDivisionError: by 0. This error is unexpected"
+    )
     for error in (ZeroDivisionError(), UserError("What was found.")):
         assert cli.run(raising(error), ["--debug"]) == 2
         text = capsys.readouterr().err

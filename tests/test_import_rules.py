@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "lora_diffusion_jax"
-SHARED = {"errors", "array_types", "keys", "paths", "files"}  # for everyone
+SHARED = {"errors", "array_types", "keys", "paths", "files", "untrusted"}  # for everyone
 BELOW_FACTORY = {
     *("processes", "lora", "models", "diffusion", "data", "readers"),
     *("default_config", "generate", "outputs", "training", "evaluation"),
@@ -20,6 +20,7 @@ ALLOWED = {
     "keys": set(),
     "paths": set(),
     "files": set(),
+    "untrusted": {"files"},
     "processes": set(),
     "lora": set(),
     "models": set(),

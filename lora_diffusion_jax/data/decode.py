@@ -6,38 +6,91 @@ from contextlib import contextmanager
 from typing import IO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageColor
 
 from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.untrusted import reason
 
 Shape = tuple[int, int, int]  # (height, width, channels); channels is 1 or 3
 
 _FORMATS = ("PNG", "JPEG")
+MAX_BYTES = 2**26  # of an encoded image; noise of MAX_PIXELS in colour takes that as PNG
+MAX_PIXELS = 2**24
 # Pillow's mode -> channels of the array. Whether an alpha channel is opaque, and can be dropped, shows
 # only when the pixels are read. Other modes (CMYK, 16 bit, float) are refused.
 _CHANNELS = {"1": 1, "L": 1, "LA": 1, "La": 1, "P": 3, "PA": 3, "RGB": 3, "RGBA": 3, "RGBa": 3}
 _MODES = {1: "L", 3: "RGB"}
+_ORIENTATION = 0x0112  # EXIF's tag of how the camera was held; without it, or with 1, upright
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SIDEWAYS = (5, 6, 7, 8)  # these exchange width and height
+HEAD = 32  # bytes that tell what a file is
+_PNG = b"\x89PNG\r\n\x1a\n"
+_MAGIC = {
+    **{_PNG: "PNG", b"\xff\xd8\xff": "JPEG", b"GIF8": "GIF", b"\x93NUMPY": "NumPy"},
+    **{b"II*\0": "TIFF", b"MM\0*": "TIFF", b"P5\n": "PGM", b"P6\n": "PPM"},
+    **{b"\0\0\0\x0cjP  ": "JPEG 2000", b"\xffO\xffQ": "JPEG 2000"},
+    **{b"\0\0\0\x0cJXL ": "JPEG XL", b"\xff\x0a": "JPEG XL"},
+}
+
+
+def format_of(head: bytes) -> str:
+    """What kind of image a file is by its first HEAD bytes, whatever its name; '' if none."""
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "WebP"
+    if head[4:8] == b"ftyp" and head[8:11] in (b"avi", b"hei", b"hev", b"mif"):
+        return "HEIF or AVIF"
+    if head[:2] == b"BM" and head[6:10] == bytes(4):
+        return "BMP"
+    return next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), "")
+
+
+def colour(text: str) -> tuple[int, int, int]:
+    """The RGB of a name or '#rrggbb'.
+
+    Raises:
+        UserError: it is neither.
+    """
+    try:
+        rgb = ImageColor.getrgb(text)
+        if len(rgb) != 3:
+            raise ValueError("it has an alpha")
+    except ValueError as error:
+        raise UserError(
+            f"data.background={text!r} is no colour; give white, black, another name or '#rrggbb'."
+        ) from error
+    return rgb[0], rgb[1], rgb[2]
 
 
 def read_shape(file: IO[bytes], where: str) -> Shape:
-    """Returns an image's shape from its header, without decoding the pixels.
+    """Returns an image's shape from its header, upright, without decoding the pixels.
 
     Args:
         file: a seekable binary file positioned at the image's first byte.
         where: the image's name in error messages.
 
     Raises:
-        UserError: not a PNG or JPEG, a damaged header, or an unsupported colour mode.
+        UserError: not a PNG or JPEG, a damaged header, too many pixels, or an unsupported colour mode.
     """
-    with _decoding(where), Image.open(file, formats=_FORMATS) as image:
-        return image.height, image.width, _channels(image, where)
+    with _opened(file, where) as image:
+        return _shape(image, _channels(image, where))
 
 
-def decode(data: bytes, where: str, shape: Shape, *, convert: bool = False) -> np.ndarray:
+def decode(
+    data: bytes, where: str, shape: Shape, *, convert: bool = False, background: str = ""
+) -> np.ndarray:
     """Decodes one image, which must have the given shape, to uint8 [H, W, C].
 
     The header is compared with shape before any pixel is decoded, so a file that declares a huge
-    size costs nothing. Palette images become RGB, bilevel images gray.
+    size costs nothing. Palette images become RGB, bilevel images gray. Images that EXIF declares
+    turned or mirrored, as phones write them, are put upright.
 
     Args:
         data: the bytes of a PNG or JPEG file.
@@ -45,23 +98,27 @@ def decode(data: bytes, where: str, shape: Shape, *, convert: bool = False) -> n
         shape: the shape that all images of the data set have.
         convert: convert gray and CMYK images to the colours of `shape` instead of refusing them,
             for data sets that declare their number of channels.
+        background: the colour behind transparent pixels; '' refuses them.
 
     Raises:
         UserError: it cannot be decoded, has another shape, or has transparent pixels.
     """
-    with _decoding(where), Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+    with _opened(io.BytesIO(data), where) as image:
         channels = shape[2] if convert else _channels(image, where)
-        check_shape((image.height, image.width, channels), where, shape)
+        check_shape(_shape(image, channels), where, shape)
+        image.load()
+        check_shape(
+            _shape(image, channels), where, shape
+        )  # a PNG may have its EXIF behind the pixels
+        orientation = _orientation(image)
+        pixels: Image.Image = image
         if "A" in image.mode.upper() or "transparency" in image.info:
-            lowest = image.convert("RGBA").getchannel("A").getextrema()[0]
-            if lowest != 255:
-                raise UserError(
-                    f"{where} has transparent pixels (lowest alpha {lowest}), which gray and RGB "
-                    "cannot express. Put the images on a background first."
-                )
-        mode = _MODES[shape[2]]
-        pixels = np.asarray(image if image.mode == mode else image.convert(mode))
-    return pixels.reshape(shape)
+            pixels = _opaque(image, where, background)
+        if pixels.mode != _MODES[shape[2]]:
+            pixels = pixels.convert(_MODES[shape[2]])
+        if orientation in _UPRIGHT:
+            pixels = pixels.transpose(_UPRIGHT[orientation])
+        return np.asarray(pixels).reshape(shape)
 
 
 def check_shape(shape: Shape, where: str, expected: Shape, first: str = "the first image") -> None:
@@ -80,6 +137,72 @@ def describe_shape(shape: Shape) -> str:
     return f"{shape[0]}x{shape[1]} {kind}"
 
 
+@contextmanager
+def _opened(file: IO[bytes], where: str) -> Iterator[Image.Image]:
+    """A PNG or JPEG of 8 bits, and any error of a damaged file as one sentence that names it."""
+    try:
+        head = file.read(HEAD)
+        file.seek(0)
+        if head.startswith(_PNG) and head[24:25] == b"\x10":  # Pillow would drop the low bytes
+            raise UserError(
+                f"{where} has 16 bits per channel; expected 8. Convert the images first, for example "
+                "with ImageMagick's -depth 8."
+            )
+        with Image.open(file, formats=_FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise UserError(
+                    f"{where} is {image.height}x{image.width}; expected at most {MAX_PIXELS:,} pixels. "
+                    "Resize the images first."
+                )
+            yield image
+    except UserError:
+        raise
+    except Exception as error:
+        # Pillow raises a dozen unrelated types on damaged files, and zipfile others when the header
+        # is read from a damaged ZIP.
+        text = reason(error)
+        if "cannot identify image file" in text:  # its text shows the address of a BytesIO
+            text = "another format, or damaged"
+        raise UserError(
+            f"{where} cannot be read as PNG or JPEG ({text}). Replace or remove it."
+        ) from error
+
+
+def _shape(image: Image.Image, channels: int) -> Shape:
+    """The shape of an upright image."""
+    sides = image.height, image.width
+    height, width = sides[::-1] if _orientation(image) in _SIDEWAYS else sides
+    return height, width, channels
+
+
+def _orientation(image: Image.Image) -> int:
+    if image.format == "PNG" and "exif" not in image.info:
+        return 1  # getexif would read the pixels to look behind them
+    try:
+        return image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # damaged EXIF says nothing, and many cameras and programs write it
+        return 1
+
+
+def _opaque(image: Image.Image, where: str, background: str) -> Image.Image:
+    """The image without transparency: as it is if no pixel is transparent, else on the background."""
+    rgba = image.convert("RGBA")
+    lowest = rgba.getchannel("A").getextrema()[0]
+    if lowest == 255:
+        return image
+    if not background:
+        raise UserError(
+            f"{where} has transparent pixels (lowest alpha {lowest}), which gray and RGB cannot express. "
+            "Choose what lies behind them: data.background=white, black or '#rrggbb'."
+        )
+    behind = colour(background)
+    if image.mode in ("LA", "La") and len(set(behind)) > 1:
+        raise UserError(
+            f"{where} is gray, but data.background={background!r} is not; choose a gray."
+        )
+    return Image.alpha_composite(Image.new("RGBA", image.size, (*behind, 255)), rgba)
+
+
 def _channels(image: Image.Image, where: str) -> int:
     if image.mode not in _CHANNELS:
         raise UserError(
@@ -87,21 +210,3 @@ def _channels(image: Image.Image, where: str) -> int:
             "Convert it first, for example with Pillow's image.convert('RGB')."
         )
     return _CHANNELS[image.mode]
-
-
-@contextmanager
-def _decoding(where: str) -> Iterator[None]:
-    """Turns any error of a damaged file into one sentence that names the image."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        # Pillow raises a dozen unrelated types on damaged files, and zipfile others when the header
-        # is read from a damaged ZIP.
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        if "cannot identify image file" in reason:  # its text shows the address of a BytesIO
-            reason = "another format, or damaged"
-        raise UserError(
-            f"{where} cannot be read as PNG or JPEG ({reason}). Replace or remove it."
-        ) from error

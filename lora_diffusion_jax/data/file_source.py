@@ -3,28 +3,34 @@
 import abc
 import json
 import os
+import re
+import stat
+import unicodedata
 import zipfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 import numpy as np
 from tqdm import tqdm
 
-from lora_diffusion_jax.data.decode import Shape, read_shape
+from lora_diffusion_jax.data.decode import HEAD, MAX_BYTES, Shape, colour, format_of, read_shape
 from lora_diffusion_jax.data.image_source import (
     EncodedImage,
     ImageSource,
     common_shape,
     evenly_spaced,
 )
-from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.errors import UserError, printable
 from lora_diffusion_jax.files import cannot_use
+from lora_diffusion_jax.untrusted import open_entry, parse_json, refusing
 
 _SUFFIXES = (".png", ".jpg", ".jpeg")
-_FOREIGN = (".bmp", ".gif", ".webp", ".tif", ".tiff", ".npy", ".heic", ".ppm", ".pgm", ".jp2")
-_MAX_BYTES = 2**28  # of a ZIP entry: images and dataset.json are smaller; more is not inflated
+_FOREIGN = (
+    *(".bmp", ".gif", ".webp", ".tif", ".tiff", ".npy", ".heic", ".ppm", ".pgm", ".jp2", ".avif"),
+    ".jxl",
+)
+_LABELS = "dataset.json"
 _MAX_HEADERS = 100_000  # image headers checked on opening (0.1 ms each); evenly spaced beyond
 _MAX_CLASSES = 100_000
 _ADVICE = "Restore or remove it."
@@ -33,22 +39,31 @@ _ADVICE = "Restore or remove it."
 class FileSource(ImageSource):
     """PNG and JPEG images in a folder or a ZIP file, including those in nested folders.
 
-    The images are in sorted order of their names. Labels come from a `dataset.json` at the top,
-    {"labels": [["a/b.png", 3], ...]} with each file's path from the top and its class, or
-    {"labels": null} for none. Without it there are none, unless class_folders is set: then the
-    first folder of a path is its class, numbered in sorted order. Hidden files are left out.
+    What is an image is decided by the ending .png, .jpg or .jpeg, and of other files by their first
+    bytes; hidden files are left out. The images are in sorted order of their names, which are compared
+    in one spelling: '/' between folders, no './', Unicode's form NFC. Labels come from a `dataset.json`
+    at the top, {"labels": [["a/b.png", 3], ...]} with each file's path from the top and its class, or
+    {"labels": null} for none. Without it there are none, unless class_folders is set: then the first
+    folder of a path is its class, below a folder that holds all images; the classes are numbered in
+    the natural order of their names (2 before 10).
 
     Args:
         path: the folder or ZIP file.
         class_folders: take each image's first folder as its class.
+        background: the colour behind transparent pixels; '' refuses them.
 
     Raises:
         UserError: nothing to read, damaged or mixed images, labels that do not fit.
     """
 
-    def __init__(self, path: str | Path, *, class_folders: bool = False) -> None:
+    def __init__(
+        self, path: str | Path, *, class_folders: bool = False, background: str = ""
+    ) -> None:
+        self.background = background
+        if background:
+            colour(background)
         self._files = _open(Path(path).expanduser())
-        self._names = _image_names(self._files)
+        self._names, self.left_out = _image_names(self._files)
         labels, self.class_names, self.label_origin = _labels(
             self._files, self._names, class_folders
         )
@@ -72,11 +87,16 @@ class FileSource(ImageSource):
     def labels(self) -> np.ndarray:
         return np.array(self._labels, np.int32)  # known without the images
 
+    def empty_classes(self) -> list[int]:
+        counts = np.bincount(self._labels, minlength=self.num_classes)
+        return np.flatnonzero(counts == 0).tolist()
+
     def _identity(self) -> Sequence[str]:
-        return [
+        images = [
             f"{name} {self._files.sizes[name]} {label}"
             for name, label in zip(self._names, self._labels, strict=True)
         ]
+        return [*images, self.background] if self.background else images
 
     def _find_shape(self) -> Shape:
         def shapes() -> Iterator[tuple[Shape, str]]:
@@ -91,52 +111,109 @@ class FileSource(ImageSource):
 
 
 class _Files(abc.ABC):
-    """A read-only collection of named files; names are paths from its top with '/' between folders.
+    """A read-only collection of named files; names are paths from its top, spelled by `_spelled`.
 
     Attributes:
         path: of the folder or the ZIP file.
         sizes: name -> bytes, in sorted order of the names.
+        folders: names of all folders, empty ones included.
     """
 
     path: Path
     sizes: dict[str, int]
+    folders: set[str]
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.folders = set()
+        self._stored: dict[str, str] = {}  # name -> as it is stored
+        sizes = {}
+        for stored, size in self._list():
+            name = _spelled(stored)
+            if name in sizes:
+                raise UserError(
+                    f"{path} holds {printable(name, 200)!r} twice ({self._stored[name]!a} and {stored!a}); "
+                    "expected each name once. Remove or rename one."
+                )
+            sizes[name], self._stored[name] = size, stored
+            self.folders.update(map(str, PurePosixPath(name).parents))
+        self.sizes = dict(sorted(sizes.items()))
 
     @abc.abstractmethod
-    def open(self, name: str) -> IO[bytes]:
-        """Opens a file for reading from its start; it is seekable."""
+    def _list(self) -> Iterator[tuple[str, int]]:
+        """Yields (stored name, bytes) of every file that is not hidden; adds empty folders."""
 
-    def read(self, name: str) -> bytes:
-        with self.open(name) as file, _reading(self.where(name)):
-            return file.read()
+    @abc.abstractmethod
+    def _open(self, name: str) -> IO[bytes]: ...
+
+    def open(self, name: str, limit: int = MAX_BYTES) -> IO[bytes]:
+        """Opens a file of at most `limit` bytes for reading from its start; it is seekable."""
+        if self.sizes[name] > limit:
+            raise UserError(
+                f"{self.where(name)} holds {self.sizes[name]:,} bytes; expected at most {limit:,} in such a "
+                "file. Replace or remove it."
+            )
+        with refusing(self.where(name), "opened", _ADVICE):
+            return self._open(name)
+
+    def read(self, name: str, limit: int = MAX_BYTES) -> bytes:
+        """The content of a file of at most `limit` bytes."""
+        with self.open(name, limit) as file, refusing(self.where(name), advice=_ADVICE):
+            data = file.read(self.sizes[name])
+            if len(data) != self.sizes[name]:
+                raise EOFError(f"{len(data):,} of {self.sizes[name]:,} bytes")
+            return data
+
+    def head(self, name: str) -> bytes:
+        """Its first HEAD bytes, whatever its size."""
+        with self.open(name, self.sizes[name]) as file, refusing(self.where(name), advice=_ADVICE):
+            return file.read(HEAD)
 
     def where(self, name: str) -> str:
         """The file's name in error messages."""
-        return f"{self.path}/{name}"
+        return f"{self.path}/{printable(name, 200)}"
 
 
 class _Folder(_Files):
     """A directory and all below it; symbolic links are followed."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        sizes: dict[str, int] = {}
-        seen = set()
-        for folder, children, names in os.walk(path, followlinks=True, onerror=_raise_walk_error):
+    def _list(self) -> Iterator[tuple[str, int]]:
+        seen: dict[str, str] = {}
+        for folder, children, names in os.walk(
+            self.path, followlinks=True, onerror=_raise_walk_error
+        ):
             real = os.path.realpath(folder)
-            if real in seen:  # a link to a folder above it: walking on would never end
-                children.clear()
-                continue
-            seen.add(real)
+            if real in seen:  # its images would count twice, or walking on would never end
+                raise UserError(
+                    f"{folder} and {seen[real]} are one folder, by a link. Remove the link, or copy the "
+                    "files if they are meant to count twice."
+                )
+            seen[real] = folder
             children[:] = [child for child in children if not _is_hidden(child)]
+            self.folders.update(self._name(Path(folder, child)) for child in children)
             for name in names:
-                file = Path(folder, name)
-                if not _is_hidden(name) and file.is_file():
-                    sizes[file.relative_to(path).as_posix()] = file.stat().st_size
-        self.sizes = dict(sorted(sizes.items()))
+                if not _is_hidden(name):
+                    yield self._name(Path(folder, name)), _file_size(Path(folder, name))
 
-    def open(self, name: str) -> IO[bytes]:
-        with _reading(self.where(name)):
-            return (self.path / name).open("rb")
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self.path).as_posix()
+
+    def _open(self, name: str) -> IO[bytes]:
+        return (self.path / self._stored[name]).open("rb")
+
+
+def _file_size(path: Path) -> int:
+    try:
+        status = path.stat()
+    except OSError as error:
+        if path.is_symlink():
+            raise UserError(
+                f"{path} is a link to {os.readlink(path)!a}, which is missing. {_ADVICE}"
+            ) from error
+        raise cannot_use(path, error.strerror or "cannot look at it", _ADVICE) from error
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(f"{path} is neither a file nor a folder. Remove it.")
+    return status.st_size
 
 
 class _Zip(_Files):
@@ -146,31 +223,34 @@ class _Zip(_Files):
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
         self._handles: dict[int, zipfile.ZipFile] = {}
-        entries = sorted(
-            (entry.filename, entry.file_size)
-            for entry in self._handle().infolist()
-            if not entry.is_dir() and not any(map(_is_hidden, entry.filename.split("/")))
-        )
-        self.sizes = dict(entries)
-        for (name, _), (following, _) in zip(entries, entries[1:], strict=False):
-            if name == following:
-                raise UserError(f"{path} holds {name!r} twice; expected each name once. Repack it.")
+        self.path = path
+        super().__init__(path)
 
-    def open(self, name: str) -> IO[bytes]:
-        if self.sizes[name] > _MAX_BYTES:
-            raise UserError(
-                f"{self.where(name)} is {self.sizes[name]:,} bytes when unpacked; expected an image "
-                f"or dataset.json of at most {_MAX_BYTES:,} bytes."
-            )
-        with _reading(self.where(name)):
-            return self._handle().open(name)
+    def _list(self) -> Iterator[tuple[str, int]]:
+        for entry in self._handle().infolist():
+            parts = _spelled(entry.filename).split("/")
+            if ".." in parts:
+                raise UserError(
+                    f"{self.path} holds {entry.filename!a}, a name that leads out of it. Repack it."
+                )
+            if any(map(_is_hidden, parts)):
+                continue
+            if entry.filename.endswith(("/", "\\")):
+                self.folders.add("/".join(parts))
+            else:
+                yield entry.filename, entry.file_size
+
+    def _open(self, name: str) -> IO[bytes]:
+        archive = self._handle()
+        entry = archive.getinfo(self._stored[name])
+        return open_entry(archive, entry, self.where(name), entry.file_size)
 
     def _handle(self) -> zipfile.ZipFile:
         pid = os.getpid()
         if pid not in self._handles:
-            with _reading(str(self.path), "Give a folder or a ZIP file of images as data.path."):
+            advice = "Give a folder or a ZIP file of images as data.path."
+            with refusing(str(self.path), "unzipped", advice):
                 # Two threads may both open one; the first to store it wins.
                 self._handles.setdefault(pid, zipfile.ZipFile(self.path))
         return self._handles[pid]
@@ -186,10 +266,17 @@ def _open(path: Path) -> _Files:
         parent = next(p for p in path.parents if p.exists())
         names = sorted(p.name for p in parent.iterdir())[:8] if parent.is_dir() else []
         raise UserError(
-            f"{path} does not exist; {parent} holds {', '.join(names) or 'nothing'}. "
+            f"{path} does not exist; {parent} holds {printable(', '.join(names), 200) or 'nothing'}. "
             "Give a folder or ZIP of images as data.path."
         )
+    _file_size(path)  # a pipe would be waited for
     return _Zip(path)
+
+
+def _spelled(name: str) -> str:
+    """One spelling of a path: old Windows tools write '\\', others './', macOS another Unicode form."""
+    parts = unicodedata.normalize("NFC", name).replace("\\", "/").split("/")
+    return "/".join(part for part in parts if part not in ("", "."))
 
 
 def _is_hidden(name: str) -> bool:
@@ -201,70 +288,59 @@ def _raise_walk_error(error: OSError) -> None:
     raise cannot_use(error.filename, error.strerror or "cannot list it", _ADVICE) from error
 
 
-@contextmanager
-def _reading(where: str, advice: str = _ADVICE) -> Iterator[None]:
-    """Turns errors of the disk and of zipfile into a UserError that names the file."""
-    try:
-        yield
-    except UserError:
-        raise
-    except OSError as error:
-        raise cannot_use(where, error.strerror or str(error), advice) from error
-    except Exception as error:
-        # zipfile raises half a dozen unrelated types: damage, encryption, unknown compression.
-        raise UserError(f"{where} cannot be unzipped ({error}). {advice}") from error
-
-
-def _image_names(files: _Files) -> list[str]:
-    foreign = [name for name in files.sizes if name.lower().endswith(_FOREIGN)]
+def _image_names(files: _Files) -> tuple[list[str], int]:
+    """The names of the images, and how many files are none."""
+    names, foreign, others = [], [], []
+    for name in tqdm(files.sizes, desc=f"looking at {files.path}", unit="file", delay=2):
+        suffix = PurePosixPath(name).suffix.lower()
+        kind = "" if suffix in _SUFFIXES or suffix in _FOREIGN else format_of(files.head(name))
+        if suffix in _SUFFIXES or kind in ("PNG", "JPEG"):
+            names.append(name)
+        elif kind or suffix in _FOREIGN:
+            foreign.append(name)
+        elif name != _LABELS:
+            others.append(name)
     if foreign:
         raise UserError(
             f"{files.where(foreign[0])} is neither PNG nor JPEG ({len(foreign):,} such files), and "
             "would be left out. Convert or remove them."
         )
-    names = [name for name in files.sizes if name.lower().endswith(_SUFFIXES)]
-    inner = next((name for name in files.sizes if name.lower().endswith(".zip")), None)
+    inner = next((name for name in others if name.lower().endswith(".zip")), None)
     if inner and (isinstance(files, _Zip) or not names):
         raise UserError(
-            f"{files.path} contains a ZIP file, {inner!r}, which is not searched. Give that file as "
-            "data.path, after unpacking the outer one if it lies in a ZIP file itself."
+            f"{files.path} contains a ZIP file, {printable(inner, 200)!r}, which is not searched. Give "
+            "that file as data.path, after unpacking the outer one if it lies in a ZIP file itself."
         )
     if not names:
-        raise UserError(
-            f"{files.path} holds no PNG or JPEG images ({len(files.sizes):,} other files)."
-        )
-    return names
+        raise UserError(f"{files.path} holds no PNG or JPEG images ({len(others):,} other files).")
+    return names, len(others)
 
 
 def _labels(
     files: _Files, names: Sequence[str], class_folders: bool
 ) -> tuple[list[int], Sequence[str], str]:
     """Returns (class of each image, class names, origin); both lists are empty without labels."""
-    has_json = "dataset.json" in files.sizes
-    if class_folders and has_json:
+    nested = [name for name in files.sizes if PurePosixPath(name).name == _LABELS]
+    if class_folders and nested:
         raise UserError(
-            f"{files.path} has a dataset.json, but data.class_folders asks for labels from folder "
-            "names. Remove one of them."
+            f"{files.path} has a {printable(nested[0], 200)}, but data.class_folders asks for labels from "
+            "folder names. Remove one of them."
         )
     if class_folders:
-        origin = "names of the folders"
-        folders = {name: name.split("/")[0] for name in names if "/" in name}
-        class_names = sorted(set(folders.values()))
-        ids = {folder: i for i, folder in enumerate(class_names)}
-        table = {name: ids[folder] for name, folder in folders.items()}
-    elif has_json:
-        origin = "dataset.json"
-        table = _read_dataset_json(files)
-        if table is None:
+        table, class_names, origin = _folder_classes(files, names)
+    elif _LABELS in files.sizes:
+        origin = _LABELS
+        found = _read_dataset_json(files, names)
+        if found is None:
             return [], (), 'dataset.json has "labels": null'
+        table = found
         class_names = [str(i) for i in range(max(table.values(), default=-1) + 1)]
+    elif nested:
+        raise UserError(
+            f"{files.where(nested[0])} lies below the top of {files.path}, where it is ignored: "
+            "give its own folder as data.path, or pack the ZIP without the outer folder."
+        )
     else:
-        nested = [name for name in files.sizes if PurePosixPath(name).name == "dataset.json"]
-        if nested:
-            raise UserError(
-                f"{files.where(nested[0])} lies below the top of {files.path}, where it is ignored: "
-                "give its own folder as data.path, or pack the ZIP without the outer folder."
-            )
         return [], (), "no dataset.json, so no labels"
     missing = [name for name in names if name not in table]
     if missing:
@@ -282,15 +358,59 @@ def _labels(
     return [table[name] for name in names], tuple(class_names), origin
 
 
-def _read_dataset_json(files: _Files) -> dict[str, int] | None:
+def _folder_classes(files: _Files, names: Sequence[str]) -> tuple[dict[str, int], list[str], str]:
+    """Returns ({name: class}, class names, origin) by the folders that the images lie in."""
+    parents = [name.split("/")[:-1] for name in names]
+    outer: list[str] = []  # folders around all the class folders, such as the one that was packed
+    while (
+        all(len(p) > len(outer) + 1 for p in parents) and len({p[len(outer)] for p in parents}) == 1
+    ):
+        outer.append(parents[0][len(outer)])
+    depth, prefix = len(outer), "".join(f"{part}/" for part in outer)
+    folders = {
+        name: parent[depth]
+        for name, parent in zip(names, parents, strict=True)
+        if len(parent) > depth
+    }
+    there = {
+        f.split("/")[depth] for f in files.folders if f.startswith(prefix) and f not in ("", ".")
+    }
+    class_names = sorted(set(folders.values()), key=_natural)
+    empty = sorted(there - set(class_names) - {""}, key=_natural)
+    if empty:
+        raise UserError(
+            f"{files.where(prefix + empty[0])} is a class folder without images ({len(empty):,} such "
+            "folders), which would take no number among the classes. Add its images, or remove it."
+        )
+    if len(class_names) == 1 and len(folders) == len(names):
+        raise UserError(
+            f"All images lie in {files.where(prefix + class_names[0])}, but data.class_folders needs at "
+            "least two class folders. Set data.class_folders=False, or give each class a folder."
+        )
+    if len(class_names) > _MAX_CLASSES:
+        raise UserError(
+            f"{files.path} has {len(class_names):,} class folders; at most {_MAX_CLASSES:,} work."
+        )
+    ids = {folder: i for i, folder in enumerate(class_names)}
+    origin = "names of the folders" + (f" in {printable('/'.join(outer), 200)}" if outer else "")
+    return {name: ids[folder] for name, folder in folders.items()}, class_names, origin
+
+
+def _natural(name: str) -> tuple:
+    """A key that sorts 2 before 10: text as text, runs of digits as numbers."""
+    parts: list[Any] = re.split(r"([0-9]+)", name)
+    parts[1::2] = [(len(number), number) for number in (d.lstrip("0") for d in parts[1::2])]
+    return tuple(parts), name
+
+
+def _read_dataset_json(files: _Files, names: Sequence[str]) -> dict[str, int] | None:
     """Returns {name: class}, or None for {"labels": null}; a UserError says what is malformed."""
-    where = files.where("dataset.json")
+    where = files.where(_LABELS)
     expected = 'expected {"labels": [["name.png", 0], ...]} or {"labels": null}'
-    data = files.read("dataset.json")
-    try:
-        content = json.loads(data)
-    except (ValueError, RecursionError) as error:  # ValueError: not JSON, or not UTF-8
-        raise UserError(f"{where} is not valid JSON ({error}); {expected}.") from error
+    # What labels for these images can take: an entry each, any character escaped, on lines of its own.
+    limit = (1 << 20) + sum(100 + 6 * len(name) for name in names)
+    values = 10_000 + sum(8 + len(name) // 4 for name in names)
+    content = parse_json(files.read(_LABELS, limit), where, limit=limit, values=values)
     match content:
         case {"labels": None}:
             return None
@@ -302,12 +422,18 @@ def _read_dataset_json(files: _Files) -> dict[str, int] | None:
     for i, entry in enumerate(entries):
         match entry:
             case [str(name), int(label)] if type(label) is int and 0 <= label < _MAX_CLASSES:
-                name = name.replace("\\", "/")
+                name = _spelled(name)
             case _:
                 raise UserError(
-                    f"{where}: entry {i} of 'labels' is {json.dumps(entry)[:80]}; expected "
-                    f"[name, class] with a class from 0 to {_MAX_CLASSES - 1}."
+                    f"{where}: entry {i} of 'labels' is {_shown(entry)}; expected [name, class] with a "
+                    f"class from 0 to {_MAX_CLASSES - 1}."
                 )
         if table.setdefault(name, label) != label:
-            raise UserError(f"{where} gives {name!r} the classes {table[name]} and {label}.")
+            raise UserError(
+                f"{where} gives {printable(name, 200)!r} the classes {table[name]} and {label}."
+            )
     return table
+
+
+def _shown(entry: Any) -> str:
+    return printable(json.dumps(entry)[:80])

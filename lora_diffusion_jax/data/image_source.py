@@ -9,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lora_diffusion_jax.data.decode import Shape, check_shape, decode, describe_shape
-from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.errors import UserError, printable
 
 _FINGERPRINTED = 16  # images whose content enters the fingerprint
 _CHUNK = 1024  # images fetched at once where all labels are read
@@ -36,6 +36,8 @@ class ImageSource(abc.ABC):
         class_names: one per class; empty without labels.
         label_origin: where the labels come from, or why there are none, for people.
         bytes_on_disk: size of the encoded images or of the files that hold them.
+        left_out: files beside the images that were not read.
+        background: the colour behind transparent pixels; '' refuses them.
     """
 
     title: str
@@ -44,6 +46,8 @@ class ImageSource(abc.ABC):
     class_names: Sequence[str]
     label_origin: str
     bytes_on_disk: int
+    left_out: int = 0
+    background: str = ""
     converts: bool = False  # gray images of a colour data set become colour instead of an error
 
     @abc.abstractmethod
@@ -87,6 +91,10 @@ class ImageSource(abc.ABC):
         ]
         return np.array(labels, np.int32)
 
+    def empty_classes(self) -> list[int]:
+        """The classes without images, where that is known without reading images; else none."""
+        return []
+
     def fingerprint(self) -> str:
         """Returns 32 hex digits that identify the content, wherever it lies.
 
@@ -97,7 +105,8 @@ class ImageSource(abc.ABC):
         digest = hashlib.sha256(repr((len(self), self.image_shape, self.num_classes)).encode())
         for text in self._identity():
             digest.update(text.encode("utf-8", "surrogateescape") + b"\0")
-        for encoded in self.fetch(evenly_spaced(len(self), _FINGERPRINTED)):
+        for i in evenly_spaced(len(self), _FINGERPRINTED):  # one at a time: they may be large
+            (encoded,) = self.fetch([i])
             # a PNG's pixels: other versions of the encoder give other bytes for the same image
             is_png = encoded.data.startswith(b"\x89PNG")
             data = self._decode(encoded).tobytes() if is_png else encoded.data
@@ -105,7 +114,13 @@ class ImageSource(abc.ABC):
         return digest.hexdigest()[:32]
 
     def _decode(self, encoded: EncodedImage) -> np.ndarray:
-        return decode(encoded.data, encoded.where, self.image_shape, convert=self.converts)
+        return decode(
+            encoded.data,
+            encoded.where,
+            self.image_shape,
+            convert=self.converts,
+            background=self.background,
+        )
 
     def _checked_label(self, encoded: EncodedImage) -> int:
         if self.num_classes == 0:
@@ -150,11 +165,13 @@ def summarize(source: ImageSource, *, max_classes: int = 20) -> str:
         f"On disk:     {_size(source.bytes_on_disk)}; decoded {_size(decoded)}",
         f"Fingerprint: {source.fingerprint()}",
     ]
+    if source.left_out:
+        lines.append(f"Left out:    {source.left_out:,} files that are no images")
     if not source.num_classes:
         return "\n".join(lines)
     counts = np.bincount(source.labels(), minlength=source.num_classes)
     for i, name in enumerate(source.class_names[:max_classes]):
-        label = f"{i}" if name == str(i) else f"{i} {name}"
+        label = f"{i}" if name == str(i) else f"{i} {printable(name)}"
         lines.append(f"  class {label}: {counts[i]:,}")
     if len(counts) > max_classes:
         lines.append(

@@ -13,6 +13,7 @@ def open_source(
     split: str = "train",
     *,
     class_folders: bool = False,
+    background: str = "",
 ) -> ImageSource:
     """Opens a data set of images that all have one size.
 
@@ -22,6 +23,7 @@ def open_source(
         path: instead of name, a folder or ZIP of images; see FileSource.
         split: a TFDS split or slice, such as 'test' or 'train[:90%]'; a path has only 'train'.
         class_folders: with path, take each image's first folder as its class.
+        background: the colour behind transparent pixels, such as 'white' or '#808080'; '' refuses them.
 
     Raises:
         UserError: neither or both of name and path are given, or the data set cannot be read.
@@ -35,10 +37,10 @@ def open_source(
     if name and class_folders:
         raise UserError("data.class_folders needs data.path: a TFDS data set has its own labels.")
     if name:
-        return TfdsSource(name, data_dir=data_dir, split=split)
+        return TfdsSource(name, data_dir=data_dir, split=split, background=background)
     if split != "train":
         raise UserError(
             f"data.path has no split {split!r}, only 'train', which is all of it. Put other images "
             "into another folder or ZIP."
         )
-    return FileSource(path, class_folders=class_folders)
+    return FileSource(path, class_folders=class_folders, background=background)

@@ -3,23 +3,40 @@
 import io
 import os
 import re
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
 
 from lora_diffusion_jax.data import digits
-from lora_diffusion_jax.data.decode import Shape, read_shape
+from lora_diffusion_jax.data.decode import Shape, colour, read_shape
 from lora_diffusion_jax.data.image_source import (
     EncodedImage,
     ImageSource,
     common_shape,
     evenly_spaced,
 )
-from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.errors import UserError, printable
+from lora_diffusion_jax.untrusted import parse_json, read_file, read_json, reason, refusing
 
-_VERSION = re.compile(r"\d+\.\d+\.\d+")
+_VERSION = re.compile(r"[0-9]+\.[0-9]+\.[0-9]+")
+_ADVICE = "Prepare it again."
+_MAX_CLASSES = 100_000
+_MAX_NAMES = 4 << 20  # bytes of a file of class names
+# TFDS imports the module of any other class that a data set's files name, and runs what is in it.
+_FEATURES = {
+    f"tensorflow_datasets.core.features.{name}"
+    for name in (
+        *("features_dict.FeaturesDict", "sequence_feature.Sequence", "dataset_feature.Dataset"),
+        *("image_feature.Image", "labeled_image.LabeledImage", "video_feature.Video"),
+        *("class_label_feature.ClassLabel", "text_feature.Text", "audio_feature.Audio"),
+        *("scalar.Scalar", "tensor_feature.Tensor", "feature.Tensor"),
+        *("bounding_boxes.BBoxFeature", "translation_feature.Translation"),
+        "translation_feature.TranslationVariableLanguages",
+    )
+}
 
 
 class TfdsSource(ImageSource):
@@ -33,34 +50,73 @@ class TfdsSource(ImageSource):
         data_dir: where prepared data sets lie; '' means $TFDS_DATA_DIR or ~/tensorflow_datasets.
         split: a split or a slice of one in TFDS's notation, such as 'train[:90%]'.
 
+        background: the colour behind transparent pixels; '' refuses them.
+
     Raises:
-        UserError: not prepared, not in array_record, damaged, no image feature, no such split.
+        UserError: not prepared, not in array_record, damaged, features of other classes than TFDS's
+            own, no image feature, no such split.
     """
 
     converts = True  # the data set declares its channels; ImageNet's gray JPEGs are meant as colour
 
-    def __init__(self, name: str, *, data_dir: str = "", split: str = "train") -> None:
+    def __init__(
+        self, name: str, *, data_dir: str = "", split: str = "train", background: str = ""
+    ) -> None:
         root = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
         root = Path(root).expanduser()
         self._directory = digits.prepare(root) if name == "digits" else _find(name, root)
-        self._split = split
-        self._open()
-        self.title = f"TFDS {self._info.full_name}, split {split}, in {self._directory}"
-        label = self._info.features[self._label_key] if self._label_key else None
-        self.num_classes = label.num_classes if label else 0
-        self.class_names = tuple(label.names) if label else ()
+        self._split, self.background = split, background
+        if background:
+            colour(background)
+        with refusing(str(self._directory), "read as a TFDS data set", _ADVICE):
+            self._open()
+            self._describe()
+
+    def _describe(self) -> None:
+        """Fills in what all sources have."""
+        self.title = f"TFDS {self._full_name}, split {self._split}, in {self._directory}"
+        self.class_names = self._read_class_names()
+        self.num_classes = len(self.class_names)
         self.label_origin = (
-            f"feature {self._label_key!r}" if label else "the data set has no class label"
+            f"feature {printable(self._label_key)!r}"
+            if self._label_key
+            else "the data set has no class label"
         )
-        paths = [Path(path) for path in self._info.splits[split].filepaths]
-        missing = [path for path in paths if not path.is_file()]
-        if missing:
-            raise UserError(
-                f"{missing[0]} is missing: {self._info.full_name} is incomplete. Prepare it again "
-                "or restore the file."
-            )
+        paths = [Path(path) for path in self._info.splits[self._split].filepaths]
+        for path in paths:
+            if path.parent != self._directory:
+                raise UserError(
+                    f"{self._full_name} names the file {printable(str(path), 300)}, which lies outside "
+                    f"{self._directory}. {_ADVICE}"
+                )
+            if not path.is_file():
+                raise UserError(
+                    f"{printable(str(path), 300)} is missing: {self._full_name} is incomplete. Prepare it "
+                    "again or restore the file."
+                )
         self.bytes_on_disk = sum(path.stat().st_size for path in paths)
         self.image_shape = self._find_shape()
+
+    def _read_class_names(self) -> tuple[str, ...]:
+        """One per class: the file beside the data has them, or they are numbers."""
+        if not self._label_key:
+            return ()
+        count = self._info.features[self._label_key].num_classes
+        if count > _MAX_CLASSES:
+            raise UserError(
+                f"{self._full_name} declares {count:,} classes; at most {_MAX_CLASSES:,} work."
+            )
+        path = self._directory / f"{self._label_key.replace('/', '.')}.labels.txt"
+        if not path.exists():
+            return tuple(map(str, range(count)))
+        lines = str(read_file(path, _MAX_NAMES, _ADVICE), "utf-8").split("\n")
+        names = tuple(unicodedata.normalize("NFC", line.strip()) for line in lines if line.strip())
+        if len(names) != count or len(set(names)) != count:
+            raise UserError(
+                f"{path} names {len(set(names)):,} classes, but {self._full_name} declares {count:,}. "
+                f"{_ADVICE}"
+            )
+        return names
 
     def __len__(self) -> int:
         return len(self._data)
@@ -68,23 +124,25 @@ class TfdsSource(ImageSource):
     def fetch(self, indices: Sequence[int]) -> list[EncodedImage]:
         try:
             examples = self._data.__getitems__([int(i) for i in indices])
-        except (RuntimeError, ValueError, KeyError, OSError) as error:
-            # array_record and the example parser have no exception classes of their own.
+            return [self._encoded(i, e) for i, e in zip(indices, examples, strict=True)]
+        except Exception as error:
+            # array_record, its parser and TFDS have no exception classes of their own.
             raise UserError(
-                f"cannot read {self.title}: {str(error).splitlines()[0]}. Its files are damaged or "
+                f"cannot read {self.title}: {reason(error)}. Its files are damaged or "
                 "incomplete: prepare the data set again."
             ) from error
-        return [
-            EncodedImage(
-                example[self._image_key],
-                int(example[self._label_key]) if self._label_key else 0,
-                f"image {i} of {self.title}",
-            )
-            for i, example in zip(indices, examples, strict=True)
-        ]
+
+    def _encoded(self, index: int, example: dict[str, Any]) -> EncodedImage:
+        data, label = example[self._image_key], 0
+        if type(data) is not bytes:
+            raise TypeError(f"image {index} is a {type(data).__name__}")
+        if self._label_key:
+            label = int(example[self._label_key])
+        return EncodedImage(data, label, f"image {index} of {self.title}")
 
     def _identity(self) -> Sequence[str]:
-        return self._info.full_name, self._split, *self.class_names
+        identity = (self._info.full_name, self._split, *self.class_names)
+        return (*identity, self.background) if self.background else identity
 
     def __getstate__(self) -> dict[str, Any]:
         reopened = ("_info", "_data", "_image_key", "_label_key")
@@ -97,16 +155,17 @@ class TfdsSource(ImageSource):
     def _open(self) -> None:
         builder = _builder(self._directory)
         self._info = info = builder.info
+        self._full_name = printable(info.full_name, 200)
         try:
             count = info.splits[self._split].num_examples
         except ValueError as error:  # TFDS's message lists the splits, or explains the slice
-            raise UserError(f"{info.full_name}: {str(error).splitlines()[0]}") from error
+            raise UserError(f"{self._full_name}: {reason(error)}") from error
         if count == 0:
             sizes = ", ".join(
-                f"{key} ({split.num_examples:,})" for key, split in info.splits.items()
+                f"{printable(key)} ({split.num_examples:,})" for key, split in info.splits.items()
             )
             raise UserError(
-                f"split {self._split!r} of {info.full_name} holds no images; its splits are {sizes}."
+                f"split {self._split!r} of {self._full_name} holds no images; its splits are {sizes}."
             )
         self._image_key, self._label_key = _image_and_label(info)
         # Images come out encoded: one decoder serves all sources and names the image that is broken.
@@ -127,32 +186,70 @@ class TfdsSource(ImageSource):
                 ((*header[:2], channels), image.where)
                 for header, image in zip(headers, sample, strict=True)
             )
+        if channels == 4 and self.background:
+            channels = 3
         if channels not in (1, 3):
+            hint = " Set data.background to a colour to put them on it." if channels == 4 else ""
             raise UserError(
-                f"the images of {self._info.full_name} have {channels} channels; expected 1 (gray) or "
-                "3 (colour)."
+                f"the images of {self._full_name} have {channels} channels; expected 1 (gray) or "
+                f"3 (colour).{hint}"
             )
         return height, width, channels
 
 
 def _builder(directory: Path) -> tfds.core.DatasetBuilder:
+    incomplete = f"{directory} is not a complete prepared TFDS data set"
+    for name in ("dataset_info.json", "features.json"):
+        if not (directory / name).is_file():
+            raise UserError(f"{incomplete}: it has no {name}. {_ADVICE}")
+        try:
+            spec = read_json(directory / name)
+            classes = list(_class_names(spec if name == "features.json" else _features(spec)))
+        except UserError as error:
+            raise UserError(f"{incomplete}: {error} {_ADVICE}") from error
+        for found in classes:
+            if found not in _FEATURES:
+                raise UserError(
+                    f"{directory / name} names the class {printable(found, 200)}, which is none of TFDS's "
+                    "own features, and would be imported. Use a data set of plain images."
+                )
+    for path in directory.glob("*.labels.txt"):
+        read_file(path, _MAX_NAMES, _ADVICE)  # TFDS reads them whole
     try:
         builder = tfds.builder_from_directory(directory)
     except Exception as error:  # TFDS passes on whatever its parsers of two JSON files raise
-        raise UserError(
-            f"{directory} is not a complete prepared TFDS data set: {str(error).splitlines()[0]} "
-            "Prepare it again."
-        ) from error
+        raise UserError(f"{incomplete}: {reason(error)} {_ADVICE}") from error
     file_format = builder.info.file_format
     if file_format is None or file_format.value != "array_record":
-        name = "/".join(builder.info.full_name.split("/")[:-1])
+        name = printable("/".join(builder.info.full_name.split("/")[:-1]), 200)
         raise UserError(
-            f"{directory} holds {builder.info.full_name} as "
+            f"{directory} holds {printable(builder.info.full_name, 200)} as "
             f"{getattr(file_format, 'value', file_format)}, which has no random access without "
             "TensorFlow; expected array_record. Prepare it again, in another directory:\n"
             f"{_command(name, 'NEW_DATA_DIR')}"
         )
     return builder
+
+
+def _features(info: Any) -> Any:
+    return info.get("features") if isinstance(info, dict) else None
+
+
+def _class_names(spec: Any) -> Iterator[str]:
+    """All that TFDS would take for the name of a feature's class, in either of its notations."""
+    if isinstance(spec, list):
+        for item in spec:
+            yield from _class_names(item)
+    if isinstance(spec, dict):
+        for key, item in spec.items():
+            if key in ("pythonClassName", "python_class_name", "type") and not isinstance(
+                item, dict
+            ):
+                yield str(item)
+            elif key == "json" and isinstance(item, str):
+                yield from _class_names(parse_json(item, "a feature's JSON"))
+            else:
+                yield from _class_names(item)
 
 
 def _image_and_label(info: tfds.core.DatasetInfo) -> tuple[str, str]:
@@ -174,8 +271,8 @@ def _image_and_label(info: tfds.core.DatasetInfo) -> tuple[str, str]:
     image = choose("image", images)
     if not image:
         raise UserError(
-            f"{info.full_name} has {len(images)} image features; expected one. Its features are "
-            f"{', '.join(features) or info.features}."
+            f"{printable(info.full_name, 200)} has {len(images)} image features; expected one. Its features "
+            f"are {printable(', '.join(features), 300) or type(info.features).__name__}."
         )
     return image, choose("label", labels)
 

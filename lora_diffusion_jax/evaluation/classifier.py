@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from lora_diffusion_jax import keys, processes
 from lora_diffusion_jax.array_types import Key, PyTree, Source
-from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.errors import UserError, printable
 from lora_diffusion_jax.evaluation.features import Detector, cache_folder
 from lora_diffusion_jax.evaluation.npz import read_npz, write_npz
 
@@ -150,19 +150,21 @@ def rebuild(
     Raises:
         UserError: a damaged recipe, or weights of another network.
     """
-    try:
+    problem = _recipe_problem(recipe)
+    if not problem:
         fields: dict[str, Any] = dict(recipe["settings"])
         fields |= {k: tuple(v) for k, v in fields.items() if isinstance(v, list)}
         network = ConvClassifier(recipe["classes"], Settings(**fields))
-        blank = jnp.zeros((1, *recipe["image_shape"]))
+        blank = jax.ShapeDtypeStruct((1, *recipe["image_shape"]), jnp.float32)
         expected = jax.eval_shape(network.init, jax.random.key(0), blank)
         if jax.tree.map(np.shape, variables) != jax.tree.map(np.shape, expected):
-            raise ValueError("its weights are those of another network")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+            problem = "its weights are those of another network"
+    if problem:
         raise UserError(
-            f"The description of the feature network is damaged ({type(error).__name__}: {error}). "
-            "Recreate the reference with: eval_fid.py ref"
-        ) from error
+            f"The description of the feature network is damaged ({problem}). Recreate the reference with: "
+            "eval_fid.py ref"
+        )
+    details = details or {}
     return Detector(
         name=recipe["name"],
         feature_dim=network.settings.feature_dim,
@@ -170,9 +172,39 @@ def rebuild(
         variables=variables,
         image_shape=tuple(recipe["image_shape"]),
         has_classes=recipe["name"] == "classifier",
-        details=details or {},
+        # Facts for reports; what is said of weights elsewhere is never taken from a file.
+        details={k: details[k] for k in ("trained_on", "classes") if type(details.get(k)) is int},
         recipe=recipe,
     )
+
+
+def _recipe_problem(recipe: dict[str, Any]) -> str:
+    """What is wrong with a recipe, which a stranger may have written; '' if nothing is."""
+
+    def within(value: Any, most: int) -> bool:
+        return type(value) is int and 1 <= value <= most
+
+    settings, shape = recipe.get("settings"), recipe.get("image_shape")
+    if recipe.get("name") not in ("classifier", "rotation"):
+        return f"its name is {printable(recipe.get('name'))}, not classifier or rotation"
+    if not (isinstance(shape, list) and len(shape) == 3 and all(within(n, 8192) for n in shape)):
+        return "it has no valid image_shape"
+    names = {field.name for field in dataclasses.fields(Settings)}
+    if not (isinstance(settings, dict) and settings.keys() == names):
+        return "its settings are not those of this version"
+    widths = settings["widths"]
+    if not (
+        isinstance(widths, list | tuple)
+        and 1 <= len(widths) <= 16
+        and all(within(n, 8192) for n in widths)
+    ):
+        return "it has no valid widths"
+    if not all(isinstance(v, int | float) for k, v in settings.items() if k != "widths"):
+        return "a setting is no number"
+    sizes = (recipe.get("classes"), settings["feature_dim"], settings["max_side"])
+    if not all(within(n, 1_000_000) for n in sizes):
+        return "its classes, feature_dim or max_side is no valid number"
+    return ""
 
 
 def _scaled(images: jax.Array) -> jax.Array:

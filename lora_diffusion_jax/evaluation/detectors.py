@@ -5,7 +5,7 @@ import os
 from flax.traverse_util import unflatten_dict
 
 from lora_diffusion_jax.array_types import Source
-from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.errors import UserError, printable
 from lora_diffusion_jax.evaluation import classifier
 from lora_diffusion_jax.evaluation.dinov2 import load_dinov2
 from lora_diffusion_jax.evaluation.features import Detector
@@ -82,7 +82,7 @@ def detector_for_reference(
     detector = _published(wanted, inception, dinov2)
     if detector is None:
         raise UserError(
-            f"The reference was made with {len(reference.mu)} features named {made_with}, which "
+            f"The reference was made with {len(reference.mu)} features named {printable(made_with)}, which "
             f"--features={features} does not provide. Omit --features, or make a reference with it."
         )
     return detector

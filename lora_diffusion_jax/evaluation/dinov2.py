@@ -185,10 +185,10 @@ def expected_shapes(width: int, depth: int, positions: int) -> dict[str, tuple[i
 
 def _check(path: Path, state_dict: Mapping[str, np.ndarray]) -> tuple[int, int]:
     """Returns (width, depth); raises UserError unless the weights are those of such a network."""
-    blocks = {int(m[1]) for n in state_dict if (m := re.match(r"blocks\.(\d+)\.", n))}
+    blocks = {m[1] for n in state_dict if (m := re.match(r"blocks\.(\d+)\.", n))}
     found = {name: tuple(value.shape) for name, value in state_dict.items()}
-    width, depth = found.get("cls_token", (0,))[-1], len(blocks)
-    positions = found.get("pos_embed", (0, 0))[1]
+    width, depth = (found.get("cls_token") or (0,))[-1], len(blocks)
+    positions = (*found.get("pos_embed", ()), 0, 0)[1]
     square = round(max(positions - 1, 0) ** 0.5) ** 2 == positions - 1
     whole = width >= HEAD_DIM and width % HEAD_DIM == 0 and depth <= 40
     expected = expected_shapes(width, depth, positions) if whole else {}

@@ -9,11 +9,11 @@ from typing import NamedTuple
 import numpy as np
 
 from lora_diffusion_jax.array_types import Source
-from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.errors import UserError, printable
 from lora_diffusion_jax.evaluation import classifier
 from lora_diffusion_jax.evaluation.collect import FeatureSet, collect
 from lora_diffusion_jax.evaluation.detectors import File, detector_for_reference
-from lora_diffusion_jax.evaluation.features import Detector
+from lora_diffusion_jax.evaluation.features import Detector, check_cache
 from lora_diffusion_jax.evaluation.images import first_images, noise_batches, source_batches
 from lora_diffusion_jax.evaluation.metrics import (
     count_name,
@@ -117,9 +117,9 @@ class Evaluator:
         sizes = len(self.reference.mu), self.detector.feature_dim
         if theirs != (name, hashed) or sizes[0] != sizes[1]:
             raise UserError(
-                f"The reference was made with {sizes[0]} {theirs[0]} features (detector hash "
-                f"{theirs[1]}), not with these {sizes[1]} {name} features ({hashed}). Use the same "
-                "--features and weights file for both."
+                f"The reference was made with {sizes[0]} {printable(theirs[0])} features (detector hash "
+                f"{printable(theirs[1])}), not with these {sizes[1]} {name} features ({hashed}). Use the "
+                "same --features and weights file for both."
             )
         if "is" in self.metrics and not self.detector.has_classes:
             raise UserError(
@@ -229,7 +229,12 @@ def open_evaluator(
 
 
 def for_training(
-    source: Source, heldout: Source | None, *, reference: str, inception: str
+    source: Source,
+    heldout: Source | None,
+    *,
+    reference: str,
+    inception: str,
+    counts: Sequence[int] = (),
 ) -> Callable[[Iterable[np.ndarray], int], dict[str, float]] | None:
     """Returns the evaluation of a training run: (uint8 batches, count) -> distances by name.
 
@@ -243,15 +248,19 @@ def for_training(
         heldout: real images that training does not see; None: there are none.
         reference: npz file of a reference, or ''.
         inception: Inception weights file, or '' for its usual places.
+        counts: the numbers of images that it will be called with.
 
     Returns:
         The function; None if there is nothing to compare with.
 
     Raises:
-        UserError: the reference cannot be used: now, rather than after hours.
+        UserError: the reference or the held-out images cannot be used, or the cache of the feature
+            network not be written: now, rather than after hours.
     """
     if reference:
         fixed = open_evaluator("fid", reference, inception=inception or None)
+        for count in counts:
+            fixed.check(count, source.image_shape, "this run")
         return lambda samples, count: {
             fixed.names(count)[0]: fixed.distance(first_images(samples, count))
         }
@@ -259,6 +268,7 @@ def for_training(
         if is_leader():
             note("no evaluation: set data.eval_path (held-out images) or eval.reference")
         return None
+    _check_heldout(source, heldout, counts)
 
     @functools.cache
     def evaluator() -> Evaluator:  # at the first evaluation: training the classifier takes a while
@@ -278,3 +288,21 @@ def for_training(
         return {name: value} | {name + end: bound for end, bound in bounds(count).items()}
 
     return against_heldout
+
+
+def _check_heldout(source: Source, heldout: Source, counts: Sequence[int]) -> None:
+    """Raises UserError unless held-out images can be compared with samples; reads all of them."""
+    if heldout.image_shape != source.image_shape:
+        raise UserError(
+            f"The held-out images are {heldout.image_shape} (height, width, channels), the training images "
+            f"{source.image_shape}. Choose others (data.eval_split, data.eval_path), or eval.num_samples=0."
+        )
+    fewest = min(len(heldout), *counts) if counts else len(heldout)
+    if fewest < 2:
+        raise UserError(
+            f"A distance needs at least 2 images, but there are {len(heldout)} held out and the samples are "
+            f"{', '.join(map(str, counts))}. Provide more, or set eval.num_samples=0."
+        )
+    for _ in source_batches(heldout):  # a damaged image is an error now
+        pass
+    check_cache()

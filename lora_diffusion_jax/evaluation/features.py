@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,14 @@ def cache_folder() -> Path:
     """The folder of downloaded and trained networks: $LORA_DIFFUSION_CACHE, or one in ~/.cache."""
     default = os.environ.get("LORA_DIFFUSION_CACHE", "~/.cache/lora_diffusion_jax")
     return Path(files.expand(default, "LORA_DIFFUSION_CACHE"))
+
+
+def check_cache() -> None:
+    """Raises UserError unless the cache folder can be written: now, rather than after the work."""
+    folder = cache_folder()
+    with files.disk_errors(folder, "Set LORA_DIFFUSION_CACHE to a folder that can be written."):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
 
 
 def sha256_of(path: Path) -> str:

@@ -1,7 +1,6 @@
 """Inception features: finding, verifying and reading the weights."""
 
 import functools
-import json
 import os
 import shutil
 import urllib.request
@@ -13,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors.numpy import save_file
 
 from lora_diffusion_jax import files
 from lora_diffusion_jax.array_types import PyTree
@@ -23,7 +21,6 @@ from lora_diffusion_jax.evaluation.features import (
     cache_folder,
     sha256_of,
     shape_differences,
-    tree_hash,
 )
 from lora_diffusion_jax.evaluation.inception_network import (
     NUM_LOGITS,
@@ -54,8 +51,8 @@ def load_inception(path: str | os.PathLike[str] | None = None, detector: str = "
     """Returns the Inception features; calling them maps uint8 images NHWC to [B, 2048].
 
     Args:
-        path: pytorch-fid's .pth file, or a safetensors file made from it by `save_safetensors`;
-            the content decides. None: $LORA_DIFFUSION_INCEPTION, the cache, or a download.
+        path: pytorch-fid's .pth file, or a safetensors file of its tensors, which never counts as the
+            published file. None: $LORA_DIFFUSION_INCEPTION, the cache, or a download.
         detector: 'edm' (TF1 bilinear resize, (x - 128) / 128: the convention of EDM's and the
             paper's numbers) or 'pytorch-fid' (half-pixel bilinear resize, x / 127.5 - 1).
 
@@ -110,11 +107,14 @@ def _download(target: Path) -> Path:
 
 
 def read_weights(path: Path) -> tuple[dict[str, np.ndarray], str]:
-    """Returns (state_dict by official names, sha256 of the .pth file it comes from)."""
+    """Returns (state_dict by official names, sha256 of the file).
+
+    What the weights are is decided by this hash alone, never by what a file says of itself.
+    """
+    source_hash = sha256_of(path) if path.is_file() else ""
     if is_safetensors(path):
-        state_dict, source_hash = _read_safetensors(path)
+        state_dict = read_safetensors(path)[1]
     else:
-        source_hash = sha256_of(path)
         if source_hash == TORCHSCRIPT_SHA256:
             raise UserError(
                 f"{path} is NVIDIA's TorchScript of this network, which contains a program. "
@@ -128,35 +128,6 @@ def read_weights(path: Path) -> tuple[dict[str, np.ndarray], str]:
             f"{source_hash}, expected {FILE_SHA256}. Distances made with it are not FIDs.",
             stacklevel=3,
         )
-    return state_dict, source_hash
-
-
-def save_safetensors(source: Path, target: Path) -> None:
-    """Rewrites a weights file as safetensors, with the hash of its source."""
-    state_dict, source_hash = read_weights(source)
-    kept = {name: state_dict[name] for name in sorted(expected_shapes())}
-    with files.atomic(target) as partial:
-        save_file(kept, partial, metadata=metadata_of(kept, source_hash))
-
-
-def metadata_of(state_dict: Mapping[str, np.ndarray], source_hash: str) -> dict[str, str]:
-    """The metadata of our safetensors files: origin, and a hash that reveals changes."""
-    meta = {"source_sha256": source_hash, "content": tree_hash(dict(state_dict))}
-    return {"inception": json.dumps(meta)}
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], str]:
-    """Reads one of our files, or another, whose origin is unknown: then its own hash is returned."""
-    metadata, state_dict = read_safetensors(path)
-    if "inception" not in metadata:
-        return state_dict, sha256_of(path)
-    try:
-        meta = json.loads(metadata["inception"])
-        content, source_hash = meta["content"], str(meta["source_sha256"])
-    except (KeyError, TypeError, ValueError):
-        content = None
-    if content != tree_hash(state_dict):
-        raise UserError(f"{path} was changed or damaged after it was written. {HOW_TO_GET_IT}")
     return state_dict, source_hash
 
 

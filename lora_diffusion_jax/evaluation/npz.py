@@ -1,6 +1,8 @@
 """Npz files: read without pickles, written whole or not at all."""
 
 import hashlib
+import io
+import math
 import os
 import tempfile
 import zipfile
@@ -11,9 +13,17 @@ from typing import Any
 import numpy as np
 
 from lora_diffusion_jax import files
-from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.errors import UserError, printable
+from lora_diffusion_jax.untrusted import read_entry, refusing
 
 DIGEST = "sha256"  # the entry that holds the hash of the others
+# What arrays may unpack to: images and statistics pack to a half, a bomb to a thousandth.
+UNPACKED = 64 << 20  # bytes, whatever the file's size
+PACKING = 16  # times the file's size beyond
+_HEADERS = {  # 3.0 is for field names that are no Latin text
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
 ADVICE = "Choose a path that can be written."
 
 
@@ -28,30 +38,60 @@ def read_npz(
         expected: what the file should contain, for errors.
 
     Raises:
-        UserError: another kind of file, a damaged one, one that needs pickle, or arrays with other
-            bits than `write_npz` wrote.
+        UserError: another kind of file, a damaged one, one that needs pickle, one that unpacks to far
+            more than it holds, or arrays with other bits than `write_npz` wrote.
     """
-    try:
-        if not zipfile.is_zipfile(path):
-            with path.open("rb") as file:
-                start = file.read(8)
+    where = printable(str(path), 300)
+    with refusing(where, "read as npz", f"Expected {expected}: recreate it."):
+        if not path.is_file() or not zipfile.is_zipfile(path):
+            start = _head(path)
             raise UserError(
-                f"{path} is not a whole npz file (it starts with {start!r}); expected {expected}."
+                f"{where} is not a whole npz file (it starts with {start!r}); expected {expected}."
             )
-        with np.load(path, allow_pickle=False) as file:
-            names = [name for name in file.files if name != DIGEST]
-            checked = DIGEST in file.files
-            arrays = {name: file[name] for name in names if checked or wanted(name)}
-            if checked and str(file[DIGEST]) != _digest(arrays):
-                raise ValueError("its content has changed since it was written")
-            return names, {name: array for name, array in arrays.items() if wanted(name)}
-    except UserError:
-        raise
-    # Whatever zipfile and numpy raise for damaged files: ValueError, BadZipFile, SyntaxError, ...
-    except Exception as error:
+        with zipfile.ZipFile(path) as archive:
+            entries = {e.filename.removesuffix(".npy"): e for e in archive.infolist()}
+            checked = DIGEST in entries  # a hash of all arrays, so that all are read
+            chosen = {name: entry for name, entry in entries.items() if checked or wanted(name)}
+            limit = UNPACKED + PACKING * path.stat().st_size
+            if (total := sum(entry.file_size for entry in chosen.values())) > limit:
+                raise UserError(
+                    f"{where} unpacks to {total:,} bytes, far more than it holds; save it with np.savez, "
+                    "unpacked, if these are meant."
+                )
+            arrays = {}
+            for name, entry in chosen.items():
+                inside = f"{where}: {printable(name)}"
+                arrays[name] = _array(read_entry(archive, entry, inside, limit), inside)
+        if checked and str(arrays.pop(DIGEST)) != _digest(arrays):
+            raise ValueError("its content has changed since it was written")
+    names = [name for name in entries if name != DIGEST]
+    return names, {name: arrays[name] for name in names if wanted(name)}
+
+
+def _head(path: Path) -> bytes:
+    """The first bytes of a file, to show in an error; none of what is no file."""
+    if not path.is_file():
+        return b""
+    with path.open("rb") as file:
+        return file.read(8)
+
+
+def _array(data: bytes, where: str) -> np.ndarray:
+    """The array of an npy file, whose header must describe exactly the bytes that follow it."""
+    file = io.BytesIO(data)
+    version = np.lib.format.read_magic(file)
+    if version not in _HEADERS:
+        raise ValueError(f"npy version {version}")
+    shape, fortran, dtype = _HEADERS[version](file)
+    if dtype.hasobject:
+        raise UserError(f"{where} holds objects, which need pickle and are never read.")
+    left = len(data) - file.tell()
+    if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != left:
         raise UserError(
-            f"{path} cannot be read as npz ({error}); expected {expected}. Recreate it."
-        ) from error
+            f"{where} is damaged: it declares the shape {printable(list(shape))} of {dtype.itemsize} bytes "
+            f"each, and holds {left:,} bytes."
+        )
+    return np.ndarray(shape, dtype, data, file.tell(), order="F" if fortran else "C")
 
 
 def write_npz(

@@ -11,14 +11,19 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.errors import UserError, printable
 from lora_diffusion_jax.evaluation.collect import FeatureSet
 from lora_diffusion_jax.evaluation.features import Detector
 from lora_diffusion_jax.evaluation.metrics import half_root
 from lora_diffusion_jax.evaluation.npz import read_npz, write_npz
 from lora_diffusion_jax.evaluation.results import code_version
+from lora_diffusion_jax.untrusted import parse_json
 
 WEIGHTS = "weights/"  # prefix of a detector's arrays in a reference file
+_META = {  # what other parts read of a reference's meta
+    **{"n": int, "features": str, "detector_hash": str, "image_shape": list},
+    **{"recipe": dict, "detector_details": dict},
+}
 _RECREATE = "Recreate it with: eval_fid.py ref"
 
 
@@ -109,11 +114,15 @@ def load_reference(path: str | os.PathLike[str]) -> Reference:
         )
     mu, sigma, rows = arrays["mu"], arrays["sigma"], arrays.get("features")
     problem = _problem(mu, sigma)
+    weights = {k.removeprefix(WEIGHTS): v for k, v in arrays.items() if k.startswith(WEIGHTS)}
     if not problem and rows is not None and (rows.ndim != 2 or rows.shape[1] != len(mu)):
         problem = f"features has shape {rows.shape}; expected [N, {len(mu)}]"
+    numbers = weights if rows is None else {"features": rows, **weights}
+    for name, value in () if problem else numbers.items():
+        if value.dtype != np.float32 or not np.isfinite(value).all():
+            problem = f"{printable(name)} is not finite float32"
     if problem:
         raise UserError(f"{path} holds damaged statistics: {problem}. {_RECREATE}")
-    weights = {k.removeprefix(WEIGHTS): v for k, v in arrays.items() if k.startswith(WEIGHTS)}
     mu, sigma = mu.astype(np.float64), sigma.astype(np.float64)
     return Reference(mu, sigma, _meta(path, arrays), rows, weights)
 
@@ -140,9 +149,18 @@ def _problem(mu: np.ndarray, sigma: np.ndarray) -> str:
 
 def _meta(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
     try:
-        meta = json.loads(str(arrays["meta"])) if "meta" in arrays else {}
-    except json.JSONDecodeError:
-        meta = None
+        meta = parse_json(str(arrays["meta"]), "it") if "meta" in arrays else {}
+    except UserError as error:
+        raise UserError(f"{path}: its entry `meta` is damaged: {error} {_RECREATE}") from error
     if not isinstance(meta, dict):
         raise UserError(f"{path}: its entry `meta` is damaged, not a JSON object. {_RECREATE}")
+    for name, kind in _META.items():
+        if not isinstance(meta.get(name), kind | None):
+            raise UserError(
+                f"{path}: its entry `meta` has {name} = {printable(meta[name])}; expected "
+                f"{kind.__name__}. {_RECREATE}"
+            )
+    shape = meta.get("image_shape")
+    if shape is not None and not (len(shape) == 3 and all(type(n) is int and n > 0 for n in shape)):
+        raise UserError(f"{path}: its entry `meta` has no valid image_shape. {_RECREATE}")
     return meta

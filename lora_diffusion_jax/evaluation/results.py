@@ -17,6 +17,7 @@ from lora_diffusion_jax import files
 Record = dict[str, Any]  # one JSON line
 FOLDER = "evaluation"  # inside a workdir
 FILE = "results.jsonl"
+MAX_LINE = 1 << 20  # bytes of a result
 HIGHER_IS_BETTER = ("is", "precision", "recall", "density", "coverage")
 # What makes two results the same measurement; the code version is not part of it.
 KEY = (
@@ -90,7 +91,7 @@ def append(path: Path, record: Record) -> None:
 
 def read(path: Path) -> dict[str, Record]:
     """Returns the results in a file by key; damaged lines are left out, and moved away by `repair`."""
-    return {key_of(record): record for record in files.read_lines(path)[0]}
+    return {key_of(record): record for record in files.read_lines(path)[0] if _is_result(record)}
 
 
 def repair(path: Path) -> None:
@@ -104,6 +105,15 @@ def repair(path: Path) -> None:
         with files.atomic(path) as temporary:
             temporary.write_bytes(b"".join(files.checked_line(to_line(record)) for record in good))
     note(f"{path}: moved {len(damaged)} damaged lines to {aside.name}; they are measured again")
+
+
+def _is_result(record: Any) -> bool:
+    """Whether a line of the file holds a result of a checkpoint; infinity stands there as a word."""
+    if not isinstance(record, dict):
+        return False
+    value = record.get("value")
+    number = type(value) in (int, float) or value in ("inf", "-inf", "nan")
+    return number and type(record.get("metric")) is str and type(record.get("step")) is int
 
 
 def key_of(record: Record) -> str:

@@ -1,6 +1,7 @@
 """Validates config values, before anything is built or compiled."""
 
 import math
+import re
 from typing import Any
 
 import jax.numpy as jnp
@@ -61,6 +62,15 @@ _TUPLES = {  # field -> range of its length, range of its integers
 }
 
 
+# The pattern of the sites may come with a stranger's run, and Python's matcher tries every way in which a
+# pattern can fit: of nested repetitions more than there are atoms. Counting the ways beforehand needs no
+# second engine and no clock, and refuses the same patterns on every machine.
+_SITES_LENGTH = 200
+_SITES_WAYS = 1_000_000
+_PATH_LENGTH = 40  # of a layer's path, about
+_TOKENS = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\(\?:|\(\?|.", re.DOTALL)
+
+
 def check(config: ConfigDict) -> None:
     """Raises UserError for invalid values.
 
@@ -112,10 +122,56 @@ def check(config: ConfigDict) -> None:
             f"train.new_classes is {new}, but data.num_classes is {config.data.num_classes}; give the "
             "number of classes to train, the last ones."
         )
+    check_sites(config.lora.sites)
+    names = config.data.class_names
+    if not all(isinstance(name, str) for name in names):
+        raise UserError("data.class_names holds other things than names; give one text per class.")
+    if names and config.data.num_classes not in (0, len(names)):
+        raise UserError(
+            f"data.class_names has {len(names):,} names for data.num_classes="
+            f"{config.data.num_classes:,}; give one per class, or none."
+        )
     if config.data.name and config.data.path:
         raise UserError(
             f"Both data.name={config.data.name} and data.path={config.data.path} are set; "
             "clear one of them (--config.data.name='')."
+        )
+
+
+def check_sites(pattern: str) -> None:
+    """Raises UserError for a pattern of sites that could take for ever to match.
+
+    Its parts can share out a path in at most so many ways: n + k over k for k repetitions and n
+    characters, times the alternatives of each group. A repeated group would multiply them with itself.
+    """
+    if len(pattern) > _SITES_LENGTH:
+        raise UserError(
+            f"lora.sites has {len(pattern):,} characters; expected at most {_SITES_LENGTH}. List layers by "
+            "what their paths share, such as '.*/(qkv|proj)'."
+        )
+    repeats, groups, ways, before = 0, [1], 1, ""  # groups: alternatives of those that are open
+    for token in _TOKENS.findall(pattern):
+        if token in ("{", "(?") or (token in ("*", "+", "?") and before == ")"):
+            raise UserError(
+                f"lora.sites is {printable(pattern, _SITES_LENGTH)!r}, which repeats a group, counts, or "
+                "looks around; expected a pattern of names, '.', '*', '+', '?', [...], and (a|b)."
+            )
+        if token in ("*", "+"):
+            repeats += 1
+        elif token == "?":
+            ways *= 2
+        elif token in ("(", "(?:"):
+            groups.append(1)
+        elif token == "|":
+            groups[-1] += 1
+        elif token == ")" and len(groups) > 1:
+            ways *= groups.pop()
+        before = token
+    ways *= math.prod(groups) * math.comb(_PATH_LENGTH + repeats, repeats)
+    if ways > _SITES_WAYS:
+        raise UserError(
+            f"lora.sites is {printable(pattern, _SITES_LENGTH)!r}, which can fit a path in {ways:,} ways or "
+            f"more; expected at most {_SITES_WAYS:,}. Use fewer '*', '+', '?' and '|'."
         )
 
 

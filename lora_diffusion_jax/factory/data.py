@@ -1,11 +1,13 @@
 """Data sets of a config, and the config completed with what its data set has."""
 
+from typing import Any
+
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from lora_diffusion_jax import files
 from lora_diffusion_jax.data import image_source, pipeline, sources
-from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.errors import UserError, printable
 from lora_diffusion_jax.factory.networks import check_attention, num_classes
 from lora_diffusion_jax.models.unet import check_image_size
 from lora_diffusion_jax.training import sharding
@@ -24,7 +26,9 @@ def open_source(config: ConfigDict) -> image_source.ImageSource:
             "(a folder or ZIP of images)."
         )
     data_dir, path = (files.expand(d[name], f"data.{name}") for name in ("data_dir", "path"))
-    return sources.open_source(d.name, data_dir, path, d.split, class_folders=d.class_folders)
+    return sources.open_source(
+        d.name, data_dir, path, d.split, class_folders=d.class_folders, background=d.background
+    )
 
 
 def open_heldout(config: ConfigDict) -> image_source.ImageSource | None:
@@ -32,10 +36,11 @@ def open_heldout(config: ConfigDict) -> image_source.ImageSource | None:
     d = config.data
     if d.name:
         data_dir = files.expand(d.data_dir, "data.data_dir")
-        return sources.open_source(d.name, data_dir, "", d.eval_split)
+        return sources.open_source(d.name, data_dir, "", d.eval_split, background=d.background)
     if d.eval_path:
+        # The evaluation looks at images alone, so held-out ones need no classes.
         path = files.expand(d.eval_path, "data.eval_path")
-        return sources.open_source(path=path, class_folders=d.class_folders)
+        return sources.open_source(path=path, background=d.background)
     return None
 
 
@@ -43,22 +48,24 @@ def complete(config: ConfigDict, source: image_source.ImageSource) -> ConfigDict
     """The config with the sizes and the fingerprint of its data set filled in.
 
     Raises:
-        UserError: the config states another size than the data set has, the image size does not fit
-            the U-Net's levels, attention is asked for at a level that does not exist, or
-            class_conditional is set and the data set has no classes.
+        UserError: the config states another size or other classes than the data set has, the image
+            size does not fit the U-Net's levels, attention is asked for at a level that does not exist,
+            or class_conditional is set and the data set has no classes, or classes without images.
     """
     height, width, channels = source.image_shape
     config = config.copy_and_resolve_references()
-    found = {"image_size": height, "image_width": width, "channels": channels}
+    found: dict[str, Any] = {"image_size": height, "image_width": width, "channels": channels}
     if config.class_conditional:
+        check_classes(source)
         found["num_classes"] = source.num_classes
+        found["class_names"] = named_classes(source)
     with config.unlocked():
         config.data.image_width = config.data.image_width or config.data.image_size  # 0: square
         for field, value in found.items():
-            if config.data[field] not in (0, value):
+            if config.data[field] not in (0, (), value):
                 raise UserError(
-                    f"The config says data.{field}={config.data[field]}, but {source.title} has "
-                    f"{value}. Set --config.data.{field}={value} or choose another data set."
+                    f"The config says data.{field}={_shown(config.data[field])}, but {source.title} has "
+                    f"{_shown(value)}. Set --config.data.{field}={_shown(value)} or choose another data set."
                 )
             config.data[field] = value
         config.data.fingerprint = source.fingerprint()
@@ -66,6 +73,30 @@ def complete(config: ConfigDict, source: image_source.ImageSource) -> ConfigDict
     check_image_size(height, width, len(config.model.channel_mult))
     check_attention(config)
     return config
+
+
+def check_classes(source: image_source.ImageSource) -> None:
+    """Raises UserError if a class has no images: a share of the samples would be of it."""
+    empty = source.empty_classes()
+    if empty:
+        raise UserError(
+            f"Class {empty[0]} of {source.title} has no images ({len(empty):,} of {source.num_classes:,} "
+            f"classes; labels come from {source.label_origin}), so a network could not learn it. Number "
+            "the classes that there are from 0 without gaps, or set --config.class_conditional=False."
+        )
+
+
+def named_classes(source: image_source.ImageSource) -> tuple[str, ...]:
+    """The names of the classes; () where each is only its number."""
+    numbers = map(str, range(source.num_classes))
+    return () if list(source.class_names) == list(numbers) else tuple(source.class_names)
+
+
+def _shown(value: Any) -> str:
+    """A value of a config field as the command line takes it, if it is short."""
+    if isinstance(value, tuple):
+        return printable(",".join(map(str, value)))
+    return str(value)
 
 
 def build_batches(

@@ -98,7 +98,7 @@ def check_finite(variables: Variables, origin: str) -> None:
 
 def network_fields(config: ConfigDict) -> dict[str, Any]:
     """The fields of a config that describe its network, for JSON; `config_from_dict` reads them."""
-    data = ("image_size", "image_width", "channels", "num_classes")
+    data = ("image_size", "image_width", "channels", "num_classes", "class_names")
     return {
         "class_conditional": config.class_conditional,
         "data": {field: config.data[field] for field in data},
@@ -130,6 +130,7 @@ def _identity(config: ConfigDict) -> dict[str, Any]:
     fields = flatten_dict(network_fields(config), sep=".")
     fields["data.image_width"] = image_shape(config)[1]  # 0 stands for square
     fields["data.num_classes"] = num_classes(config)
+    del fields["data.class_names"]
     return {k: v for k, v in fields.items() if k not in _FREE}
 
 
@@ -242,22 +243,36 @@ def config_from_dict(saved: dict[str, Any]) -> ConfigDict:
         UserError: a field is unknown to this version, or has a value of another type.
     """
     config = default_config.base()
+    for group in (name for name, fields in config.items() if isinstance(fields, ConfigDict)):
+        if not isinstance(saved.get(group, {}), dict):
+            raise _wrong_type(group, saved[group])
     if "sampler" in saved:
+        name = saved["sampler"].get("name", "edm")
+        if not isinstance(name, str):
+            raise _wrong_type("sampler.name", name)
         saved = {**saved, "sampler": default_config.adopt_sampler(saved["sampler"])}
-        config.sampler = default_config.sampler(saved["sampler"].get("name", "edm"))
+        config.sampler = default_config.sampler(name)
     fields = flatten_dict(saved, sep=".")
-    unknown = sorted(fields.keys() - flatten_dict(config.to_dict(), sep=".").keys())
+    defaults = flatten_dict(config.to_dict(), sep=".")
+    unknown = sorted(fields.keys() - defaults.keys())
     if unknown:
         raise UserError(
-            f"The saved config has fields that this version does not know: {', '.join(unknown)}. "
-            "Use the version that wrote it."
+            "The saved config has fields that this version does not know: "
+            f"{printable(', '.join(unknown), 300)}. Use the version that wrote it."
         )
     for name, value in fields.items():
         value = tuple(value) if isinstance(value, list) else value
+        if value is None and defaults[name] is not None:  # which the config would take
+            raise _wrong_type(name, value)
         try:
             config.update_from_flattened_dict({name: value})
         except TypeError as error:
-            raise UserError(
-                f"The saved config has {name} = {printable(value)}, which has the wrong type."
-            ) from error
+            raise _wrong_type(name, value) from error
     return config
+
+
+def _wrong_type(name: str, value: Any) -> UserError:
+    return UserError(
+        f"The saved config has {name} = {printable(value)}, which has the wrong type. Correct it, or restore "
+        "the file."
+    )

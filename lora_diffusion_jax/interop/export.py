@@ -24,6 +24,7 @@ from lora_diffusion_jax.interop.infer import config_from_format_1
 from lora_diffusion_jax.interop.names import base_hash, is_openai, official_names, to_state_dict
 from lora_diffusion_jax.paths import is_adapter
 from lora_diffusion_jax.readers.safetensors import read_safetensors
+from lora_diffusion_jax.untrusted import parse_json
 
 FORMAT = "lora_diffusion_jax/2"
 FORMAT_1 = "lora_diffusion_jax/1"  # still readable
@@ -124,7 +125,8 @@ def read_export(path: str | Path) -> Export:
 def _config(path: str | Path, metadata: Mapping[str, str]) -> ConfigDict:
     old = metadata["format"] == FORMAT_1
     try:
-        saved: Any = json.loads(metadata.get("architecture" if old else "config", ""))
+        text = metadata.get("architecture" if old else "config", "")
+        saved = parse_json(text, "its JSON", infinite=True)
         if type(saved) is not dict:
             raise UserError("it is not a JSON object.")
         return config_from_format_1(saved) if old else config_from_dict(saved)

@@ -10,10 +10,11 @@ docs/evaluation.md explains the numbers.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -75,6 +76,7 @@ def build_parser() -> cli.Parser:
         verb.add_argument(
             "--class_folders", action="store_true", help="an image's first folder is its class"
         )
+        verb.add_argument("--background", default="", help="colour behind transparent pixels")
     gen = add("gen", help="evaluate a network's samples without writing them")
     every = add("all", help="evaluate every checkpoint of a run or a sweep")
     for verb in (gen, every):
@@ -103,6 +105,19 @@ def emit(record: Record) -> None:
     print(results.to_line(record), flush=True)
 
 
+@contextlib.contextmanager
+def naming_flags(flag: str) -> Iterator[None]:
+    """Errors of the data, which speak of the config of main.py, in the flags of this program."""
+    try:
+        yield
+    except UserError as error:
+        flags = {"name": flag, "path": flag}
+        fields = r"(?<![\w/])data\.(name|path|data_dir|split|class_folders|background)\b"
+        text = re.sub(fields, lambda m: f"--{flags.get(m[1], m[1])}", str(error))
+        raise UserError(text) from error
+
+
+@naming_flags("data")
 def run_ref(args: argparse.Namespace) -> None:
     """Writes the statistics of a data set."""
     check_target(args.dest)
@@ -119,6 +134,7 @@ def run_ref(args: argparse.Namespace) -> None:
         found.remove_partial()
 
 
+@naming_flags("images")
 def run_calc(args: argparse.Namespace) -> None:
     """Evaluates images in files."""
     source, where, identity = open_images(args, "images")
@@ -203,19 +219,21 @@ def open_images(args: argparse.Namespace, flag: str) -> tuple[Source, str, Recor
         if path.suffix == ".npz":
             source = images.ArraySource(images.open_npz(path))
         elif is_file:
-            source = open_source(path=str(path), class_folders=args.class_folders)
+            source = open_source(
+                path=str(path), class_folders=args.class_folders, background=args.background
+            )
         else:
             source = open_source(
-                named, args.data_dir or "", "", split, class_folders=args.class_folders
+                named,
+                args.data_dir or "",
+                "",
+                split,
+                class_folders=args.class_folders,
+                background=args.background,
             )
     except UserError as error:
-        # The data's own messages speak of the config of main.py.
-        flags = {"name": flag, "path": flag}
-        text = re.sub(
-            r"(?:--config\.)?\bdata\.(\w+)", lambda m: f"--{flags.get(m[1], m[1])}", str(error)
-        )
         unknown = "" if is_file else f"There is no file or folder {named}, and as a TFDS name: "
-        raise UserError(unknown + text) from error
+        raise UserError(f"{unknown}{error}") from error
     where = str(path) if is_file else f"{named}[{split}]"
     if len(source) < 2:
         raise UserError(f"{where} holds {len(source)} images; a distance needs at least 2.")

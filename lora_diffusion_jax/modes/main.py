@@ -1,7 +1,7 @@
 """Train, sample, describe, import and export diffusion networks with conditioned LoRA.
 
     main.py --mode=train  --config=configs/digits.py --workdir=DIR [--config.a.b=value ...]
-    main.py --mode=sample --workdir=DIR --seeds=0-63 [--class_id=3|all] --out=FOLDER|FILE.npz|FILE.png
+    main.py --mode=sample --workdir=DIR --seeds=0-63 [--class_id=3|cat|all] --out=FOLDER|FILE.npz|FILE.png
     main.py --mode=likelihood --workdir=DIR [--num=1000] [--route=vlb|ode]
     main.py --mode=info   --config=configs/cifar10_edm.py [--config.a.b=value ...]
     main.py --mode=doctor [--config=FILE] [--workdir=DIR]
@@ -31,7 +31,7 @@ def build_parser() -> cli.Parser:
     add("--mode", required=True, choices=MODES, help="what to do")
     parser.add_path("--workdir", help="directory of the run")
     add("--seeds", default="0-63", help="sample: one image per seed, such as 0-63 or 0,5,7-9")
-    add("--class_id", help="sample: a class number, or `all` for an even split")
+    add("--class_id", help="sample: a class's number or name, or `all` for an even split")
     add(
         "--weights", default="ema", choices=("ema", "raw"), help="sample, likelihood, export: which"
     )

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from lora_diffusion_jax import files, generate, outputs, processes
-from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.errors import UserError, printable
 from lora_diffusion_jax.evaluation.features import tree_hash
 from lora_diffusion_jax.factory.pretrained import Pretrained
 from lora_diffusion_jax.factory.training import build_generator, build_mesh
@@ -36,8 +38,8 @@ def sample(
     Args:
         run: the network, its weights and its config.
         seeds: one per image.
-        class_id: a class for all images, `all` for an even split in class order, or None to draw each
-            image's class from its seed.
+        class_id: a class's number or name for all images, `all` for an even split in class order, or
+            None to draw each image's class from its seed.
         out: a folder, .npz or .png.
         about: recorded beside the images.
         overwrite: remove images of other seeds from the folder `out`.
@@ -48,9 +50,12 @@ def sample(
         Interrupted: by a signal, inside `with Interrupts()`.
     """
     generator = build_generator(run.config, run.denoiser, build_mesh(run.config))
-    classes = choose_classes(class_id, len(seeds), generator.num_classes)
+    names = tuple(run.config.data.class_names)
+    classes = choose_classes(class_id, len(seeds), generator.num_classes, names)
     checked = generate.check_seeds(seeds)
     labels = generator.choose_labels(checked, classes)
+    if class_id is not None and names:
+        log(f"class {', '.join(name_classes(np.unique(labels).tolist(), names))}")
     out, rows = Path(out), generator.num_classes if class_id == "all" else 0
     check_out(out, checked, rows)
     identity = json.dumps({**about, "of": tree_hash((run.variables, checked, labels))})
@@ -95,12 +100,18 @@ def sample(
 
 
 def choose_classes(
-    class_id: str | None, count: int, num_classes: int
+    class_id: str | None, count: int, num_classes: int, names: Sequence[str] = ()
 ) -> Sequence[int] | int | None:
     """--class_id as classes: None, one number, or for `all` an even split in class order.
 
+    Args:
+        class_id: digits are a number, also where a class is called so; else the name of a class.
+        count: of the images.
+        num_classes: 0 for an unconditional network.
+        names: of the classes; () if they are their numbers.
+
     Raises:
-        UserError: neither a number nor `all`, or `all` for an unconditional network.
+        UserError: neither a number, a name nor `all`, or `all` for an unconditional network.
     """
     if class_id is None:
         return None
@@ -108,9 +119,23 @@ def choose_classes(
         if not num_classes:
             raise UserError("--class_id=all, but this network is unconditional; leave it out.")
         return (np.arange(count) * num_classes // count).tolist()
-    if not class_id.isdecimal():
-        raise UserError(f"--class_id={class_id} is neither a class number nor `all`.")
-    return int(class_id)
+    if re.fullmatch(r"[0-9]{1,9}", class_id):
+        return int(class_id)
+    spelled = unicodedata.normalize("NFC", class_id)
+    if spelled in names:
+        return names.index(spelled)
+    known = (
+        f", nor one of the names {', '.join(name_classes(range(len(names)), names))}"
+        if names
+        else ""
+    )
+    raise UserError(f"--class_id={class_id} is neither a class number nor `all`{known}.")
+
+
+def name_classes(numbers: Sequence[int], names: Sequence[str], limit: int = 20) -> list[str]:
+    """'3 cat' for each class, the first `limit` of them."""
+    shown = [f"{k} {printable(names[k])}" for k in numbers[:limit]]
+    return [*shown, f"... ({len(numbers):,} in all)"] if len(numbers) > limit else shown
 
 
 def check_out(out: Path, seeds: np.ndarray, rows: int) -> None:

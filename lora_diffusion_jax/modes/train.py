@@ -2,12 +2,14 @@
 
 import functools
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from lora_diffusion_jax import files, generate, interop, outputs, processes
@@ -23,6 +25,7 @@ from lora_diffusion_jax.factory.networks import (
     forward_flops,
     init_variables,
     unseen,
+    variable_shapes,
 )
 from lora_diffusion_jax.factory.pretrained import config_from_dict, overlay, with_more_classes
 from lora_diffusion_jax.factory.training import (
@@ -37,7 +40,7 @@ from lora_diffusion_jax.factory.training import (
 from lora_diffusion_jax.keys import INIT, purpose_key
 from lora_diffusion_jax.modes.checkpoints import has_checkpoint
 from lora_diffusion_jax.processes.interrupts import pause_point
-from lora_diffusion_jax.training import loop, state, workdir
+from lora_diffusion_jax.training import checkpoint, loop, state, workdir
 from lora_diffusion_jax.training.writers import log
 
 # Fields that may change when a run is resumed: they decide how long it goes on, how it is computed,
@@ -46,12 +49,18 @@ RESUMABLE_CHANGES = (
     *("train.total_images", "train.*_every", "train.keep", "train.max_nonfinite"),
     *("train.microbatch", "train.remat", "mesh.*", "sampler.*", "eval.*", "init_from"),
     *("data.name", "data.data_dir", "data.path", "data.eval_*"),  # the fingerprint must agree
-    *("data.workers", "data.memory_limit_gib"),
+    *("data.workers", "data.memory_limit_gib", "data.class_names"),
 )
 # An imported network's config decides its architecture alone; these are open until it is first trained.
 OPEN_AFTER_IMPORT = (
     *("train.*", "augment.p", "dtype", "model.*dropout"),
-    *("data.fingerprint", "data.image_width", "data.split", "data.class_folders"),
+    *(
+        "data.fingerprint",
+        "data.image_width",
+        "data.split",
+        "data.class_folders",
+        "data.background",
+    ),
 )
 
 
@@ -91,7 +100,29 @@ def train(config: ConfigDict, directory: str | os.PathLike) -> loop.Result:
         may_change(directory),
         complete=lambda saved: config_from_dict(saved).to_dict(),
     ) as path:
+        look = functools.partial(check_disk, config, denoiser, path)
+        processes.from_leader("looking at the disk", look)
         return run(path)
+
+
+def check_disk(config: ConfigDict, denoiser: Denoiser, directory: Path) -> None:
+    """Raises UserError unless the checkpoints that are still to come fit on the disk."""
+    params = flatten_dict(variable_shapes(config, denoiser)["params"], sep="/")
+    trained = trainable(config)
+    # float32: the weights and their average, and of what is trained two moments
+    size = sum(leaf.size * (16 if trained(path) else 8) for path, leaf in params.items())
+    there = checkpoint.saved_steps(directory)
+    left = config.train.total_images - (there[-1] if there else 0) * config.train.batch_size
+    to_come = -(-max(left, 0) // config.train.checkpoint_every)
+    # One more than is kept, while the newest is written.
+    needed = size * max(0, min(config.train.keep + 1, len(there) + to_come) - len(there))
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise UserError(
+            f"The checkpoints of this run need {needed / 2**30:.1f} GiB more ({size / 2**30:.2f} GiB each, "
+            f"train.keep={config.train.keep}), but only {free / 2**30:.1f} GiB are free on the disk of "
+            f"{directory}. Make room, choose another workdir, or keep fewer."
+        )
 
 
 def may_change(directory: str | os.PathLike) -> tuple[str, ...]:
@@ -153,7 +184,8 @@ def callbacks(
             name: files.expand(config.eval[name], f"eval.{name}")
             for name in ("reference", "inception")
         }
-        measure = for_training(source, heldout, **paths)
+        counts = [n for n in (config.eval.num_samples, config.eval.final_num_samples) if n]
+        measure = for_training(source, heldout, counts=counts, **paths)
     if measure is None:
         return {"samples": samples}
     quick_config = config.copy_and_resolve_references()

@@ -11,12 +11,16 @@ import dataclasses
 import pickle
 import pickletools
 import struct
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from lora_diffusion_jax.errors import printable
 
 MAX_INT_BYTES = 16  # the longest legitimate integer is PyTorch's ten-byte magic number
+_HEAVY = (
+    3  # work beyond the opcode's for an empty set or view of bytes: 200 bytes from one of the file
+)
 MAX_KEY = 1 << 20  # integers hash to themselves: large ones could be chosen to collide
 
 
@@ -36,8 +40,9 @@ class Budget:
     """What reading one file may cost in total.
 
     Attributes:
-        work: opcodes, and items copied between containers; real snapshots need about 0.2 million.
-        text: bytes of strings.
+        work: opcodes, items copied between containers, and what small objects weigh beyond the usual;
+            real snapshots need about 0.2 million.
+        text: bytes that strings take in memory, up to four a character.
         tensors: bytes of arrays copied out of storages.
         nested: bytes of files embedded in the file.
     """
@@ -177,12 +182,19 @@ class Machine:
         count = self._cursor.number(layout)
         data = self._cursor.take(count)
         self._budget.spend("text", count)
-        self._stack.append(str(data, encoding))
+        text = str(data, encoding)
+        self._budget.spend("text", sys.getsizeof(text) - count)
+        self._stack.append(text)
 
     def _push_bytes(self, layout: str) -> None:
+        self._budget.spend("work", _HEAVY)
         self._stack.append(self._cursor.take(self._cursor.number(layout)))
 
     # Containers.
+
+    def _push_set(self) -> None:
+        self._budget.spend("work", _HEAVY)
+        self._stack.append(set())
 
     def _mark(self) -> None:
         self._outer.append(self._stack)
@@ -330,7 +342,7 @@ _STEPS: dict[int, Callable[[Machine], None]] = {
         pickle.BINBYTES8: lambda m: m._push_bytes("<Q"),
         pickle.EMPTY_LIST: lambda m: m._stack.append([]),
         pickle.EMPTY_DICT: lambda m: m._stack.append({}),
-        pickle.EMPTY_SET: lambda m: m._stack.append(set()),
+        pickle.EMPTY_SET: Machine._push_set,
         pickle.TUPLE: lambda m: _push(tuple(m._since_mark()))(m),
         pickle.TUPLE1: lambda m: m._tuple(1),
         pickle.TUPLE2: lambda m: m._tuple(2),

@@ -209,6 +209,9 @@ class _Modules:
         state = value.state or {}
         if type(state) is not dict:
             raise Corrupt(f"a {printable(value.class_name)} whose state is not a dict")
+        self._budget.spend(
+            "work", len(state)
+        )  # its attributes are copied wherever it is referred to
         hidden = self._names(state.get("_non_persistent_buffers_set") or set())
         children = self._items(state, "_modules")
         kwargs, args = state.get("_init_kwargs"), state.get("_init_args")
@@ -233,6 +236,7 @@ class _Modules:
         items = state.get(field) or {}
         if type(items) is not dict:
             raise Corrupt(f"{field} is not a dict")
+        self._budget.spend("work", len(items))
         self._names(items)
         return items
 

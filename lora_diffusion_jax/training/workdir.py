@@ -18,6 +18,7 @@ from flax import traverse_util
 from lora_diffusion_jax import files, processes
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.training.writers import log
+from lora_diffusion_jax.untrusted import read_json
 
 CONFIG = "config.json"
 CONFIG_SUM = "config.json.sha256"  # beside it, to notice damage
@@ -161,17 +162,12 @@ def read_config(directory: str | os.PathLike) -> dict[str, Any]:
             raise UserError(
                 f"{directory} is not a run: it has no {CONFIG}. Give the workdir of a training run."
             )
-        text = path.read_bytes()
-        if has_changed(directory):
-            _tell_changed(path)
-    try:
-        config = json.loads(text)
-        if not isinstance(config, dict):
-            raise ValueError("it holds no fields")
-    except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path} is damaged ({error}). Restore it from the config that started the run."
-        ) from error
+    advice = "It is damaged: restore it from the config that started the run."
+    config = read_json(path, infinite=True, advice=advice)  # noise levels may be infinite
+    if not isinstance(config, dict):
+        raise UserError(f"{path} holds no fields. {advice}")
+    if has_changed(directory):
+        _tell_changed(path)
     return config
 
 

@@ -310,7 +310,7 @@ BAD = {
     "lopsided covariance": (JUDGE + "{lopsided}", "symmetric"),
     "words as mean": (JUDGE + "{words}", "expected real numbers"),
     "damaged description": (JUDGE + "{meta}", "not a JSON object"),
-    "damaged recipe": (JUDGE + "{recipe}", "is damaged (KeyError"),
+    "damaged recipe": (JUDGE + "{recipe}", "is damaged (its name is None"),
     "unknown metric": (CALC + "{npz} --metrics=fid,foo", "choose from fid,kid"),
     "no rows for kid": (JUDGE + "{bare} --metrics=pr", "--keep_features"),
     "too few for kid": (CALC + "{npz} --metrics=fid,kid", "at least 1000 images; {npz} has 297"),

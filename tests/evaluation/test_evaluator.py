@@ -72,3 +72,64 @@ def test_an_array_source_without_labels_has_no_classes(digits):
     source = ArraySource(digits[0].images[:5])
     assert (source.num_classes, len(source), source.image_shape) == (0, 5, (8, 8, 1))
     assert source.fingerprint() != digits[0].fingerprint()
+
+
+def test_a_reference_cannot_call_its_network_the_published_one(detector, digits, tmp_path):
+    """What a file says of its own weights counts for nothing: not its name, not `verified`."""
+    made = make_reference(detector, collect(detector, [digits[1].images]), {})
+    made.meta["detector_details"] = {"verified": 1, "trained_on": 5, "weights_sha256": "0" * 64}
+    save_reference(tmp_path / "ref.npz", made)
+    opened = evaluator.open_evaluator("fid", tmp_path / "ref.npz")
+    assert opened.names(80) == ["fd_classifier_80"]
+    assert opened.detector.details == {"trained_on": 5}
+    assert "detector_verified" not in opened.detector.labels
+    made.meta["recipe"] = {**made.meta["recipe"], "name": "inception_edm"}
+    made.meta["features"] = "inception_edm"
+    save_reference(tmp_path / "claims.npz", made)
+    with pytest.raises(UserError, match="its name is inception_edm, not classifier or rotation"):
+        evaluator.open_evaluator("fid", tmp_path / "claims.npz")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"settings": 5}, "settings are not those"),
+        ({"image_shape": [10**6, 10**6, 3]}, "image_shape"),
+        ({"classes": 10**12}, "no valid number"),
+        ({"classes": 9}, "another network"),
+    ],
+)
+def test_recipes_that_do_not_fit_are_one_sentence(detector, change, says):
+    with pytest.raises(UserError, match=says):
+        classifier.rebuild({**detector.recipe, **change}, detector.variables)
+
+
+def test_what_the_end_of_training_needs_is_looked_at_first(detector, digits, tmp_path, monkeypatch):
+    train, heldout = digits
+
+    def wrong(says, heldout=heldout, reference="", counts=(100,)):
+        with pytest.raises(UserError, match=says):
+            evaluator.for_training(train, heldout, reference=reference, inception="", counts=counts)
+
+    wrong("held-out images are .9, 8, 1.", ArraySource(np.zeros((5, 9, 8, 1), np.uint8)))
+    wrong("1 held out", ArraySource(heldout.images[:1]))
+    wrong("at least 2 images", counts=(1,))
+    monkeypatch.setenv("LORA_DIFFUSION_CACHE", str(tmp_path / "file" / "cache"))
+    (tmp_path / "file").touch()
+    wrong("Set LORA_DIFFUSION_CACHE")
+    made = make_reference(detector, collect(detector, [heldout.images]), {"image_shape": [9, 8, 1]})
+    save_reference(tmp_path / "ref.npz", made)
+    wrong("Choose a reference of the same data set", reference=tmp_path / "ref.npz")
+
+
+class Damaged(ArraySource):
+    def __getitem__(self, index):
+        if index == 3:
+            raise UserError("image 3 is damaged")
+        return super().__getitem__(index)
+
+
+def test_damaged_held_out_images_are_found_at_the_start(digits):
+    broken = Damaged(digits[1].images[:9])
+    with pytest.raises(UserError, match="image 3 is damaged"):
+        evaluator.for_training(digits[0], broken, reference="", inception="")

@@ -154,7 +154,7 @@ DESCRIPTIONS = {
     "[" * 100_000: "no valid description",
     '{"colour": "red"}': "colour",
     '{"model": {"colour": "red"}}': "model.colour",
-    '{"model": 3}': "does not know: model",
+    '{"model": 3}': "model = 3, which has the wrong type",
     '{"dtype": {"a": 1}}': "dtype.a",
     '{"model": {"channels": "8"}}': "model.channels = 8",
 }

@@ -3,7 +3,7 @@
 import pytest
 
 from lora_diffusion_jax.errors import UserError
-from lora_diffusion_jax.modes.sample import choose_classes
+from lora_diffusion_jax.modes.sample import choose_classes, name_classes
 
 
 @pytest.mark.parametrize(
@@ -14,7 +14,27 @@ def test_class_id_texts(class_id, count, classes, expected):
     assert choose_classes(class_id, count, classes) == expected
 
 
-@pytest.mark.parametrize(("class_id", "classes"), [("x", 3), ("-1", 3), ("all", 0)])
+@pytest.mark.parametrize(
+    ("class_id", "expected"),
+    [("cat", 1), ("caf\u00e9", 2), ("cafe\u0301", 2), ("2", 2), ("all", [0, 1, 2])],
+)
+def test_classes_by_name(class_id, expected):
+    assert choose_classes(class_id, 3, 3, ("2", "cat", "caf\u00e9")) == expected
+
+
+def test_an_unknown_name_lists_the_known_ones():
+    with pytest.raises(UserError, match="--class_id=dog .* the names 0 ant, 1 cat"):
+        choose_classes("dog", 4, 2, ("ant", "cat"))
+    assert name_classes([1, 2, 3], ["a", "b\n", "c", "d"], limit=2) == [
+        "1 b\\n",
+        "2 c",
+        "... (3 in all)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("class_id", "classes"), [("9" * 10, 3), ("\u0663", 3), ("x", 3), ("-1", 3), ("all", 0)]
+)
 def test_class_id_mistakes(class_id, classes):
     with pytest.raises(UserError, match="--class_id"):
         choose_classes(class_id, 4, classes)

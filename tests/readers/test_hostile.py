@@ -416,3 +416,20 @@ def test_the_watch_itself_sees_execution():
         eval("1 + 1")
     with pytest.raises(AssertionError, match="open"), nothing_runs():
         Path("harmless").write_text("x")
+
+
+def test_attributes_of_a_shared_module_are_charged_wherever_it_stands():
+    """The copies of its attributes took 416 MB from a file of 96 kB."""
+    shared = p.Raw(p.ops(p.module("Linear", **{f"a{i}": None for i in range(1000)})) + b"q\x09")
+    children = {"c0": shared, **{f"c{i}": p.Raw(b"h\x09") for i in range(1, 2000)}}
+    refuse(p.snapshot(p.module("EDMPrecond", children=children)), says="needs more work")
+
+
+@pytest.mark.parametrize("opcodes", [b"\x8f", b"C\0"], ids=["sets", "bytes"])
+def test_objects_that_weigh_more_than_others_cost_more(opcodes):
+    refuse(b"\x80\x04](" + opcodes * 300_000 + b"e.", says="needs more work")
+
+
+def test_text_is_charged_by_what_it_takes_in_memory():
+    wide = "\U00010000" + "x" * (1 << 20)
+    refuse(p.dumps([wide] * 9), says="needs more text")

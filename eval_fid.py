@@ -2,7 +2,7 @@
 
 import sys
 
-from lora_diffusion_jax.modes import lora_diffusion_fid
+from lora_diffusion_jax.modes import lora_diffusion_fid as main
 
 if __name__ == "__main__":
-    sys.exit(lora_diffusion_fid())
+    sys.exit(main())

@@ -2,7 +2,7 @@
 
 import sys
 
-from lora_diffusion_jax.modes import lora_diffusion
+from lora_diffusion_jax.modes import lora_diffusion as main
 
 if __name__ == "__main__":
-    sys.exit(lora_diffusion())
+    sys.exit(main())

@@ -2,24 +2,25 @@
 
 import importlib
 import sys
+from collections.abc import Sequence
 
 from lora_diffusion_jax.errors import not_installed
 
 
-def lora_diffusion() -> int:
+def lora_diffusion(argv: Sequence[str] | None = None) -> int:
     """`lora-diffusion`: the same as main.py."""
-    return _start("main")
+    return _start("main", argv)
 
 
-def lora_diffusion_fid() -> int:
+def lora_diffusion_fid(argv: Sequence[str] | None = None) -> int:
     """`lora-diffusion-fid`: the same as eval_fid.py."""
-    return _start("evaluate")
+    return _start("evaluate", argv)
 
 
-def _start(mode: str) -> int:
+def _start(mode: str, argv: Sequence[str] | None) -> int:
     try:  # without the extras, the package installs `lora` alone
         program = importlib.import_module(f"{__name__}.{mode}")
     except ModuleNotFoundError as error:
         print(f"error: {not_installed(error)}", file=sys.stderr)
         return 2
-    return program.main()
+    return program.main(argv)

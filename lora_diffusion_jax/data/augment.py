@@ -103,7 +103,7 @@ class AugmentConfig:
         return tuple(label for name in self.active for label in _TRANSFORMATIONS[name][1])
 
     @property
-    def label_dim(self) -> int:
+    def augment_dim(self) -> int:
         """Number of columns of the labels: the network's augment_dim."""
         return len(self.label_names)
 
@@ -225,14 +225,14 @@ def augment(images: Images, draws: Draws) -> tuple[Images, AugmentLabels]:
         draws: from `draw` or `draws_from_raw`, for the same batch.
 
     Returns:
-        The images [B, H, W, C], and labels [B, draws.config.label_dim] float32, zero where nothing
+        The images [B, H, W, C], and labels [B, draws.config.augment_dim] float32, zero where nothing
         was done. The columns are named by draws.config.label_names.
 
     Raises:
         UserError: the images do not fit the draws or the transformations.
     """
     if not draws.values:
-        return images, jnp.zeros([images.shape[0], draws.config.label_dim], jnp.float32)
+        return images, jnp.zeros([images.shape[0], draws.config.augment_dim], jnp.float32)
     _check(images, draws)
     draws = _sharded_like(images, draws)
     _, height, width, _ = images.shape

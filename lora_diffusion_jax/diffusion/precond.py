@@ -309,12 +309,12 @@ class Denoiser(nn.Module):
     Attributes:
         model: F(c_in x, c_noise, class_labels, augment_labels, train), possibly with LoRA attached.
         precond: the coefficients.
-        label_dim: classes of the model, 0 for none.
+        num_classes: classes of the model, 0 for none.
     """
 
     model: nn.Module
     precond: Precond = EDM()
-    label_dim: int = 0
+    num_classes: int = 0
 
     def __call__(
         self,
@@ -331,7 +331,7 @@ class Denoiser(nn.Module):
             x: noisy images, clean image plus sigma times unit noise.
             sigma: noise level, [] for all images or [B]; what depends on it alone is then
                 computed once for the batch.
-            class_labels: [B, label_dim] one-hot or mixtures; None stands for all zeros.
+            class_labels: [B, num_classes] one-hot or mixtures; None stands for all zeros.
             augment_labels: [B, augment_dim] or None.
             train: dropout on, from the rng stream `dropout`.
             with_raw: returns (D, F), where F is the network's whole output: out_factor C channels.
@@ -342,7 +342,7 @@ class Denoiser(nn.Module):
             raise UserError(
                 f"sigma has {sigma.shape[0]} values for {x.shape[0]} images; give one, or one each."
             )
-        class_labels = check_labels(class_labels, self.label_dim, x.shape[0])
+        class_labels = check_labels(class_labels, self.num_classes, x.shape[0])
         c = self.precond.coefficients(sigma)
         skip, out, scale = (v[:, None, None, None] for v in (c.skip, c.out, c.input))
         raw = self.model(scale * x, c.noise, class_labels, augment_labels, train)
@@ -351,21 +351,21 @@ class Denoiser(nn.Module):
 
 
 def check_labels(
-    class_labels: Float[Array, "B label_dim"] | None, label_dim: int, batch: int
-) -> Float[Array, "B label_dim"] | None:
+    class_labels: Float[Array, "B num_classes"] | None, num_classes: int, batch: int
+) -> Float[Array, "B num_classes"] | None:
     """Returns labels that fit the network; None for networks without classes.
 
     Raises:
         UserError: labels of another number of classes, not one row per image, or class ids.
     """
-    if class_labels is None or not label_dim:
+    if class_labels is None or not num_classes:
         return None
     labels = jnp.asarray(class_labels)
     ids = labels.ndim < 2 and jnp.issubdtype(labels.dtype, jnp.integer)
-    if ids or labels.shape not in ((label_dim,), (1, label_dim), (batch, label_dim)):
+    if ids or labels.shape not in ((num_classes,), (1, num_classes), (batch, num_classes)):
         raise UserError(
             f"class_labels has shape {labels.shape} and type {labels.dtype}; this network takes "
-            f"one-hot labels or mixtures of shape ({batch}, {label_dim}): jax.nn.one_hot(ids, "
-            f"{label_dim}) for class ids."
+            f"one-hot labels or mixtures of shape ({batch}, {num_classes}): jax.nn.one_hot(ids, "
+            f"{num_classes}) for class ids."
         )
-    return labels.astype(jnp.float32).reshape(-1, label_dim)
+    return labels.astype(jnp.float32).reshape(-1, num_classes)

@@ -14,7 +14,8 @@ from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.lora.adapter import LAYER_TYPES, check_layer
 from lora_diffusion_jax.paths import ADAPTER, list_sites
 
-_MARK = "_is_lora_adapter"  # attribute of the adapters that are made here
+# Attribute of the adapters that are made here: tells them from a base's own submodule named `lora`.
+_MARK = "_is_lora_adapter"
 
 
 class _Call:
@@ -34,12 +35,13 @@ class _Call:
     ) -> Any:
         """The interceptor: taps the condition, and adds the adapter's output at the sites."""
         module = context.module
-        parts = module.path[len(self.wrapper.path) :]
+        parts = module.path[len(self.wrapper.path) :]  # Flax's paths begin at the outermost module
         if parts and parts[-1] == ADAPTER and not hasattr(module, _MARK):
             raise UserError(
                 f"The base has a submodule '{'/'.join(parts)}', but '{ADAPTER}' is the name of adapters and "
                 "their parameters. Give it another name."
             )
+        # Left alone: other methods, the base itself, and the layers that adapters are made of.
         if context.method_name != "__call__" or not parts or ADAPTER in parts:
             return next_fun(*args, **kwargs)
         path = "/".join(parts)
@@ -56,7 +58,7 @@ class _Call:
         check_layer(module, path)
         self.sites.add(path)
         y = next_fun(*args, **kwargs)
-        if not self.wrapper.enabled:
+        if not self.wrapper.enabled:  # only now, so that the pattern is checked all the same
             return y
         x = args[0] if args else kwargs["inputs"]  # the name that all LAYER_TYPES give it
         try:
@@ -80,7 +82,7 @@ class _Call:
         """The layer's adapter, made once per call."""
         if id(layer) not in self.adapters:  # holding on to the layer keeps its id from being reused
             adapter = self.wrapper.template.adapter.clone(parent=layer, name=ADAPTER)
-            object.__setattr__(adapter, _MARK, True)
+            object.__setattr__(adapter, _MARK, True)  # Flax freezes modules outside of setup
             self.adapters[id(layer)] = (layer, adapter)
         return self.adapters[id(layer)][1]
 

@@ -1,6 +1,6 @@
 """Paths that users give; files that appear whole or not at all, with checksums, never behind a link.
 
-A workdir may come from a stranger, who can have put a link where a run would write. So files are
+A workdir may be untrusted, with a link where a run would write. So files are
 replaced or opened without following a link, and folders of a run are refused if they are one.
 """
 

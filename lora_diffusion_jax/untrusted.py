@@ -1,4 +1,4 @@
-"""Files that strangers made: JSON and ZIP entries read within limits, errors as one sentence.
+"""Untrusted files: JSON and ZIP entries read within limits, errors as one sentence.
 
 A small file can describe a huge object: JSON takes some forty times its size as Python objects, deflate
 packs a thousand bytes into one. What a file may cost is therefore decided before it is unpacked.

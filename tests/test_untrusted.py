@@ -1,4 +1,4 @@
-"""JSON and ZIP entries from strangers: what is accepted, and one sentence for all else."""
+"""JSON and ZIP entries of untrusted files: what is accepted, and one sentence for all else."""
 
 import json
 import os

@@ -2,8 +2,9 @@
 
 D(x; sigma) = c_skip x + c_out F(c_in x; c_noise)
 
-Each class is one row of the table: coefficients, the law of the noise levels in training, their weight in
-the loss, and the levels that the network knows.
+Each class but DDPM is one row of the table: coefficients, the law of the noise levels in training, their
+weight in the loss, and the levels that the network knows. DDPM is the discrete process itself, with the same
+parts.
 """
 
 import abc
@@ -31,7 +32,7 @@ class Coefficients(NamedTuple):
 
 
 class Precond(abc.ABC):
-    """A row of EDM's table 1.
+    """A row of EDM's table 1, or a discrete process in its form.
 
     Attributes:
         sigma_min, sigma_max: range of noise levels that the network supports.
@@ -170,8 +171,9 @@ class VE(Precond):
 
 @dataclasses.dataclass(frozen=True)
 class IDDPM(Precond):
-    """Improved DDPM's discrete noise levels u_0 > ... > u_M = 0 (Nichol & Dhariwal 2021).
+    """EDM's reading of iDDPM (table 1), with the discrete noise levels u_0 > ... > u_M = 0.
 
+    To train as Nichol & Dhariwal (2021) do, use `DDPM`.
     The network has twice the image's channels out, of which the first half is the prediction.
     """
 
@@ -293,7 +295,7 @@ ALL_LEVELS = EDM()  # supports every noise level
 
 
 def _predicts_noise(sigma: Sigma, noise: Array) -> Coefficients:
-    """F predicts the noise in an image that was scaled to unit variance: VP and iDDPM."""
+    """F predicts the noise in an image that was scaled to unit variance: VP, iDDPM and DDPM."""
     scale = 1 / jnp.sqrt(jnp.square(sigma) + 1)
     return Coefficients(skip=jnp.ones_like(sigma), out=-sigma, input=scale, noise=noise)
 

@@ -101,7 +101,7 @@ def train(config: ConfigDict, directory: str | os.PathLike) -> loop.Result:
         complete=lambda saved: config_from_dict(saved).to_dict(),
     ) as path:
         look = functools.partial(check_disk, config, denoiser, path)
-        processes.from_leader("looking at the disk", look)
+        processes.from_leader("checking the free disk space", look)
         return run(path)
 
 

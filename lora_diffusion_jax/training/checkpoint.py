@@ -6,7 +6,6 @@ aside, and the one before it is used.
 """
 
 import functools
-import json
 import logging
 import os
 import threading
@@ -26,6 +25,7 @@ from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.paths import path_of
 from lora_diffusion_jax.training.state import SavedWeights, TrainState
 from lora_diffusion_jax.training.writers import log
+from lora_diffusion_jax.untrusted import read_json
 
 FOLDER = "checkpoints"
 # Parts of a checkpoint, restored one by one: sampling reads the weights alone.
@@ -225,7 +225,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _write_sums(folder: Path) -> None:
-    """Writes the checksums of a checkpoint; an error is told, as the checkpoint itself is whole."""
+    """Writes the checksums of a checkpoint; an error is only logged, as the checkpoint itself is whole."""
     try:
         files.write_sums(folder)
     except OSError as error:
@@ -245,8 +245,8 @@ def find_damage(folder: Path, parts: Sequence[str] = PARTS) -> str:
             which alone the checksums are compared then.
     """
     try:
-        saved = json.loads((folder / "_CHECKPOINT_METADATA").read_bytes())["item_handlers"].keys()
-    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        saved = read_json(folder / "_CHECKPOINT_METADATA")["item_handlers"].keys()
+    except (UserError, KeyError, TypeError, AttributeError):  # unreadable, or of another form
         return "its _CHECKPOINT_METADATA is missing or damaged"
     weights_alone = saved == {"weights"} and folder.name == "0"
     for name in ("weights",) if weights_alone else parts or ("weights",):

@@ -1,4 +1,4 @@
-"""Npz files from strangers."""
+"""Untrusted npz files."""
 
 import io
 import zipfile

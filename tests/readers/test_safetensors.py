@@ -1,4 +1,4 @@
-"""Safetensors files from strangers."""
+"""Untrusted safetensors files."""
 
 import json
 import struct

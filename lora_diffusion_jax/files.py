@@ -122,7 +122,7 @@ def open_own(path: str | os.PathLike, flags: int) -> int:
 
 def _is_link(path: str | os.PathLike) -> UserError:
     return UserError(
-        f"{path} is a link or no ordinary file or folder, and writing to it would change something "
+        f"{path} is a link, or neither a file nor a folder, and writing to it would change something "
         "elsewhere. Remove it, or choose another place."
     )
 

@@ -148,7 +148,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = collections.Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"the key {printable(twice)!r} is there twice")
+        raise ValueError(f"the key {printable(twice)!r} appears twice")
     return found
 
 
@@ -175,7 +175,7 @@ def open_entry(
     """
     if entry.compress_type not in _PACKINGS:
         raise UserError(
-            f"{where} is packed by method {entry.compress_type}; expected stored or deflated entries. "
+            f"{where} is compressed by method {entry.compress_type}; expected stored or deflated entries. "
             "Repack it with an ordinary ZIP tool."
         )
     if entry.file_size > limit:
@@ -195,6 +195,6 @@ def read_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, where: str, lim
         data = file.read(entry.file_size)
     if len(data) != entry.file_size:
         raise UserError(
-            f"{where} is truncated: {entry.file_size:,} bytes declared, {len(data):,} there."
+            f"{where} is truncated: {entry.file_size:,} bytes declared, {len(data):,} found."
         )
     return data

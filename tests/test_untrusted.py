@@ -38,7 +38,7 @@ BAD = {
     "nan": (b"[NaN]", "NaN is not"),
     "infinity": (b"[-Infinity]", "-Infinity is not"),
     "overflow": (b"[1e999]", "1e999 is too large"),
-    "same key": (b'{"a": 1, "b": 2, "a": 3}', "the key 'a' is there twice"),
+    "same key": (b'{"a": 1, "b": 2, "a": 3}', "the key 'a' appears twice"),
     "half a surrogate pair": (b'["\\ud800"]', "surrogates not allowed"),
     "many values": (b"[" + b"0," * 600_000 + b"0]", "600,001 values"),
     "long": (b" " * (5 << 20), "5,242,880 bytes"),

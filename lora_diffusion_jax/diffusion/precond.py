@@ -342,7 +342,8 @@ class Denoiser(nn.Module):
         sigma = jnp.asarray(sigma, jnp.float32).reshape(-1)
         if sigma.shape[0] not in (1, x.shape[0]):
             raise UserError(
-                f"sigma has {sigma.shape[0]} values for {x.shape[0]} images; give one, or one each."
+                f"sigma has {sigma.shape[0]} values for {x.shape[0]} images; give one for all, or "
+                "one per image."
             )
         class_labels = check_labels(class_labels, self.num_classes, x.shape[0])
         c = self.precond.coefficients(sigma)

@@ -152,7 +152,7 @@ def _check_training(config: ConfigDict) -> None:
 def _check_data(config: ConfigDict) -> None:
     names = config.data.class_names
     if not all(isinstance(name, str) for name in names):
-        raise UserError("data.class_names holds other things than names; give one text per class.")
+        raise UserError("data.class_names must hold text alone; give one name per class.")
     if names and config.data.num_classes not in (0, len(names)):
         raise UserError(
             f"data.class_names has {len(names):,} names for data.num_classes="

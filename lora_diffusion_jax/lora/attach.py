@@ -70,8 +70,8 @@ class _Call:
             ) from None
         except flax.errors.ScopeParamShapeError as error:
             raise UserError(
-                f"LoRA site '{path}' got a condition or an input of another width than its parameters were "
-                f"made for ({str(error).split('. (http')[0]}). Give arrays of the same width as at init."
+                f"LoRA site '{path}' got a condition or an input of a different width from that at "
+                f"initialisation ({str(error).split('. (http')[0]}). Give arrays of the same width."
             ) from error
 
     def _taps(self, path: str) -> bool:

@@ -79,7 +79,7 @@ class Checkpoints:
                 for path in self.directory.iterdir():
                     if path.is_symlink():  # orbax would write or delete what it points to
                         raise UserError(
-                            f"{path} is a link; a run's checkpoints are its own. Remove it."
+                            f"{path} is a link; a run writes its checkpoints into its own workdir. Remove it."
                         )
 
         processes.from_leader("creating the folder of checkpoints", create_folder)

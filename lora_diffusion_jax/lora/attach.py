@@ -46,12 +46,12 @@ class _Call:
             return next_fun(*args, **kwargs)
         path = "/".join(parts)
         self.paths.add(path)
-        if not self.tapped and self._taps(path):
+        if not self.tapped and self._taps(path):  # of several matches the first
             self.condition = next_fun(*args, **kwargs)
             self.tapped = True
             return self.condition
         is_site = matches(self.wrapper.sites, path)
-        if isinstance(module, LAYER_TYPES):
+        if isinstance(module, LAYER_TYPES):  # listed if no site is found
             self.candidates.add(path)
         if not is_site:
             return next_fun(*args, **kwargs)
@@ -138,7 +138,7 @@ class Adapted(nn.Module):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.scope is not None:
+        if self.scope is not None:  # None until init, apply or a parent binds the module
             nn.share_scope(self, self.module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -216,6 +216,7 @@ def composition_weights(
     for path, values in traverse_util.flatten_dict(state.get("intermediates", {})).items():
         if path[-1] != "omega" or ADAPTER not in path:
             continue
+        # sow collects a tuple: a site that was called several times gives its last weights.
         at = path.index(ADAPTER)
         site, rest = "/".join(path[:at]), path[at + 1 : -1]
         if rest:

@@ -68,8 +68,8 @@ class Checkpoints:
             # If orbax creates folders in the background and one cannot be created, the other threads
             # wait for it for five minutes.
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
-            cleanup_tmp_directories=True,
-            create=False,
+            cleanup_tmp_directories=True,  # what a kill left unfinished
+            create=False,  # it would follow links
             multiprocessing_options=_all_processes(),
         )
 
@@ -137,7 +137,7 @@ class Checkpoints:
     def _finish(self) -> None:
         """Waits for the save that was begun, and begins to write its checksums."""
         with files.disk_errors(self.directory):
-            saving, self.saving = self.saving, False
+            saving, self.saving = self.saving, False  # first, so that an error is raised once
             self.manager.wait_until_finished()
             self.manager.check_for_errors()
         if saving and processes.is_leader():
@@ -212,6 +212,7 @@ def _read_newest(
         if not any(reasons):
             return step, parts, unreadable
         unreadable.append(step)
+        # max: processes that could read it have the reason "".
         log(f"checkpoint {step} in {directory} cannot be read ({max(reasons)}); skipped")
     raise UserError(
         f"No checkpoint in {directory} can be read (tried {unreadable}): {max(reasons)}. Copy them "
@@ -275,10 +276,10 @@ def _read(folder: Path, like: Parts | None) -> dict[str, PyTree]:
     handler, found = ocp.PyTreeCheckpointHandler(), {}
     with ocp.Checkpointer(handler, multiprocessing_options=_all_processes()) as reader:
         for path in (folder / name for name in (like or ["weights"])):
-            if not path.is_dir():
+            if not path.is_dir():  # weights alone were saved
                 continue
             saved = handler.metadata(path).tree
-            if like is None:
+            if like is None:  # the devices that saved it need not exist here
                 how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
             else:
                 _check_fit(like[path.name], saved, path)

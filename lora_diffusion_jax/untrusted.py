@@ -20,7 +20,7 @@ from lora_diffusion_jax.files import cannot_use
 MAX_JSON = 4 << 20  # bytes of JSON text, unless the caller knows better
 MAX_VALUES = 500_000  # values in it, at up to 80 bytes each
 MAX_DEPTH = 64  # containers inside containers
-MAX_DIGITS = 18  # of an integer, so that it fits 64 bits
+MAX_DIGITS = 19  # of an integer that fits 64 bits
 ADVICE = "Restore or replace it."
 
 # bzip2 and lzma are left out: zipfile unpacks a whole chunk of them at once, to any size.
@@ -133,9 +133,10 @@ def parse_json(
 
 
 def _integer(text: str) -> int:
-    if len(text) > MAX_DIGITS:
-        raise ValueError(f"an integer of {len(text)} digits")
-    return int(text)
+    digits = len(text.lstrip("-"))
+    if digits > MAX_DIGITS or not -(2**63) <= (number := int(text)) < 2**63:
+        raise ValueError(f"an integer of {digits} digits")
+    return number
 
 
 def _finite(text: str) -> float:

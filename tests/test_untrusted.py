@@ -35,6 +35,7 @@ BAD = {
     "deep objects": (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "JSON"),
     "digits": (b"9" * 5000, "5000 digits"),
     "more than 64 bits": (b"[1000000000000000000000]", "22 digits"),
+    "one more than 64 bits": (b"[9223372036854775808]", "19 digits"),
     "nan": (b"[NaN]", "NaN is not"),
     "infinity": (b"[-Infinity]", "-Infinity is not"),
     "overflow": (b"[1e999]", "1e999 is too large"),
@@ -55,6 +56,12 @@ def test_anything_else_is_one_sentence(case):
     assert says in message
     assert message.isprintable()
     assert len(message) < 400
+
+
+def test_integers_of_64_bits_are_read():
+    """Checkpoints have times in nanoseconds, which have 19 digits."""
+    least, most = -(2**63), 2**63 - 1
+    assert parse_json(f"[{least}, {most}]", "x") == [least, most]
 
 
 def test_nan_is_refused_where_infinity_is_not():

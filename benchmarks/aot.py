@@ -65,7 +65,7 @@ def lower_step(config: ConfigDict, mesh: Mesh) -> jax.stages.Lowered:
         data, item = {}, {"image": images, "label": labels}
         whole = rows(NUM_IMAGES[config.data.name or Path(config.data.path).name])
         if whole[0].nbytes <= feed.DEVICE_BYTES:  # then the data set stays on the devices
-            data, item = feed.Held.of(*whole), {"index": labels}
+            data, item = feed.DeviceDataset.of(*whole), {"index": labels}
         item["signal"] = jnp.zeros(mesh.size, jnp.int32)
         return start, metrics.TrainMetrics.empty(), data, item, jax.random.key(0)
 

@@ -1,4 +1,4 @@
-"""The frame around both programs: arguments, config overrides, processes, signals, exit status."""
+"""The command line that both programs share: arguments, config overrides, processes, signals, exit status."""
 
 import argparse
 import contextlib

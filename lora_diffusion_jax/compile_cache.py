@@ -65,7 +65,7 @@ def use_compilation_cache() -> str:
         folder = ""
     min_seconds = os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", MIN_COMPILE_SECONDS)
     if folder and "://" not in folder:  # a bucket has rules of its own
-        if problem := find_stranger(Path(folder)):
+        if problem := find_other_writer(Path(folder)):
             print(f"warning: {problem}", file=sys.stderr)
             jax.config.update("jax_compilation_cache_dir", None)
             return ""
@@ -84,7 +84,7 @@ def use_compilation_cache() -> str:
     return folder
 
 
-def find_stranger(folder: Path) -> str:
+def find_other_writer(folder: Path) -> str:
     """Says who else could put programs into the cache; '' if nobody can, or it does not exist yet."""
     if not folder.exists():
         return ""

@@ -148,7 +148,7 @@ def sampler(name: str, old: ConfigDict | None = None) -> ConfigDict:
     return group
 
 
-def adopt_sampler(saved: dict[str, Any]) -> dict[str, Any]:
+def migrate_sampler(saved: dict[str, Any]) -> dict[str, Any]:
     """A saved group `sampler` without what runs once saved: the settings of other samplers, and None."""
     own = sampler(saved.get("name", "edm"))
     others = {field for name in SAMPLERS for field in sampler(name)} - set(own)

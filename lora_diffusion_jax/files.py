@@ -1,6 +1,6 @@
 """Paths that users give; files that appear whole or not at all, with checksums, never behind a link.
 
-A workdir may come from a stranger, who can have put a link where a run would write. So files are
+A workdir may be untrusted, with a link where a run would write. So files are
 replaced or opened without following a link, and folders of a run are refused if they are one.
 """
 
@@ -122,7 +122,7 @@ def open_own(path: str | os.PathLike, flags: int) -> int:
 
 def _is_link(path: str | os.PathLike) -> UserError:
     return UserError(
-        f"{path} is a link or no ordinary file or folder, and writing to it would change something "
+        f"{path} is a link, or neither a file nor a folder, and writing to it would change something "
         "elsewhere. Remove it, or choose another place."
     )
 

@@ -1,8 +1,9 @@
 """The purposes of all random keys, and the one way to derive a key.
 
-A random number is a function of (seed, purpose, number): fold_in(fold_in(key(seed), purpose), number),
-where the number counts steps, batches or draws. Images in sampling have their own seeds, so image k is
-the same in any batch. A purpose never changes its number: that would change every run that resumes.
+The key of a purpose is fold_in(key(seed), purpose). INIT, LATENT and CLASS use it as it is; TRAIN, CHURN,
+CLASSIFIER and LIKELIHOOD fold in one more number, which counts steps or images. Images in sampling have
+their own seeds, so image k is the same in any batch. A purpose never changes its value: that would change
+every run that resumes. The order of the training batches has no key here: `data.pipeline.epoch_order`.
 """
 
 import jax
@@ -17,5 +18,5 @@ LIKELIHOOD = 6  # noise of the bound, dequantisation and trace; seed: 0, number:
 
 
 def purpose_key(seed: int | jax.Array, purpose: int) -> jax.Array:
-    """The key of one purpose; fold_in with a step, batch or draw gives the numbers of that one."""
+    """The key of one purpose, into which the purposes with a number fold that."""
     return jax.random.fold_in(jax.random.key(seed), purpose)

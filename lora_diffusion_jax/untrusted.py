@@ -1,4 +1,4 @@
-"""Files that strangers made: JSON and ZIP entries read within limits, errors as one sentence.
+"""Untrusted files: JSON and ZIP entries read within limits, errors as one sentence.
 
 A small file can describe a huge object: JSON takes some forty times its size as Python objects, deflate
 packs a thousand bytes into one. What a file may cost is therefore decided before it is unpacked.
@@ -20,7 +20,7 @@ from lora_diffusion_jax.files import cannot_use
 MAX_JSON = 4 << 20  # bytes of JSON text, unless the caller knows better
 MAX_VALUES = 500_000  # values in it, at up to 80 bytes each
 MAX_DEPTH = 64  # containers inside containers
-MAX_DIGITS = 18  # of an integer, so that it fits 64 bits
+MAX_DIGITS = 19  # of an integer that fits 64 bits
 ADVICE = "Restore or replace it."
 
 # bzip2 and lzma are left out: zipfile unpacks a whole chunk of them at once, to any size.
@@ -133,9 +133,10 @@ def parse_json(
 
 
 def _integer(text: str) -> int:
-    if len(text) > MAX_DIGITS:
-        raise ValueError(f"an integer of {len(text)} digits")
-    return int(text)
+    digits = len(text.lstrip("-"))
+    if digits > MAX_DIGITS or not -(2**63) <= (number := int(text)) < 2**63:
+        raise ValueError(f"an integer of {digits} digits")
+    return number
 
 
 def _finite(text: str) -> float:
@@ -148,7 +149,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = collections.Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"the key {printable(twice)!r} is there twice")
+        raise ValueError(f"the key {printable(twice)!r} appears twice")
     return found
 
 
@@ -175,7 +176,7 @@ def open_entry(
     """
     if entry.compress_type not in _PACKINGS:
         raise UserError(
-            f"{where} is packed by method {entry.compress_type}; expected stored or deflated entries. "
+            f"{where} is compressed by method {entry.compress_type}; expected stored or deflated entries. "
             "Repack it with an ordinary ZIP tool."
         )
     if entry.file_size > limit:
@@ -195,6 +196,6 @@ def read_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, where: str, lim
         data = file.read(entry.file_size)
     if len(data) != entry.file_size:
         raise UserError(
-            f"{where} is truncated: {entry.file_size:,} bytes declared, {len(data):,} there."
+            f"{where} is truncated: {entry.file_size:,} bytes declared, {len(data):,} found."
         )
     return data

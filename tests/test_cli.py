@@ -1,4 +1,4 @@
-"""The frame around both programs: config arguments, config files, exit status."""
+"""The command line that both programs share: config arguments, config files, exit status."""
 
 import signal
 import subprocess

@@ -96,7 +96,7 @@ def test_a_folder_that_others_can_write_to_is_not_used(tmp_path, capsys, monkeyp
             assert not list(folder.iterdir())
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
     if folder.stat().st_uid:
-        assert "belongs to another user" in compile_cache.find_stranger(folder)
+        assert "belongs to another user" in compile_cache.find_other_writer(folder)
 
 
 def test_the_stamp_is_not_written_through_a_link(tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lora_diffusion_jax.default_config import adopt_sampler, base, sampler
+from lora_diffusion_jax.default_config import base, migrate_sampler, sampler
 from lora_diffusion_jax.diffusion.samplers import SAMPLERS
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.factory.pretrained import config_from_dict
@@ -62,7 +62,7 @@ def test_configs_of_old_runs_are_read(name):
     assert config.sampler.num_steps == 7
     assert config.sampler.get("rho") == (5.0 if "rho" in usual else None)
     assert config.sampler.sigma_max == usual.sigma_max
-    assert adopt_sampler(config.sampler.to_dict()).keys() <= set(usual)
+    assert migrate_sampler(config.sampler.to_dict()).keys() <= set(usual)
 
 
 def test_unknown_fields_of_a_saved_sampler_are_still_errors():

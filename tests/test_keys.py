@@ -18,8 +18,8 @@ def data(key):
 
 def test_purposes_keep_their_numbers():
     """A run that resumes, and an image made again, need the numbers of before."""
-    names = ("INIT", "TRAIN", "LATENT", "CLASS", "CHURN", "CLASSIFIER")
-    assert [getattr(keys, name) for name in names] == PURPOSES == list(range(6))
+    names = ("INIT", "TRAIN", "LATENT", "CLASS", "CHURN", "CLASSIFIER", "LIKELIHOOD")
+    assert [getattr(keys, name) for name in names] == PURPOSES == list(range(7))
 
 
 def test_no_two_purposes_or_seeds_share_a_key():
@@ -37,7 +37,7 @@ def test_no_two_purposes_or_seeds_share_a_key():
         return jax.vmap(lambda s: jax.vmap(numbered)(by_purpose(s, purposes)))(seeds)
 
     rows = data(all_keys()).reshape(-1, 2)
-    assert len(rows) == 6 * 300 * 9
+    assert len(rows) == len(PURPOSES) * 300 * 9
     assert len(np.unique(rows, axis=0)) == len(rows)
 
 

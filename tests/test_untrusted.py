@@ -1,4 +1,4 @@
-"""JSON and ZIP entries from strangers: what is accepted, and one sentence for all else."""
+"""JSON and ZIP entries of untrusted files: what is accepted, and one sentence for all else."""
 
 import json
 import os
@@ -35,10 +35,11 @@ BAD = {
     "deep objects": (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "JSON"),
     "digits": (b"9" * 5000, "5000 digits"),
     "more than 64 bits": (b"[1000000000000000000000]", "22 digits"),
+    "one more than 64 bits": (b"[9223372036854775808]", "19 digits"),
     "nan": (b"[NaN]", "NaN is not"),
     "infinity": (b"[-Infinity]", "-Infinity is not"),
     "overflow": (b"[1e999]", "1e999 is too large"),
-    "same key": (b'{"a": 1, "b": 2, "a": 3}', "the key 'a' is there twice"),
+    "same key": (b'{"a": 1, "b": 2, "a": 3}', "the key 'a' appears twice"),
     "half a surrogate pair": (b'["\\ud800"]', "surrogates not allowed"),
     "many values": (b"[" + b"0," * 600_000 + b"0]", "600,001 values"),
     "long": (b" " * (5 << 20), "5,242,880 bytes"),
@@ -55,6 +56,12 @@ def test_anything_else_is_one_sentence(case):
     assert says in message
     assert message.isprintable()
     assert len(message) < 400
+
+
+def test_integers_of_64_bits_are_read():
+    """Checkpoints have times in nanoseconds, which have 19 digits."""
+    least, most = -(2**63), 2**63 - 1
+    assert parse_json(f"[{least}, {most}]", "x") == [least, most]
 
 
 def test_nan_is_refused_where_infinity_is_not():

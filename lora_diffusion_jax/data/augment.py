@@ -103,7 +103,7 @@ class AugmentConfig:
         return tuple(label for name in self.active for label in _TRANSFORMATIONS[name][1])
 
     @property
-    def label_dim(self) -> int:
+    def augment_dim(self) -> int:
         """Number of columns of the labels: the network's augment_dim."""
         return len(self.label_names)
 
@@ -204,7 +204,7 @@ def _parameters(name: str, raw: Sequence[Array], config: AugmentConfig) -> Array
         axis = jnp.where(turned < config.aniso_rotate_prob, angle(uniform), 0.0)
         value = jnp.stack([value, axis], axis=-1)
     elif name == "translate_int":
-        value = 2 * value - 1
+        value = 2 * value - 1  # [0, 1) -> [-1, 1)
     elif name == "rotate_frac":
         value = angle(value, config.rotate_frac_max)
     elif name == "hue":
@@ -225,14 +225,14 @@ def augment(images: Images, draws: Draws) -> tuple[Images, AugmentLabels]:
         draws: from `draw` or `draws_from_raw`, for the same batch.
 
     Returns:
-        The images [B, H, W, C], and labels [B, draws.config.label_dim] float32, zero where nothing
+        The images [B, H, W, C], and labels [B, draws.config.augment_dim] float32, zero where nothing
         was done. The columns are named by draws.config.label_names.
 
     Raises:
         UserError: the images do not fit the draws or the transformations.
     """
     if not draws.values:
-        return images, jnp.zeros([images.shape[0], draws.config.label_dim], jnp.float32)
+        return images, jnp.zeros([images.shape[0], draws.config.augment_dim], jnp.float32)
     _check(images, draws)
     draws = _sharded_like(images, draws)
     _, height, width, _ = images.shape
@@ -320,6 +320,7 @@ def _colour_matrix(draws: Draws) -> Float[Array, "B 3 4"]:
     values = {name: draws.values[name][:, None, None] for name in _COLOUR if name in draws.values}
     batch = next(iter(values.values())).shape[0]
     eye, luma = np.eye(3, dtype=np.float32), np.full([3, 3], 1 / 3, np.float32)
+    # The cross product with the gray axis (1, 1, 1) / sqrt(3), for the rotation of the hue.
     cross = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]], np.float32) / np.sqrt(np.float32(3))
     total = jnp.broadcast_to(jnp.eye(3, 4, dtype=jnp.float32), [batch, 3, 4])
 
@@ -345,13 +346,13 @@ def _colour_matrix(draws: Draws) -> Float[Array, "B 3 4"]:
 def _labels(name: str, draws: Draws, height: int, width: int) -> list[Array]:
     """The label columns [B] of one transformation: raw draws, not multiplied by their std."""
     value = draws.values[name]
-    if name == "rotate_int":
+    if name == "rotate_int":  # turns that are neighbours differ in one label
         return list(transforms.quarter_flips(value))
     if name == "translate_int":
         right, up = _pixel_shift(draws, height, width)
         reach = draws.config.translate_int_max
         return [right / (width * reach), up / (height * reach)]
-    if name in ("rotate_frac", "hue"):
+    if name in ("rotate_frac", "hue"):  # - 1: zero where nothing was done
         return [jnp.cos(value) - 1, jnp.sin(value)]
     if name == "aniso":
         strength, axis = value[:, 0], value[:, 1]

@@ -64,7 +64,7 @@ def colour(text: str) -> tuple[int, int, int]:
             raise ValueError("it has an alpha")
     except ValueError as error:
         raise UserError(
-            f"data.background={text!r} is no colour; give white, black, another name or '#rrggbb'."
+            f"data.background={text!r} is not a colour; give white, black, another name or '#rrggbb'."
         ) from error
     return rgb[0], rgb[1], rgb[2]
 
@@ -193,7 +193,7 @@ def _opaque(image: Image.Image, where: str, background: str) -> Image.Image:
     if not background:
         raise UserError(
             f"{where} has transparent pixels (lowest alpha {lowest}), which gray and RGB cannot express. "
-            "Choose what lies behind them: data.background=white, black or '#rrggbb'."
+            "Set their background: data.background=white, black or '#rrggbb'."
         )
     behind = colour(background)
     if image.mode in ("LA", "La") and len(set(behind)) > 1:

@@ -185,8 +185,8 @@ class _Folder(_Files):
             real = os.path.realpath(folder)
             if real in seen:  # its images would count twice, or walking on would never end
                 raise UserError(
-                    f"{folder} and {seen[real]} are one folder, by a link. Remove the link, or copy the "
-                    "files if they are meant to count twice."
+                    f"{folder} and {seen[real]} are the same folder, through a link. Remove the link, or "
+                    "copy the files if they are meant to count twice."
                 )
             seen[real] = folder
             children[:] = [child for child in children if not _is_hidden(child)]
@@ -380,7 +380,7 @@ def _folder_classes(files: _Files, names: Sequence[str]) -> tuple[dict[str, int]
     if empty:
         raise UserError(
             f"{files.where(prefix + empty[0])} is a class folder without images ({len(empty):,} such "
-            "folders), which would take no number among the classes. Add its images, or remove it."
+            "folders), which would get no class number. Add its images, or remove it."
         )
     if len(class_names) == 1 and len(folders) == len(names):
         raise UserError(
@@ -389,7 +389,7 @@ def _folder_classes(files: _Files, names: Sequence[str]) -> tuple[dict[str, int]
         )
     if len(class_names) > _MAX_CLASSES:
         raise UserError(
-            f"{files.path} has {len(class_names):,} class folders; at most {_MAX_CLASSES:,} work."
+            f"{files.path} has {len(class_names):,} class folders; at most {_MAX_CLASSES:,} are supported."
         )
     ids = {folder: i for i, folder in enumerate(class_names)}
     origin = "names of the folders" + (f" in {printable('/'.join(outer), 200)}" if outer else "")

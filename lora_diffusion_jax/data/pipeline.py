@@ -145,7 +145,7 @@ def _ignore_signals(index: int, count: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=4)  # batches run across the ends of epochs, and are read ahead
 def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
     """Returns the order of one epoch: a permutation of [0, size), int32 [size], read-only.
 
@@ -154,8 +154,10 @@ def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
     images, once per epoch; grain's index shuffle keeps nothing but takes 8 us for every image.
     """
     keys = np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(size)
-    order = np.argsort(keys, kind="stable").astype(np.int32)
-    order.flags.writeable = False
+    order = np.argsort(keys, kind="stable").astype(
+        np.int32
+    )  # stable: equal keys have one order, too
+    order.flags.writeable = False  # the cache hands the same array to all
     return order
 
 

@@ -53,7 +53,7 @@ class TfdsSource(ImageSource):
         background: the colour behind transparent pixels; '' refuses them.
 
     Raises:
-        UserError: not prepared, not in array_record, damaged, features of other classes than TFDS's
+        UserError: not prepared, not in array_record, damaged, features whose classes are not TFDS's
             own, no image feature, no such split.
     """
 
@@ -104,7 +104,7 @@ class TfdsSource(ImageSource):
         count = self._info.features[self._label_key].num_classes
         if count > _MAX_CLASSES:
             raise UserError(
-                f"{self._full_name} declares {count:,} classes; at most {_MAX_CLASSES:,} work."
+                f"{self._full_name} declares {count:,} classes; at most {_MAX_CLASSES:,} are supported."
             )
         path = self._directory / f"{self._label_key.replace('/', '.')}.labels.txt"
         if not path.exists():
@@ -210,7 +210,7 @@ def _builder(directory: Path) -> tfds.core.DatasetBuilder:
         for found in classes:
             if found not in _FEATURES:
                 raise UserError(
-                    f"{directory / name} names the class {printable(found, 200)}, which is none of TFDS's "
+                    f"{directory / name} names the class {printable(found, 200)}, which is not one of TFDS's "
                     "own features, and would be imported. Use a data set of plain images."
                 )
     for path in directory.glob("*.labels.txt"):

@@ -157,7 +157,7 @@ def sample_by_gather(images: Images, y: Array, x: Array) -> Planes:
     up_y, up_x = upsampling_matrix(height), upsampling_matrix(width)
     planes = jnp.moveaxis(images, -1, 1)
     up = jnp.einsum("vh,uw,bchw->bcvu", up_y, up_x, planes, precision=_EXACT)
-    up = up.reshape(batch, channels, -1)
+    up = up.reshape(batch, channels, -1)  # flat, so that one index reads a pixel of all channels
     (row, fy), (column, fx) = _lower(y, len(up_y)), _lower(x, len(up_x))
     index = (row * len(up_x) + column).reshape(batch, -1)[:, None]
 
@@ -214,7 +214,7 @@ def warp(images: Images, affine: Affine) -> Images:
 
 def recolour(images: Images, matrix: Float[Array, "B 3 4"]) -> Images:
     """Applies an affine map of RGB; gray images get the mean of the channels it gives."""
-    if images.shape[-1] == 1:
+    if images.shape[-1] == 1:  # a gray image is R = G = B
         mean = matrix.mean(axis=1)  # [B, 4]
         gain, offset = mean[:, :3].sum(axis=-1), mean[:, 3]
         return images * gain[:, None, None, None] + offset[:, None, None, None]

@@ -2,8 +2,9 @@
 
 D(x; sigma) = c_skip x + c_out F(c_in x; c_noise)
 
-Each class is one row of the table: coefficients, the law of the noise levels in training, their weight in
-the loss, and the levels that the network knows.
+Each class but DDPM is one row of the table: coefficients, the law of the noise levels in training, their
+weight in the loss, and the levels that the network knows. DDPM is the discrete process itself, with the same
+parts.
 """
 
 import abc
@@ -31,7 +32,7 @@ class Coefficients(NamedTuple):
 
 
 class Precond(abc.ABC):
-    """A row of EDM's table 1.
+    """A row of EDM's table 1, or a discrete process in its form.
 
     Attributes:
         sigma_min, sigma_max: range of noise levels that the network supports.
@@ -170,8 +171,9 @@ class VE(Precond):
 
 @dataclasses.dataclass(frozen=True)
 class IDDPM(Precond):
-    """Improved DDPM's discrete noise levels u_0 > ... > u_M = 0 (Nichol & Dhariwal 2021).
+    """EDM's reading of iDDPM (table 1), with the discrete noise levels u_0 > ... > u_M = 0.
 
+    To train as Nichol & Dhariwal (2021) do, use `DDPM`.
     The network has twice the image's channels out, of which the first half is the prediction.
     """
 
@@ -293,7 +295,7 @@ ALL_LEVELS = EDM()  # supports every noise level
 
 
 def _predicts_noise(sigma: Sigma, noise: Array) -> Coefficients:
-    """F predicts the noise in an image that was scaled to unit variance: VP and iDDPM."""
+    """F predicts the noise in an image that was scaled to unit variance: VP, iDDPM and DDPM."""
     scale = 1 / jnp.sqrt(jnp.square(sigma) + 1)
     return Coefficients(skip=jnp.ones_like(sigma), out=-sigma, input=scale, noise=noise)
 
@@ -309,12 +311,12 @@ class Denoiser(nn.Module):
     Attributes:
         model: F(c_in x, c_noise, class_labels, augment_labels, train), possibly with LoRA attached.
         precond: the coefficients.
-        label_dim: classes of the model, 0 for none.
+        num_classes: classes of the model, 0 for none.
     """
 
     model: nn.Module
     precond: Precond = EDM()
-    label_dim: int = 0
+    num_classes: int = 0
 
     def __call__(
         self,
@@ -331,7 +333,7 @@ class Denoiser(nn.Module):
             x: noisy images, clean image plus sigma times unit noise.
             sigma: noise level, [] for all images or [B]; what depends on it alone is then
                 computed once for the batch.
-            class_labels: [B, label_dim] one-hot or mixtures; None stands for all zeros.
+            class_labels: [B, num_classes] one-hot or mixtures; None stands for all zeros.
             augment_labels: [B, augment_dim] or None.
             train: dropout on, from the rng stream `dropout`.
             with_raw: returns (D, F), where F is the network's whole output: out_factor C channels.
@@ -340,9 +342,10 @@ class Denoiser(nn.Module):
         sigma = jnp.asarray(sigma, jnp.float32).reshape(-1)
         if sigma.shape[0] not in (1, x.shape[0]):
             raise UserError(
-                f"sigma has {sigma.shape[0]} values for {x.shape[0]} images; give one, or one each."
+                f"sigma has {sigma.shape[0]} values for {x.shape[0]} images; give one for all, or "
+                "one per image."
             )
-        class_labels = check_labels(class_labels, self.label_dim, x.shape[0])
+        class_labels = check_labels(class_labels, self.num_classes, x.shape[0])
         c = self.precond.coefficients(sigma)
         skip, out, scale = (v[:, None, None, None] for v in (c.skip, c.out, c.input))
         raw = self.model(scale * x, c.noise, class_labels, augment_labels, train)
@@ -351,21 +354,21 @@ class Denoiser(nn.Module):
 
 
 def check_labels(
-    class_labels: Float[Array, "B label_dim"] | None, label_dim: int, batch: int
-) -> Float[Array, "B label_dim"] | None:
+    class_labels: Float[Array, "B num_classes"] | None, num_classes: int, batch: int
+) -> Float[Array, "B num_classes"] | None:
     """Returns labels that fit the network; None for networks without classes.
 
     Raises:
         UserError: labels of another number of classes, not one row per image, or class ids.
     """
-    if class_labels is None or not label_dim:
+    if class_labels is None or not num_classes:
         return None
     labels = jnp.asarray(class_labels)
     ids = labels.ndim < 2 and jnp.issubdtype(labels.dtype, jnp.integer)
-    if ids or labels.shape not in ((label_dim,), (1, label_dim), (batch, label_dim)):
+    if ids or labels.shape not in ((num_classes,), (1, num_classes), (batch, num_classes)):
         raise UserError(
             f"class_labels has shape {labels.shape} and type {labels.dtype}; this network takes "
-            f"one-hot labels or mixtures of shape ({batch}, {label_dim}): jax.nn.one_hot(ids, "
-            f"{label_dim}) for class ids."
+            f"one-hot labels or mixtures of shape ({batch}, {num_classes}): jax.nn.one_hot(ids, "
+            f"{num_classes}) for class ids."
         )
-    return labels.astype(jnp.float32).reshape(-1, label_dim)
+    return labels.astype(jnp.float32).reshape(-1, num_classes)

@@ -179,7 +179,7 @@ def rebuild(
 
 
 def _recipe_problem(recipe: dict[str, Any]) -> str:
-    """What is wrong with a recipe, which a stranger may have written; '' if nothing is."""
+    """What is wrong with a recipe from an untrusted file; '' if nothing is."""
 
     def within(value: Any, most: int) -> bool:
         return type(value) is int and 1 <= value <= most

@@ -179,7 +179,7 @@ class Partial:
         try:
             state = self._read(self.folder / "state.npz")
             if str(state["code"]) != source_hash():
-                raise UserError(f"{self.folder} was written by other code.")
+                raise UserError(f"{self.folder} was written by another version of the program.")
             moments = Moments.from_state(state)
             if found.keep_rows:
                 found.rows = self._read_rows(len(moments))
@@ -201,7 +201,7 @@ class Partial:
             part = self._read(self._rows_file(start))
             rows.append((part["features"][: stop - start], part["logits"][: stop - start]))
         if sum(len(features) for features, _ in rows) != count:
-            raise UserError(f"{self.folder} lacks rows.")
+            raise UserError(f"{self.folder} is incomplete.")
         return rows
 
     def _rows_file(self, start: int) -> Path:

@@ -170,7 +170,7 @@ def _check(path: Path, state_dict: Mapping[str, np.ndarray]) -> None:
     difference = shape_differences(found, wanted)
     if difference:
         raise UserError(
-            f"{path} holds the weights of another network than the Inception of 2015-12-05: "
+            f"{path} does not hold the weights of the Inception of 2015-12-05: "
             f"{difference}. {HOW_TO_GET_IT}"
         )
     broken = [name for name in wanted if not np.isfinite(state_dict[name]).all()]

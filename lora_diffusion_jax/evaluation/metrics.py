@@ -33,7 +33,7 @@ def frechet_distance(
     mu1, mu2, sigma1, sigma2 = (np.asarray(a, np.float64) for a in (mu1, mu2, sigma1, sigma2))
     if not (mu1.shape == mu2.shape and sigma1.shape == sigma2.shape == 2 * mu1.shape):
         raise UserError(
-            f"The statistics are of different features: mu {mu1.shape} and {mu2.shape}, "
+            f"The statistics come from different features: mu {mu1.shape} and {mu2.shape}, "
             f"sigma {sigma1.shape} and {sigma2.shape}. Compute both with the same --features."
         )
     root2 = half_root(sigma2) if root2 is None else root2

@@ -55,8 +55,8 @@ def read_npz(
             limit = UNPACKED + PACKING * path.stat().st_size
             if (total := sum(entry.file_size for entry in chosen.values())) > limit:
                 raise UserError(
-                    f"{where} unpacks to {total:,} bytes, far more than it holds; save it with np.savez, "
-                    "unpacked, if these are meant."
+                    f"{where} unpacks to {total:,} bytes, far more than its own size; save it with np.savez, "
+                    "uncompressed, if it is meant to be that large."
                 )
             arrays = {}
             for name, entry in chosen.items():

@@ -62,7 +62,7 @@ _TUPLES = {  # field -> range of its length, range of its integers
 }
 
 
-# The pattern of the sites may come with a stranger's run, and Python's matcher tries every way in which a
+# The pattern of the sites may come with an untrusted run, and Python's matcher tries every way in which a
 # pattern can fit: of nested repetitions more than there are atoms. Counting the ways beforehand needs no
 # second engine and no clock, and refuses the same patterns on every machine.
 _SITES_LENGTH = 200
@@ -76,15 +76,36 @@ def check(config: ConfigDict) -> None:
 
     Parts of the system check what they alone know: sampler grids, the batch against the mesh.
     """
+    _check_finite(config)
+    _check_choices(config)
+    _check_ranges(config)
+    check_sites(config.lora.sites)
+    _check_training(config)
+    _check_data(config)
+
+
+def _check_finite(config: ConfigDict) -> None:
     for field, value in flatten_dict(config.to_dict(), sep=".").items():
         numbers = value if isinstance(value, list | tuple) else (value,)
         if any(isinstance(v, float) and not math.isfinite(v) for v in numbers) and not (
             field == "sampler.s_max" and value == math.inf
         ):
             raise UserError(f"{field} is {printable(value)}; it must be a finite number.")
+
+
+def _check_choices(config: ConfigDict) -> None:
     for field, known in _CHOICES.items():
         if (value := _get(config, field)) is not None:
             choose(field, value, known)
+    sees = lora.CONDITIONS.get(config.lora.adapter, ())
+    if sees != ("map",) and (not sees or not set(sees) <= {"time", "class"}):
+        raise UserError(
+            f"lora.adapter is {config.lora.adapter!r}, for which lora.CONDITIONS has {sees}; expected "
+            "('map',), ('time',), ('class',) or ('time', 'class'). Add what the adapter sees."
+        )
+
+
+def _check_ranges(config: ConfigDict) -> None:
     for fields, (low, high) in _RANGES.items():
         for field in fields:
             if (value := _get(config, field)) is not None and not low <= value <= high:
@@ -101,7 +122,11 @@ def check(config: ConfigDict) -> None:
     for field in ("sigma_data", "p_std"):
         if not config.precond[field] > 0:
             raise UserError(f"precond.{field} is {config.precond[field]}; it must be above 0.")
-    labels = augmentation.EDM_TRAINING.label_dim
+
+
+def _check_training(config: ConfigDict) -> None:
+    """What is trained: the augmentation's labels, frozen parameters, new classes."""
+    labels = augmentation.EDM_TRAINING.augment_dim
     if config.augment.p and config.model.augment_dim not in (0, labels):
         raise UserError(
             f"model.augment_dim is {config.model.augment_dim}; the augmentation has {labels} labels "
@@ -122,10 +147,12 @@ def check(config: ConfigDict) -> None:
             f"train.new_classes is {new}, but data.num_classes is {config.data.num_classes}; give the "
             "number of classes to train, the last ones."
         )
-    check_sites(config.lora.sites)
+
+
+def _check_data(config: ConfigDict) -> None:
     names = config.data.class_names
     if not all(isinstance(name, str) for name in names):
-        raise UserError("data.class_names holds other things than names; give one text per class.")
+        raise UserError("data.class_names must hold text alone; give one name per class.")
     if names and config.data.num_classes not in (0, len(names)):
         raise UserError(
             f"data.class_names has {len(names):,} names for data.num_classes="
@@ -139,7 +166,7 @@ def check(config: ConfigDict) -> None:
 
 
 def check_sites(pattern: str) -> None:
-    """Raises UserError for a pattern of sites that could take for ever to match.
+    """Raises UserError for a pattern of sites that could take forever to match.
 
     Its parts can share out a path in at most so many ways: n + k over k for k repetitions and n
     characters, times the alternatives of each group. A repeated group would multiply them with itself.

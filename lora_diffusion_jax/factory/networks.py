@@ -74,7 +74,7 @@ def build_denoiser(config: ConfigDict) -> Denoiser:
         learn_sigma=None,  # it is in out_channels
         num_classes=num_classes(config),
         use_affine=config.lora.mode != "only_lora",
-        use_map=config.lora.mode != "only_lora" or config.lora.adapter == "uc",
+        use_map=config.lora.mode != "only_lora" or "map" in lora.CONDITIONS[config.lora.adapter],
         remat=config.train.remat,
         dtype=DTYPES[config.dtype],
     )
@@ -85,14 +85,15 @@ def build_denoiser(config: ConfigDict) -> Denoiser:
 
 def unseen(config: ConfigDict) -> str:
     """What a network of `only_lora` does not depend on although it is given it, in words; or ""."""
-    if config.lora.mode != "only_lora" or config.lora.adapter == "uc":
+    sees = lora.CONDITIONS[config.lora.adapter]
+    if config.lora.mode != "only_lora" or "map" in sees:
         return ""
     given = {
         "time": "the noise level",
         "class": "the class" if num_classes(config) else "",
         "augmentation": "augmentation labels" if config.model.augment_dim else "",
     }
-    ignored = [v for k, v in given.items() if v and k not in config.lora.adapter.split("_")]
+    ignored = [v for k, v in given.items() if v and k not in sees]
     if not ignored:
         return ""
     return (
@@ -152,19 +153,21 @@ def _build(kind: Callable[..., Any], config: ConfigDict, group: str, **given: An
 def _attach(config: ConfigDict, unet: nn.Module, precond: Precond) -> lora.Adapted:
     """The U-Net with the adapters of `config.lora`.
 
-    UC-LoRA sees the output of the mapping network `map`, the others the U-Net's arguments.
+    An adapter's condition is what `lora.CONDITIONS` says: the output of the mapping network `map`, or
+    the time and the class from the U-Net's arguments.
     """
     kind, classes = config.lora.adapter, num_classes(config)
-    condition: str | Condition = "map"
-    if kind in CLASS_ADAPTERS and not classes:
+    sees = lora.CONDITIONS[kind]
+    if "class" in sees and not classes:
         raise UserError(
             f"lora.adapter={kind} needs classes, but the network is unconditional. Set "
             "class_conditional=True, or choose lora.adapter=uc or time."
         )
     process_steps = precond.num_steps if isinstance(precond, DDPM) else 4000
     steps = config.lora.num_timesteps or process_steps
-    if kind != "uc":
-        condition = Condition(kind, precond, steps, classes)
+    condition: str | Condition = (
+        "map" if sees == ("map",) else Condition(sees, precond, steps, classes)
+    )
     sizes = {"num_timesteps": steps, "num_classes": classes}
     adapter = _build(lora.ADAPTERS[kind], config, "lora", **sizes)
     return lora.attach(unet, sites=config.lora.sites, adapter=adapter, condition=condition)
@@ -180,18 +183,18 @@ def is_class_pair(config: ConfigDict) -> Callable[[str], bool]:
 
 @dataclasses.dataclass(frozen=True)
 class Condition:
-    """What TimeLoRA and ClassLoRA see, from the arguments of the U-Net's call.
+    """What adapters see of the time and the class, from the arguments of the U-Net's call.
 
     A class and no closure, so that equal configs give equal modules.
 
     Attributes:
-        adapter: time, class or time_class.
+        sees: `time`, `class`, or both.
         precond: turns the noise label into a time in [0, 1].
         num_timesteps: T, the largest time.
         num_classes: of the network.
     """
 
-    adapter: str
+    sees: tuple[str, ...]
     precond: Precond
     num_timesteps: int
     num_classes: int
@@ -209,7 +212,7 @@ class Condition:
         if class_labels is None:  # no class: none of the classes' pairs
             class_labels = jnp.zeros((1, self.num_classes))
         both = {"time": time, "class": class_labels}
-        return both if self.adapter == "time_class" else both[self.adapter]
+        return both[self.sees[0]] if len(self.sees) == 1 else {k: both[k] for k in self.sees}
 
 
 class RawNetwork(nn.Module):
@@ -217,11 +220,11 @@ class RawNetwork(nn.Module):
 
     Attributes:
         model: the U-Net, possibly with LoRA attached.
-        label_dim: classes of the model, 0 for none.
+        num_classes: classes of the model, 0 for none.
     """
 
     model: nn.Module
-    label_dim: int = 0
+    num_classes: int = 0
 
     def __call__(
         self,
@@ -237,13 +240,13 @@ class RawNetwork(nn.Module):
             x: images as the network sees them, c_in times noisy images.
             noise_labels: what its embedding sees, c_noise: [] for all images or [B]; improved-diffusion's
                 are timesteps.
-            class_labels: [B, label_dim] one-hot or mixtures; None stands for all zeros.
+            class_labels: [B, num_classes] one-hot or mixtures; None stands for all zeros.
             augment_labels: [B, augment_dim] or None.
             train: dropout on, from the rng stream `dropout`.
         """
         x = jnp.asarray(x, jnp.float32)
         noise_labels = jnp.asarray(noise_labels, jnp.float32).reshape(-1)
-        class_labels = check_labels(class_labels, self.label_dim, x.shape[0])
+        class_labels = check_labels(class_labels, self.num_classes, x.shape[0])
         return self.model(x, noise_labels, class_labels, augment_labels, train)
 
 

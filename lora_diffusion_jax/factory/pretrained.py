@@ -54,7 +54,7 @@ class Pretrained:
     @property
     def network(self) -> RawNetwork:
         """See above."""
-        return RawNetwork(self.denoiser.model, self.denoiser.label_dim)
+        return RawNetwork(self.denoiser.model, self.denoiser.num_classes)
 
     @property
     def unet(self) -> nn.Module:
@@ -250,7 +250,7 @@ def config_from_dict(saved: dict[str, Any]) -> ConfigDict:
         name = saved["sampler"].get("name", "edm")
         if not isinstance(name, str):
             raise _wrong_type("sampler.name", name)
-        saved = {**saved, "sampler": default_config.adopt_sampler(saved["sampler"])}
+        saved = {**saved, "sampler": default_config.migrate_sampler(saved["sampler"])}
         config.sampler = default_config.sampler(name)
     fields = flatten_dict(saved, sep=".")
     defaults = flatten_dict(config.to_dict(), sep=".")

@@ -62,7 +62,7 @@ def build_step(config: ConfigDict, denoiser: precond.Denoiser, mesh: Mesh) -> st
     )
 
 
-def measured(denoiser: precond.Denoiser) -> type[Collection]:
+def metrics_type(denoiser: precond.Denoiser) -> type[Collection]:
     """What the training step of a network measures."""
     discrete = isinstance(denoiser.precond, precond.DDPM)
     return metrics.DiscreteMetrics if discrete else metrics.TrainMetrics

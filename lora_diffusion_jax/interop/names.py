@@ -26,7 +26,7 @@ from lora_diffusion_jax.factory.pretrained import mismatch
 from lora_diffusion_jax.interop.openai_names import official_layers
 from lora_diffusion_jax.paths import ADAPTER
 
-Path = tuple[str, ...]  # of a variable, its collection first
+VariablePath = tuple[str, ...]  # its collection first
 Shape = tuple[int, ...]
 StateDict = Mapping[str, np.ndarray]  # arrays by official names
 
@@ -47,7 +47,7 @@ def is_openai(config: ConfigDict) -> bool:
     return config.model.name == "improved"
 
 
-def official_names(paths: Iterable[Path], openai: bool) -> dict[Path, str]:
+def official_names(paths: Iterable[VariablePath], openai: bool) -> dict[VariablePath, str]:
     """The official name of each variable of a network.
 
     Officially `X.bias` of an adapted layer X belongs to its adapter; the layer's own are `X.conv.weight`
@@ -71,7 +71,7 @@ def official_names(paths: Iterable[Path], openai: bool) -> dict[Path, str]:
     return names
 
 
-def to_official(path: Path, value: np.ndarray, openai: bool) -> np.ndarray:
+def to_official(path: VariablePath, value: np.ndarray, openai: bool) -> np.ndarray:
     """A variable in the official layout: kernels [out, in, h, w], matrices [out, in]."""
     if path[-1] != "kernel" or openai and path[-2] == "label":
         return value
@@ -82,7 +82,7 @@ def to_official(path: Path, value: np.ndarray, openai: bool) -> np.ndarray:
     return value.T[..., None, None] if path[-2] in _POINTWISE else value.T
 
 
-def from_official(path: Path, value: np.ndarray, ndim: int, openai: bool) -> np.ndarray:
+def from_official(path: VariablePath, value: np.ndarray, ndim: int, openai: bool) -> np.ndarray:
     """The inverse of `to_official`, for a variable of `ndim` axes."""
     if path[-1] != "kernel" or openai and path[-2] == "label":
         return value
@@ -90,7 +90,7 @@ def from_official(path: Path, value: np.ndarray, ndim: int, openai: bool) -> np.
 
 
 def rename(
-    leaves: Mapping[Path, Any], network: Iterable[Path], openai: bool
+    leaves: Mapping[VariablePath, Any], network: Iterable[VariablePath], openai: bool
 ) -> dict[str, np.ndarray]:
     """Some variables of a network in the official names and layouts.
 
@@ -166,7 +166,7 @@ def base_hash(variables: Variables) -> str:
     return digest.hexdigest()
 
 
-def _expected(config: ConfigDict) -> tuple[dict[Path, Shape], dict[str, np.ndarray]]:
+def _expected(config: ConfigDict) -> tuple[dict[VariablePath, Shape], dict[str, np.ndarray]]:
     """The shapes of a network's variables by path, and its official tensors that are constants here.
 
     The constants are the filters of resampling layers, and iDDPM's noise levels; improved-diffusion's

@@ -9,7 +9,7 @@ in the decoder the convolution that leads up to the next level.
 import re
 from collections.abc import Iterable
 
-Path = tuple[str, ...]  # of a layer or variable
+VariablePath = tuple[str, ...]  # of a layer or variable
 
 _RESIDUAL = {  # layers of a block inside its residual part
     "norm0": "in_layers/0",
@@ -29,7 +29,7 @@ _OUTSIDE = {
 }
 
 
-def official_layers(paths: Iterable[Path]) -> dict[Path, Path]:
+def official_layers(paths: Iterable[VariablePath]) -> dict[VariablePath, VariablePath]:
     """The official places of a network's layers.
 
     Args:
@@ -71,7 +71,7 @@ def _parsed(stage: str) -> tuple[int, str, int]:
     return int(match[1]), match[2], int(match[3] or 0)
 
 
-def _order(stage: Path) -> tuple[int, int, int, int]:
+def _order(stage: VariablePath) -> tuple[int, int, int, int]:
     """Sorts stages as they run: the encoder down to the coarsest level, and the decoder up again."""
     side, name = stage
     size, kind, number = _parsed(name)

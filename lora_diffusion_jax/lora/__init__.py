@@ -7,6 +7,7 @@ wrapped = lora.attach(module, sites=r".*/(qkv|proj)", adapter=lora.UCLoRA(rank=4
 from lora_diffusion_jax.lora import params
 from lora_diffusion_jax.lora.adapter import (
     ADAPTERS,
+    CONDITIONS,
     ClassLoRA,
     LowRankAdapter,
     SumOfAdapters,
@@ -23,6 +24,7 @@ __all__ = [
     "composition_weights",
     # Adapters
     "ADAPTERS",
+    "CONDITIONS",
     "UCLoRA",
     "TimeLoRA",
     "ClassLoRA",

@@ -110,18 +110,24 @@ class LowRankAdapter(nn.Module):
     def __call__(self, layer: nn.Module, x: Array, condition: Any) -> Array:
         omega = self.compose(condition)  # [B or 1, m]
         self.sow("intermediates", "omega", omega)
-        weights = jnp.repeat(omega, self.rank, axis=-1)  # [B or 1, m * r]
-        rows, width = weights.shape if weights.ndim == 2 else (None, weights.shape[-1])
-        hidden = _down(layer, width, self.rank)(x)
-        if rows not in (1, hidden.shape[0]) or (rows != 1 and hidden.ndim < 2):
+        if omega.ndim != 2:
             raise UserError(
-                f"The LoRA condition has {omega.shape[0]} rows for a batch of {hidden.shape[0]} at "
+                f"compose returned weights of shape {omega.shape} at '{'/'.join(self.path)}'; it must "
+                "return [B, m], or [1, m] for all samples."
+            )
+        weights = jnp.repeat(omega, self.rank, axis=-1)  # [B or 1, m * r]
+        rows, width = weights.shape
+        hidden = _down(layer, width, self.rank)(x)
+        # Only inputs with a batch axis, [B, ..., m * r], can have one row of weights per sample.
+        samples = hidden.shape[0] if hidden.ndim > 1 else 1
+        if rows not in (1, samples):
+            raise UserError(
+                f"The LoRA condition has {rows} rows for a batch of {samples} at "
                 f"'{'/'.join(self.path)}'; it must be [1, E] or one row per sample."
             )
-        inner = (1,) * (hidden.ndim - 2)  # the axes between batch and channels
-        batch = (
-            () if rows == 1 else (rows, *inner)
-        )  # one row serves inputs without a batch axis, too
+        # The axes that go before the channels: none for one row, which serves any input; else the batch,
+        # and an axis of 1 for each position between (height and width, or the sequence).
+        batch = () if rows == 1 else (rows, *[1] * (hidden.ndim - 2))
         delta = _up(layer)(hidden * weights.reshape(*batch, width).astype(hidden.dtype))
         if self.use_bias:
             features = delta.shape[hidden.ndim - 1 :]
@@ -243,4 +249,12 @@ ADAPTERS: dict[str, Callable[..., nn.Module]] = {
     "time": TimeLoRA,
     "class": ClassLoRA,
     "time_class": time_class_lora,
+}
+# lora.adapter -> what a config's network gives it as its condition: the output of the mapping network
+# (`map`, alone), the time, or the class; several as a mapping by these names
+CONDITIONS: dict[str, tuple[str, ...]] = {
+    "uc": ("map",),
+    "time": ("time",),
+    "class": ("class",),
+    "time_class": ("time", "class"),
 }

@@ -14,7 +14,8 @@ from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.lora.adapter import LAYER_TYPES, check_layer
 from lora_diffusion_jax.paths import ADAPTER, list_sites
 
-_MARK = "_is_lora_adapter"  # attribute of the adapters that are made here
+# Attribute of the adapters that are made here: tells them from a base's own submodule named `lora`.
+_MARK = "_is_lora_adapter"
 
 
 class _Call:
@@ -34,29 +35,30 @@ class _Call:
     ) -> Any:
         """The interceptor: taps the condition, and adds the adapter's output at the sites."""
         module = context.module
-        parts = module.path[len(self.wrapper.path) :]
+        parts = module.path[len(self.wrapper.path) :]  # Flax's paths begin at the outermost module
         if parts and parts[-1] == ADAPTER and not hasattr(module, _MARK):
             raise UserError(
                 f"The base has a submodule '{'/'.join(parts)}', but '{ADAPTER}' is the name of adapters and "
                 "their parameters. Give it another name."
             )
+        # Left alone: other methods, the base itself, and the layers that adapters are made of.
         if context.method_name != "__call__" or not parts or ADAPTER in parts:
             return next_fun(*args, **kwargs)
         path = "/".join(parts)
         self.paths.add(path)
-        if not self.tapped and self._taps(path):
+        if not self.tapped and self._taps(path):  # of several matches the first
             self.condition = next_fun(*args, **kwargs)
             self.tapped = True
             return self.condition
         is_site = matches(self.wrapper.sites, path)
-        if isinstance(module, LAYER_TYPES):
+        if isinstance(module, LAYER_TYPES):  # listed if no site is found
             self.candidates.add(path)
         if not is_site:
             return next_fun(*args, **kwargs)
         check_layer(module, path)
         self.sites.add(path)
         y = next_fun(*args, **kwargs)
-        if not self.wrapper.enabled:
+        if not self.wrapper.enabled:  # only now, so that the pattern is checked all the same
             return y
         x = args[0] if args else kwargs["inputs"]  # the name that all LAYER_TYPES give it
         try:
@@ -68,8 +70,8 @@ class _Call:
             ) from None
         except flax.errors.ScopeParamShapeError as error:
             raise UserError(
-                f"LoRA site '{path}' got a condition or an input of another width than its parameters were "
-                f"made for ({str(error).split('. (http')[0]}). Give arrays of the same width as at init."
+                f"LoRA site '{path}' got a condition or an input of a different width from that at "
+                f"initialisation ({str(error).split('. (http')[0]}). Give arrays of the same width."
             ) from error
 
     def _taps(self, path: str) -> bool:
@@ -80,7 +82,7 @@ class _Call:
         """The layer's adapter, made once per call."""
         if id(layer) not in self.adapters:  # holding on to the layer keeps its id from being reused
             adapter = self.wrapper.template.adapter.clone(parent=layer, name=ADAPTER)
-            object.__setattr__(adapter, _MARK, True)
+            object.__setattr__(adapter, _MARK, True)  # Flax freezes modules outside of setup
             self.adapters[id(layer)] = (layer, adapter)
         return self.adapters[id(layer)][1]
 
@@ -136,7 +138,7 @@ class Adapted(nn.Module):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.scope is not None:
+        if self.scope is not None:  # None until init, apply or a parent binds the module
             nn.share_scope(self, self.module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -214,6 +216,7 @@ def composition_weights(
     for path, values in traverse_util.flatten_dict(state.get("intermediates", {})).items():
         if path[-1] != "omega" or ADAPTER not in path:
             continue
+        # sow collects a tuple: a site that was called several times gives its last weights.
         at = path.index(ADAPTER)
         site, rest = "/".join(path[:at]), path[at + 1 : -1]
         if rest:

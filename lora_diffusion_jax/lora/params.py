@@ -53,7 +53,7 @@ def count(params: PyTree) -> int:
 
 
 def fold(params: PyTree, omegas: Mapping[str, Any]) -> PyTree:
-    """Folds W + sum_i omega_i B_i A_i into the base for one fixed condition.
+    """Folds W + sum_i omega_i B_i A_i into the base for one fixed condition: what PEFT calls merging.
 
     Args:
         params: parameters with adapters beside Dense, DenseGeneral or Conv kernels.

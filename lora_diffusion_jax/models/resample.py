@@ -30,11 +30,11 @@ def _upsample_axis(x: Array, taps: np.ndarray, axis: int, pad: int) -> Array:
     phases = []
     for phase in (0, 1):
         terms = []
-        for k in range((phase + pad) % 2, reach, 2):
+        for k in range((phase + pad) % 2, reach, 2):  # the other taps meet the zeros between pixels
             shift = (phase + pad - k) // 2  # i = o // 2 + shift
             terms.append(2 * float(taps[k]) * padded[reach + shift : reach + shift + size])
         phases.append(sum(terms))
-    out = jnp.stack(phases, axis=1).reshape(2 * size, *x.shape[1:])
+    out = jnp.stack(phases, axis=1).reshape(2 * size, *x.shape[1:])  # row o = 2 i + phase
     return jnp.moveaxis(out, 0, axis)
 
 

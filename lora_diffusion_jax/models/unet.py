@@ -161,6 +161,7 @@ class Encoder(nn.Module):
                         name=f"{name}_aux_residual",
                         dtype=dtype,
                     )
+                    # Keeps the variance of a sum of two; the next level's branch starts from it.
                     x = image = (x + branch) / 2**0.5
             skips.append(x)
             for i in range(self.levels.num_blocks):
@@ -200,11 +201,12 @@ class Decoder(nn.Module):
         for name, width, heads in (coarsest, *finer):
             inner = x.shape[-1]
             if name == coarsest[0]:
-                middle = self.levels.num_heads(inner)
+                middle = self.levels.num_heads(inner)  # the encoder's, not num_heads_upsample
                 x = block(inner, num_heads=middle, name=f"{name}_in0")(x, emb, train)
                 x = block(inner, name=f"{name}_in1")(x, emb, train)
             else:
                 x = block(inner, up=True, name=f"{name}_up")(x, emb, train)
+            # One more than in the encoder, where each level also begins with a skip.
             for i in range(num_blocks + 1):
                 attends = i == num_blocks or not self.attn_last_only
                 x = jnp.concatenate([x, skips.pop()], axis=-1)
@@ -214,5 +216,6 @@ class Decoder(nn.Module):
         if self.out_channels is None:
             return x
         dtype = self.levels.dtype
+        # `name` is that of the finest level now.
         x = nn.silu(GroupNorm(1e-6, dtype, name=f"{name}_aux_norm")(x))
         return conv3x3(x, self.out_channels, self.zero_init, name=f"{name}_aux_conv", dtype=dtype)

@@ -107,7 +107,7 @@ def cache() -> Iterator[str]:
     folder = compile_cache.cache_dir()
     yield f"compilation cache: {folder or 'off (JAX_ENABLE_COMPILATION_CACHE)'}"
     if folder and "://" not in folder:
-        if problem := compile_cache.find_stranger(Path(folder)):
+        if problem := compile_cache.find_other_writer(Path(folder)):
             raise UserError(problem[0].upper() + problem[1:])
         with files.disk_errors(folder, "Set JAX_COMPILATION_CACHE_DIR to a writable folder."):
             compile_cache.tidy(Path(folder), compile_cache.max_bytes())

@@ -4,7 +4,7 @@ import json
 import os
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,22 +59,12 @@ def sample(
     out, rows = Path(out), generator.num_classes if class_id == "all" else 0
     check_out(out, checked, rows)
     identity = json.dumps({**about, "of": tree_hash((run.variables, checked, labels))})
-    opened: list[outputs.Output] = []  # in process 0 alone, which writes
-
-    def open_output() -> str:
-        with files.disk_errors(out):
-            columns = len(seeds) // rows if rows else 0
-            opened.append(
-                outputs.Output(out, checked, labels, identity, columns, overwrite=overwrite)
-            )
-        return np.packbits(opened[0].done).tobytes().hex()  # short, for millions of seeds
-
-    def finish() -> None:
-        with files.disk_errors(out):
-            opened[0].finish(about)
-
-    done = bytes.fromhex(processes.from_leader("opening --out", open_output))
-    left = np.unpackbits(np.frombuffer(done, np.uint8), count=len(seeds)) == 0
+    columns = len(seeds) // rows if rows else 0
+    output, left = _open_output(
+        lambda: outputs.Output(out, checked, labels, identity, columns, overwrite=overwrite),
+        out,
+        len(seeds),
+    )
     if not left.all():
         log(f"{len(seeds) - left.sum():,} of {len(seeds):,} images are there already")
     if left.any():
@@ -91,12 +81,33 @@ def sample(
         ):
             batch.check_finite()
             now, sampled = np.split(sampled, [len(batch.images)])
-            for output in opened:
+            if output is not None:
                 with files.disk_errors(out):
                     output.write(batch.images[left[now]])
+
+    def finish() -> None:
+        with files.disk_errors(out):
+            output.finish(about)  # type: ignore[union-attr]  # it is open in process 0
+
     processes.from_leader("finishing --out", finish, FINISH_LIMIT)
     if rows and out.suffix == ".png":
         log(f"rows of {out}, from the top: class {', '.join(map(str, range(rows)))}")
+
+
+def _open_output(
+    make: Callable[[], outputs.Output], out: Path, count: int
+) -> tuple[outputs.Output | None, np.ndarray]:
+    """The output, in process 0 alone, which writes; and which of `count` images it lacks, in all."""
+    opened: list[outputs.Output] = []
+
+    def open_output() -> str:
+        with files.disk_errors(out):
+            opened.append(make())
+        return np.packbits(opened[0].done).tobytes().hex()  # short, for millions of seeds
+
+    done = bytes.fromhex(processes.from_leader("opening --out", open_output))
+    left = np.unpackbits(np.frombuffer(done, np.uint8), count=count) == 0
+    return next(iter(opened), None), left
 
 
 def choose_classes(

@@ -34,7 +34,7 @@ from lora_diffusion_jax.factory.training import (
     build_mesh,
     build_optimizer,
     build_step,
-    measured,
+    metrics_type,
     trainable,
 )
 from lora_diffusion_jax.keys import INIT, purpose_key
@@ -92,7 +92,7 @@ def train(config: ConfigDict, directory: str | os.PathLike) -> loop.Result:
         seed=config.train.seed,
         callbacks=callbacks(config, directory, denoiser, mesh, source),
         flops_per_image=3 * forward_flops(config, denoiser),  # backward costs two forwards
-        metrics=measured(denoiser),
+        metrics=metrics_type(denoiser),
     )
     with workdir.open_workdir(
         directory,
@@ -101,7 +101,7 @@ def train(config: ConfigDict, directory: str | os.PathLike) -> loop.Result:
         complete=lambda saved: config_from_dict(saved).to_dict(),
     ) as path:
         look = functools.partial(check_disk, config, denoiser, path)
-        processes.from_leader("looking at the disk", look)
+        processes.from_leader("checking the free disk space", look)
         return run(path)
 
 

@@ -69,6 +69,7 @@ def exchange(name: str, text: str, limit: float | None = None) -> list[str]:
     if alone():
         return [text]
     limit = session.limit if limit is None else limit
+    # Keys and barriers of the service serve once: the nth exchange of a name has its own.
     number = session.exchanges[name]
     session.exchanges[name] += 1
     folder = f"{ROOT}/{name}/{number}/"
@@ -77,7 +78,7 @@ def exchange(name: str, text: str, limit: float | None = None) -> list[str]:
         _wait_at_barrier(folder, limit)
     except jax.errors.JaxRuntimeError as error:
         late = sorted(set(range(jax.process_count())) - _texts(folder).keys())
-        if not late:
+        if not late:  # all came: the service itself failed
             raise
         raise UserError(
             f"Waited {limit:.0f} s for process {', '.join(map(str, late))} of {jax.process_count()} at: "
@@ -125,7 +126,7 @@ def from_leader(name: str, work: Callable[[], Result], limit: float | None = Non
     if is_leader():
         try:
             outcome = {"result": work()}
-        except UserError as error:
+        except UserError as error:  # any other error ends all processes by `ending_together`
             outcome = {"error": str(error)}
     outcome = json.loads(exchange(name, json.dumps(outcome), limit)[0])
     if "error" in outcome:
@@ -138,6 +139,7 @@ def check_same(name: str, text: str) -> None:
     first, *others = exchange(name, text)
     for index, other in enumerate(others, 1):
         if other != first:
+            # Long texts: a window from shortly before the first difference.
             start = max(len(os.path.commonprefix((first, other))) - 60, 0)
             ours, theirs = (repr(x[start : start + 120]) for x in (first, other))
             raise SharedError(

@@ -21,7 +21,7 @@ from lora_diffusion_jax.processes.interrupts import Interrupted
 
 WHO = f"{socket.gethostname()}, process {os.getpid()}"
 _LOST = re.compile("gloo|nccl|connection|unavailable", re.IGNORECASE)  # errors of collectives
-_DELIVERY_MS, _FOREVER_MS = 5000, 10**12
+_DELIVERY_MS, _FOREVER_MS = 5000, 10**12  # JAX's waits all take a limit
 
 _reported = threading.Lock()  # taken by whoever tells the user why this process exits
 
@@ -44,7 +44,7 @@ def _on_abort(number: int) -> None:
             "or did not start; its log above has the number, or process 0 itself is gone. Rerun the same "
             "command to resume from the last checkpoint.\n"
         )
-        os.write(2, text.encode())
+        os.write(2, text.encode())  # not print, whose lock another thread may hold
     os._exit(2)
 
 
@@ -64,7 +64,7 @@ def ending_together() -> Iterator[None]:
         _fail(error)
     finally:  # Python crashes if it exits while a thread is blocked inside JAX
         with contextlib.suppress(jax.errors.JaxRuntimeError):
-            client().key_value_set(_inbox(jax.process_index()), "", True)
+            client().key_value_set(_inbox(jax.process_index()), "", True)  # wakes the listener
         listener.join(_DELIVERY_MS / 1000)
 
 

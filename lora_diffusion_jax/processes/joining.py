@@ -46,7 +46,7 @@ def join(
     if not (0 < limit < 1e6 and 1 <= heartbeat_timeout_seconds < 1e6):
         raise UserError(
             f"Invalid --process_timeout={limit} or --heartbeat_timeout={heartbeat_timeout_seconds}; "
-            "expected more than 0 and at least 1 seconds."
+            "expected more than 0 s and at least 1 s."
         )
     session.limit, session.heartbeat = limit, math.ceil(heartbeat_timeout_seconds)
     given = {

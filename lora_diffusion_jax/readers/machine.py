@@ -18,9 +18,8 @@ from typing import Any
 from lora_diffusion_jax.errors import printable
 
 MAX_INT_BYTES = 16  # the longest legitimate integer is PyTorch's ten-byte magic number
-_HEAVY = (
-    3  # work beyond the opcode's for an empty set or view of bytes: 200 bytes from one of the file
-)
+# Work beyond the opcode's for an empty set or a view of bytes: 200 bytes from one of the file.
+_HEAVY = 3
 MAX_KEY = 1 << 20  # integers hash to themselves: large ones could be chosen to collide
 
 
@@ -181,7 +180,7 @@ class Machine:
     def _push_text(self, layout: str, encoding: str = "utf-8") -> None:
         count = self._cursor.number(layout)
         data = self._cursor.take(count)
-        self._budget.spend("text", count)
+        self._budget.spend("text", count)  # before decoding, which may take four times as much
         text = str(data, encoding)
         self._budget.spend("text", sys.getsizeof(text) - count)
         self._stack.append(text)
@@ -205,7 +204,7 @@ class Machine:
         return items
 
     def _tuple(self, count: int) -> None:
-        if len(self._stack) < count:
+        if len(self._stack) < count:  # a slice would be short without an error
             raise IndexError
         self._stack[-count:] = [tuple(self._stack[-count:])]
 
@@ -298,7 +297,7 @@ def check_key(key: Any) -> Any:
 
 
 def _expect(value: Any, kind: type, opcode: str) -> Any:
-    if type(value) is not kind:
+    if type(value) is not kind:  # no subclasses: a bool is an int
         raise Corrupt(f"pickle opcode {opcode} on a {type(value).__name__}")
     return value
 
@@ -360,7 +359,7 @@ _STEPS: dict[int, Callable[[Machine], None]] = {
         pickle.GLOBAL: Machine._global_line,
         pickle.STACK_GLOBAL: Machine._stack_global,
         pickle.REDUCE: Machine._make,
-        pickle.NEWOBJ: Machine._make,
+        pickle.NEWOBJ: Machine._make,  # nothing here has an __init__ to leave out
         pickle.BUILD: Machine._build,
         pickle.BINPERSID: Machine._persistent_id,
     }.items()

@@ -84,7 +84,7 @@ def _read_legacy(cursor: Cursor, allowed: Mapping, budget: Budget) -> Any:
     for key in keys:
         storage = storages.get(key)
         if cursor.number("<q") != storage.count or storage.data is not None:
-            raise Corrupt("a storage of another size than declared")
+            raise Corrupt("a storage whose size is not the declared one")
         storage.data = cursor.take(storage.nbytes)
     storages.check_filled()
     return value

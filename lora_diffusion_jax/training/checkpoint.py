@@ -6,7 +6,6 @@ aside, and the one before it is used.
 """
 
 import functools
-import json
 import logging
 import os
 import threading
@@ -26,6 +25,7 @@ from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.paths import path_of
 from lora_diffusion_jax.training.state import SavedWeights, TrainState
 from lora_diffusion_jax.training.writers import log
+from lora_diffusion_jax.untrusted import read_json
 
 FOLDER = "checkpoints"
 # Parts of a checkpoint, restored one by one: sampling reads the weights alone.
@@ -68,8 +68,8 @@ class Checkpoints:
             # If orbax creates folders in the background and one cannot be created, the other threads
             # wait for it for five minutes.
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
-            cleanup_tmp_directories=True,
-            create=False,
+            cleanup_tmp_directories=True,  # what a kill left unfinished
+            create=False,  # it would follow links
             multiprocessing_options=_all_processes(),
         )
 
@@ -79,7 +79,7 @@ class Checkpoints:
                 for path in self.directory.iterdir():
                     if path.is_symlink():  # orbax would write or delete what it points to
                         raise UserError(
-                            f"{path} is a link; a run's checkpoints are its own. Remove it."
+                            f"{path} is a link; a run writes its checkpoints into its own workdir. Remove it."
                         )
 
         processes.from_leader("creating the folder of checkpoints", create_folder)
@@ -137,7 +137,7 @@ class Checkpoints:
     def _finish(self) -> None:
         """Waits for the save that was begun, and begins to write its checksums."""
         with files.disk_errors(self.directory):
-            saving, self.saving = self.saving, False
+            saving, self.saving = self.saving, False  # first, so that an error is raised once
             self.manager.wait_until_finished()
             self.manager.check_for_errors()
         if saving and processes.is_leader():
@@ -212,6 +212,7 @@ def _read_newest(
         if not any(reasons):
             return step, parts, unreadable
         unreadable.append(step)
+        # max: processes that could read it have the reason "".
         log(f"checkpoint {step} in {directory} cannot be read ({max(reasons)}); skipped")
     raise UserError(
         f"No checkpoint in {directory} can be read (tried {unreadable}): {max(reasons)}. Copy them "
@@ -225,7 +226,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _write_sums(folder: Path) -> None:
-    """Writes the checksums of a checkpoint; an error is told, as the checkpoint itself is whole."""
+    """Writes the checksums of a checkpoint; an error is only logged, as the checkpoint itself is whole."""
     try:
         files.write_sums(folder)
     except OSError as error:
@@ -245,8 +246,8 @@ def find_damage(folder: Path, parts: Sequence[str] = PARTS) -> str:
             which alone the checksums are compared then.
     """
     try:
-        saved = json.loads((folder / "_CHECKPOINT_METADATA").read_bytes())["item_handlers"].keys()
-    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        saved = read_json(folder / "_CHECKPOINT_METADATA")["item_handlers"].keys()
+    except (UserError, KeyError, TypeError, AttributeError):  # unreadable, or of another form
         return "its _CHECKPOINT_METADATA is missing or damaged"
     weights_alone = saved == {"weights"} and folder.name == "0"
     for name in ("weights",) if weights_alone else parts or ("weights",):
@@ -275,10 +276,10 @@ def _read(folder: Path, like: Parts | None) -> dict[str, PyTree]:
     handler, found = ocp.PyTreeCheckpointHandler(), {}
     with ocp.Checkpointer(handler, multiprocessing_options=_all_processes()) as reader:
         for path in (folder / name for name in (like or ["weights"])):
-            if not path.is_dir():
+            if not path.is_dir():  # weights alone were saved
                 continue
             saved = handler.metadata(path).tree
-            if like is None:
+            if like is None:  # the devices that saved it need not exist here
                 how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
             else:
                 _check_fit(like[path.name], saved, path)

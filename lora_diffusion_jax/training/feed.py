@@ -40,7 +40,7 @@ class Batches(Protocol):
 
 
 @flax.struct.dataclass
-class Held:
+class DeviceDataset:
     """A data set on the devices.
 
     An image is one row: TPUs would change the layout of an array [N, H, W, C] in every step, padded
@@ -51,7 +51,7 @@ class Held:
     image_shape: tuple[int, int, int] = flax.struct.field(pytree_node=False)  # H, W, C
 
     @classmethod
-    def of(cls, images: Any, labels: Any) -> "Held":
+    def of(cls, images: Any, labels: Any) -> "DeviceDataset":
         """From arrays [N, H, W, C] and [N]; labels may be None."""
         rows = {"image": images.reshape(len(images), -1), "label": labels}
         return cls({k: v for k, v in rows.items() if v is not None}, tuple(images.shape[1:]))
@@ -82,11 +82,11 @@ class Feed:
     def __init__(self, batches: Batches, mesh: Mesh, start: int):
         self.batches, self.mesh, self.step = batches, mesh, start
         self.waited = 0.0
-        self.data: Held | dict = {}
+        self.data: DeviceDataset | dict = {}
         self._iterator = None
         self._no_signal = self._put_signal(0)
         if batches.images is not None and batches.images.nbytes <= DEVICE_BYTES:
-            self.data = put_replicated(Held.of(batches.images, batches.labels), mesh)
+            self.data = put_replicated(DeviceDataset.of(batches.images, batches.labels), mesh)
         else:
             self._iterator = batches.iterate(start)
 
@@ -115,8 +115,8 @@ class Feed:
         return jax.make_array_from_process_local_data(batch_sharding(self.mesh), here)
 
 
-def take(data: Held | Mapping, item: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+def take(data: DeviceDataset | Mapping, item: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """The batch {'image': [B, H, W, C], 'label': [B]} of an item; runs inside the step."""
-    if isinstance(data, Held):
+    if isinstance(data, DeviceDataset):
         return data.take(item["index"])
     return {name: rows for name, rows in item.items() if name != "signal"}

@@ -2,13 +2,9 @@
 
 import contextlib
 import dataclasses
-import functools
-import resource
 import signal
-import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +19,12 @@ from lora_diffusion_jax import files, paths, processes
 from lora_diffusion_jax.array_types import Key, PyTree
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.keys import TRAIN, purpose_key
-from lora_diffusion_jax.processes.interrupts import Interrupted, Interrupts, pause_point
+from lora_diffusion_jax.processes.interrupts import Interrupts
 from lora_diffusion_jax.training import writers
 from lora_diffusion_jax.training.checkpoint import Checkpoints, from_parts, to_parts
 from lora_diffusion_jax.training.feed import Batches, Feed, take
 from lora_diffusion_jax.training.metrics import TrainMetrics, to_scalars
+from lora_diffusion_jax.training.monitor import Callback, Callbacks, Clock, InFlight, describe_sites
 from lora_diffusion_jax.training.sharding import (
     batch_sharding,
     put_replicated,
@@ -38,13 +35,9 @@ from lora_diffusion_jax.training.state import TrainState
 from lora_diffusion_jax.training.step import StepFn
 from lora_diffusion_jax.training.writers import log
 
-# Steps that may wait on the device: enough to keep it busy, few enough to stop at once.
-IN_FLIGHT = 2
 # Seconds that a process may finish compiling before another: one may find it in its cache.
 COMPILE_LIMIT = 3600.0
 
-# (state, step) -> values to log (samples/... or eval/...; numbers, uint8 pictures) or None
-Callback = Callable[[TrainState, int], Mapping[str, Any] | None]
 # The state to begin with, or a function to compile that returns it
 InitialState = TrainState | Callable[[], TrainState]
 
@@ -96,10 +89,6 @@ class Result:
         return 0 if self.stopped_by is None else 128 + self.stopped_by
 
 
-class DivergedError(UserError):
-    """The loss was not finite for too many steps in a row."""
-
-
 def train(
     directory: Path,
     *,
@@ -146,7 +135,7 @@ def train(
         writer = stack.enter_context(writers.Writers(directory, batch_size, step))
         progress = stack.enter_context(writers.Progress(total * batch_size, step * batch_size))
         feed = stack.enter_context(Feed(batches, mesh, step))
-        flight = Flight(checkpoints, progress, batch_size)
+        in_flight = InFlight(checkpoints, progress, batch_size)
         calls = Callbacks(callbacks or {}, writer)
         clock = Clock(feed, checkpoints, calls, total, flops_per_image)
 
@@ -169,19 +158,19 @@ def train(
                 with jax.transfer_guard("disallow"):  # a hidden transfer would stall every step
                     state, interval, status = compiled(state, interval, feed.data, item, key)
                 step += 1
-                flight.add(step, status)
+                in_flight.add(step, status)
                 if due := cadence.due(step, batch_size):
-                    flight.land()  # a diverged state is neither logged nor saved
+                    in_flight.drain()  # a diverged state is neither logged nor saved
                 if "log" in due:
                     _log(writer, clock, step, state, interval)
                     interval = empty_metrics(mesh, metrics)
                 if "checkpoint" in due:
                     checkpoints.save(step, to_parts(state, interval))
-                stopped_by = calls.run(due, state, step, interrupts) or flight.signal(interrupts)
+                stopped_by = calls.run(due, state, step, interrupts) or in_flight.signal(interrupts)
                 if stopped_by is not None or step == total:
                     break
                 item = feed.next(interrupts.received)
-            flight.land()
+            in_flight.drain()
             checkpoints.save(step, to_parts(state, interval))  # unless that was due anyway
             checkpoints.wait()
             processes.barrier("the last checkpoint")  # all write their part before any exits
@@ -232,115 +221,6 @@ def _compile(lowered: jax.stages.Lowered, traced: float) -> jax.stages.Compiled:
     return compiled
 
 
-@dataclasses.dataclass
-class Flight:
-    """The steps that were started and not looked at yet."""
-
-    checkpoints: Checkpoints
-    progress: writers.Progress
-    batch_size: int
-    statuses: deque[tuple[int, jax.Array]] = dataclasses.field(default_factory=deque)
-    seen: int | None = None  # the signal that a status told of
-
-    def add(self, step: int, status: jax.Array) -> None:
-        """Notes that a step was started, and waits for the one IN_FLIGHT before it."""
-        self.statuses.append((step, status))
-        self.land(IN_FLIGHT)
-
-    def land(self, left: int = 0) -> None:
-        """Waits until at most `left` steps are under way, and looks at those that are done.
-
-        Raises:
-            DivergedError: a step reached the limit of bad steps in a row.
-        """
-        while len(self.statuses) > left:
-            step, status = self.statuses.popleft()
-            loss, bad_in_row, halted, number = jax.device_get(status)
-            self.seen = self.seen or int(number) or None
-            if halted:
-                saved, workdir = self.checkpoints.latest_step(), self.checkpoints.directory.parent
-                start = "" if saved is None else f" and init_from={workdir}, of step {saved}"
-                raise DivergedError(
-                    f"The loss was NaN or infinite in {int(bad_in_row)} steps in a row, from step "
-                    f"{step - int(bad_in_row) + 1} to {step}. These steps changed nothing. Train in "
-                    f"another workdir, with a lower train.learning_rate{start}."
-                )
-            self.progress.update(step * self.batch_size, loss)
-
-    def signal(self, interrupts: Interrupts) -> int | None:
-        """The signal to stop for; several processes stop at the step whose status told them all."""
-        return interrupts.received if processes.alone() else self.seen
-
-
-@dataclasses.dataclass
-class Callbacks:
-    """Runs the callbacks that are due and writes what they return."""
-
-    functions: Mapping[str, Callback]
-    writer: writers.Writers
-    seconds: float = 0.0  # spent in them so far
-
-    def catch_up(self, due: set[str], state: TrainState, step: int) -> int | None:
-        """Runs those that a killed run left undone; returns a signal that came meanwhile."""
-        with Interrupts() as interrupts:
-            done = processes.from_leader("listing callbacks", lambda: sorted(self.writer.done))
-            stopped_by = self.run(due - set(done), state, step, interrupts)
-            with contextlib.suppress(Interrupted):  # since the last callback, or without any
-                pause_point()
-            return stopped_by or interrupts.agreed
-
-    def run(
-        self, due: set[str], state: TrainState, step: int, interrupts: Interrupts
-    ) -> int | None:
-        """Runs those whose names are due; a signal cuts them short, and is returned."""
-        for name, function in self.functions.items():
-            if name not in due:
-                continue
-            began = time.perf_counter()
-            try:
-                values = interrupts.cut_short(functools.partial(function, state, step))
-            except Interrupted:  # no line is written, so that resuming runs it
-                return interrupts.stopped_by
-            spent = time.perf_counter() - began
-            self.seconds += spent
-            values = {**(values or {}), "callback/seconds": spent}
-            self.writer.write(step, values, callback=name)
-            shown = [f"{k} {v:.5g}" for k, v in values.items() if np.ndim(v) == 0]
-            log(" | ".join([f"step {step:,}: {name}", *shown]))
-        return None
-
-
-@dataclasses.dataclass
-class Clock:
-    """Measures speed, and what input and checkpoints cost, from lap to lap."""
-
-    feed: Feed
-    checkpoints: Checkpoints
-    callbacks: Callbacks  # whose time is left out of the speed
-    total: int  # steps of the run
-    flops_per_image: float | None  # of a training step
-    mark: tuple[float, ...] = (0.0,) * 5
-
-    def lap(self, step: int) -> dict[str, float]:
-        """The perf/ values since the last lap; the next one starts here, after `step` steps."""
-        waits = self.feed.waited, self.checkpoints.waited, self.callbacks.seconds
-        now, batch_size = (step, time.perf_counter(), *waits), self.feed.batches.batch_size
-        steps, wall, input_wait, checkpoint_wait, in_callbacks = np.subtract(now, self.mark)
-        self.mark = now
-        wall = max(wall - in_callbacks, 1e-9)
-        rate = max(steps, 1) * batch_size / wall
-        values = {
-            "perf/images_per_sec": rate,
-            "perf/sec_per_step": batch_size / rate,
-            "perf/input_wait": input_wait / wall,
-            "perf/checkpoint_wait": checkpoint_wait / wall,
-            "perf/eta_sec": (self.total - step) * batch_size / rate,
-        }
-        if self.flops_per_image is not None:
-            values["perf/tflops_per_sec"] = rate * self.flops_per_image / 1e12
-        return values | _memory()
-
-
 def _begin(
     init: InitialState, checkpoints: Checkpoints, mesh: Mesh, metrics: type[Collection]
 ) -> tuple[int, TrainState, Collection]:
@@ -382,19 +262,6 @@ def _write_overview(directory: Path, state: TrainState) -> None:
     processes.from_leader("writing parameters.txt", write)
 
 
-def describe_sites(sites: Sequence[str]) -> str:
-    """'3 LoRA sites: a/b (qkv, proj), a/c (qkv)'."""
-    layers: dict[str, list[str]] = {}
-    for site in sites:
-        block, _, layer = site.rpartition("/")
-        layers.setdefault(block, []).append(layer)
-    listed = [
-        f"{block} ({', '.join(names)})" if block else ", ".join(names)
-        for block, names in layers.items()
-    ]
-    return f"{len(sites)} LoRA sites" + (f": {', '.join(listed)}" if sites else "")
-
-
 def empty_metrics(mesh: Mesh, metrics: type[Collection] = TrainMetrics) -> Collection:
     """The metrics of no steps, in buffers of their own: the step donates them."""
     return put_replicated(jax.device_get(metrics.empty()), mesh)
@@ -433,15 +300,3 @@ def _log(
     }
     known = [text.format(value) for text, value in shown.items() if value is not None]
     log(" | ".join([f"step {step:,}", f"{step * writer.batch_size:,} img", *known]))
-
-
-def _memory() -> dict[str, float]:
-    """Largest use of memory so far, in GB (1e9 bytes)."""
-    # ru_maxrss counts kilobytes, on macOS bytes.
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    values = {"perf/host_memory_gb": peak / 1e9}
-    stats = jax.local_devices()[0].memory_stats()
-    if stats and "peak_bytes_in_use" in stats:
-        values["perf/device_memory_gb"] = stats["peak_bytes_in_use"] / 1e9
-    return values

@@ -99,7 +99,7 @@ def check_batch_size(batch_size: int, mesh: Mesh, microbatch: int | None = None)
     if batch_size < 1 or batch_size % devices:
         near = max(devices, batch_size // devices * devices)
         raise UserError(
-            f"batch_size {batch_size} does not divide over {devices} devices (mesh data="
+            f"batch_size {batch_size} cannot be split evenly over {devices} devices (mesh data="
             f"{mesh.shape['data']} x fsdp={mesh.shape['fsdp']}); take {near} or {near + devices}."
         )
     possible = [m for m in range(devices, batch_size + 1, devices) if batch_size % m == 0]

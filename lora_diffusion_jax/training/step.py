@@ -105,6 +105,7 @@ def make_train_step(
             images, labels, draws = part
             pixels = objective.loss(variables, images, labels, draws, True)
             per_image = pixels.mean(axis=(1, 2, 3), dtype=jnp.float32)
+            # Of the whole batch also in a part, so that the parts' gradients add up.
             count = batch_size * (pixels[0].size if mean_over_pixels else 1)
             return pixels.astype(jnp.float32).sum() / count, per_image
 
@@ -130,6 +131,7 @@ def make_train_step(
 
         # Two branches rather than a choice per array: XLA then generates half as many kernels.
         (params, opt_state, average), measured, replaced = jax.lax.cond(good, update, skip)
+        # Once halted it stays as it is: the loop reports it some steps later.
         bad_in_row = jnp.where(good, 0, state.bad_in_row + ~state.halted)
         scalars = {**measured, "loss": image_loss.mean(), "learning_rate": optimizer.rate(seen)}
         kind = DiscreteMetrics if "quartile" in draws else TrainMetrics
@@ -204,7 +206,7 @@ def accumulate(
     zeros = jax.tree.map(jnp.zeros_like, params)
     parts = jax.tree.map(cut, whole)
     grads, image_loss = jax.lax.scan(body, zeros, parts, unroll=chunks if unroll else 1)
-    return grads, image_loss.T.reshape(-1)
+    return grads, image_loss.T.reshape(-1)  # [chunks, b]: row i of part k is image i chunks + k
 
 
 def clean(grads: PyTree) -> PyTree:

@@ -151,7 +151,7 @@ def has_changed(directory: str | os.PathLike) -> bool:
 
 
 def read_config(directory: str | os.PathLike) -> dict[str, Any]:
-    """The config.json of a run; if it has changed since it was written, that is told once.
+    """The config.json of a run; if it has changed since it was written, that is logged once.
 
     Raises:
         UserError: there is none, or it is damaged.

@@ -239,7 +239,7 @@ def test_float32_stays_float32_under_strict_promotion_and_x64():
 
 
 def test_labels_are_named():
-    assert EDM_TRAINING.label_dim == 9
+    assert EDM_TRAINING.augment_dim == 9
     assert EDM_TRAINING.label_names == (
         "xflip",
         "yflip",

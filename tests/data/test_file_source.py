@@ -410,7 +410,7 @@ def test_links_lose_no_images(tmp_path):
     (folder / "a" / "3.png").unlink()
     for target in (folder / "b", folder):
         (folder / "d").symlink_to(target)
-        with pytest.raises(UserError, match="are one folder, by a link"):
+        with pytest.raises(UserError, match="are the same folder, through a link"):
             open_source(path=str(folder))
         (folder / "d").unlink()
     os.mkfifo(folder / "pipe.png")
@@ -487,7 +487,7 @@ def test_transparent_images_on_a_background(tmp_path):
     with pytest.raises(UserError, match="data.background=white, black or"):
         open_source(path=str(tmp_path))[0]
     for wrong in ("whit", "#12345678", "#12"):
-        with pytest.raises(UserError, match="is no colour; give white"):
+        with pytest.raises(UserError, match="is not a colour; give white"):
             open_source(path=str(tmp_path), background=wrong)
 
 
@@ -505,7 +505,7 @@ def test_packings_that_cannot_be_read_in_parts_are_refused(tmp_path, method):
     with zipfile.ZipFile(path, "w", method) as archive:
         archive.writestr("a.png", FILES["c.png"])
     with pytest.raises(
-        UserError, match=r"a\.png is packed by method 1.; expected stored or deflated"
+        UserError, match=r"a\.png is compressed by method 1.; expected stored or deflated"
     ):
         open_source(path=str(path))
 

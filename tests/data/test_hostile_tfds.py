@@ -1,4 +1,4 @@
-"""Prepared TFDS folders that a stranger made: nothing that they name is imported or run."""
+"""Untrusted prepared TFDS folders: nothing that they name is imported or run."""
 
 import json
 import shutil

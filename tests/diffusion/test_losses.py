@@ -190,7 +190,7 @@ def test_denoiser_refuses_labels_and_levels_that_do_not_fit():
         def __call__(self, x, *rest):
             return x
 
-    net, x = Denoiser(Raw(), label_dim=10), jnp.zeros((2, 4, 4, 1))
+    net, x = Denoiser(Raw(), num_classes=10), jnp.zeros((2, 4, 4, 1))
     with pytest.raises(UserError, match=r"\(2, 10\)"):
         net.apply({}, x, 1.0, jnp.zeros((2, 3)))
     ten = jnp.zeros((10, 4, 4, 1))  # where ten class ids could pass for one label of ten classes

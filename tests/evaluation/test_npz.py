@@ -1,4 +1,4 @@
-"""Npz files from strangers."""
+"""Untrusted npz files."""
 
 import io
 import zipfile
@@ -72,7 +72,7 @@ def test_arrays_that_lie_are_one_sentence(tmp_path, case):
 def test_other_packings_are_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "x.npz", "w", zipfile.ZIP_BZIP2) as archive:
         archive.writestr("images.npy", npy((100,), bytes(100)))
-    with pytest.raises(UserError, match="packed by method 12"):
+    with pytest.raises(UserError, match="compressed by method 12"):
         open_npz(tmp_path / "x.npz")
 
 

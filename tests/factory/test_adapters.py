@@ -9,6 +9,7 @@ import pytest
 from flax import traverse_util
 
 from lora_diffusion_jax import lora
+from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.factory.networks import (
     build_denoiser,
     bypass_lora,
@@ -70,6 +71,29 @@ def test_at_initialisation_the_network_equals_its_base_exactly(adapter, changes)
         images = fast_jit(denoiser.apply)(variables, X, SIGMA, LABELS)
         found[name] = lora.split(variables["params"])[0], images
     jax.tree.map(np.testing.assert_array_equal, found["adapted"], found["bare"])
+
+
+def test_an_adapter_of_ones_own_is_a_value_of_the_config(monkeypatch):
+    class Halves(lora.LowRankAdapter):
+        def compose(self, condition):
+            early = (condition < 5).astype(jnp.float32)
+            return jnp.stack([early, 1 - early], axis=-1)
+
+    monkeypatch.setitem(lora.ADAPTERS, "halves", Halves)
+    c = config("halves", model__channel_mult=(1,))
+    with pytest.raises(UserError, match=r"lora.CONDITIONS has .*Add what the adapter sees"):
+        build_denoiser(c)
+    monkeypatch.setitem(lora.CONDITIONS, "halves", ("time",))
+    denoiser = build_denoiser(c)
+    sigma = np.float32([0.002, 0.01, 80.0])  # the first, third and last tenth of ln sigma
+
+    @fast_jit
+    def omegas(key):
+        variables = init_variables(c, denoiser, key)
+        return lora.composition_weights(denoiser, variables, X, sigma, LABELS)
+
+    for omega in omegas(jax.random.key(3)).values():
+        np.testing.assert_array_equal(omega, [[1, 0], [1, 0], [0, 1]])
 
 
 @pytest.mark.parametrize("adapter", ["uc", pytest.param("time_class", marks=pytest.mark.slow)])

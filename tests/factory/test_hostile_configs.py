@@ -1,4 +1,4 @@
-"""A run's config.json that a stranger wrote: a network or one sentence."""
+"""An untrusted config.json of a run: a network or one sentence."""
 
 import copy
 import json

@@ -317,6 +317,6 @@ def test_what_cannot_be_attached_is_one_sentence():
             jax.eval_shape(module.init, jax.random.key(0), x, condition)
     variables = random_variables(once, x, c)
     with pytest.raises(
-        UserError, match="LoRA site 'qkv' got a condition or an input of another width"
+        UserError, match="LoRA site 'qkv' got a condition or an input of a different width"
     ):
         once.apply(variables, x, jnp.ones((4, 7)))

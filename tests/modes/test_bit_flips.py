@@ -1,4 +1,4 @@
-"""One flipped bit in any file of a workdir or its caches is told of, or changes nothing."""
+"""One flipped bit in any file of a workdir or its caches is reported, or changes nothing."""
 
 import collections
 import itertools

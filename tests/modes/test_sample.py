@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_diffusion_jax import default_config, generate, outputs
+from lora_diffusion_jax import generate, outputs
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.factory.pretrained import check_finite, load_workdir
 from lora_diffusion_jax.modes import sample
 from lora_diffusion_jax.training import checkpoint
 from tests.modes.running import run
+from tests.small import small_config
 
 
 class Generator:
@@ -40,7 +41,7 @@ def test_a_resumed_run_begins_its_batches_where_an_undisturbed_one_does(tmp_path
     generator = Generator()
     monkeypatch.setattr(sample, "build_generator", lambda *_: generator)
     monkeypatch.setattr(sample, "build_mesh", lambda *_: None)
-    network = types.SimpleNamespace(config=default_config.base(), denoiser=None, variables={})
+    network = types.SimpleNamespace(config=small_config(), denoiser=None, variables={})
     seeds = np.arange(10, 21)
     identity = json.dumps({"of": sample.tree_hash(({}, seeds, np.full(11, -1, np.int32)))})
     stopped = outputs.Output(tmp_path, seeds, np.full(11, -1), identity)
@@ -56,7 +57,7 @@ def test_a_resumed_run_begins_its_batches_where_an_undisturbed_one_does(tmp_path
 def test_an_image_that_is_not_finite_is_an_error_with_its_seed(tmp_path, monkeypatch):
     monkeypatch.setattr(sample, "build_generator", lambda *_: Generator())
     monkeypatch.setattr(sample, "build_mesh", lambda *_: None)
-    network = types.SimpleNamespace(config=default_config.base(), denoiser=None, variables={})
+    network = types.SimpleNamespace(config=small_config(), denoiser=None, variables={})
     with pytest.raises(UserError, match=r"1 of 3 images hold NaN or infinity \(seeds 99\)"):
         sample.sample(network, [98, 99, 100], None, tmp_path, {})
 

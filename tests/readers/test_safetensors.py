@@ -1,4 +1,4 @@
-"""Safetensors files from strangers."""
+"""Untrusted safetensors files."""
 
 import json
 import struct
@@ -50,7 +50,7 @@ BAD = {
     "4 TB": (entry(shape=(2**40,), end=2**42), "corrupt or truncated"),
     "shape": (entry(shape=(-1,)), "corrupt or truncated"),
     "deep": (b'{"a":' * 5000 + b"1" + b"}" * 5000, "not valid JSON"),
-    "twice": (b'{"a":{},"a":{}}', "the key 'a' is there twice"),
+    "twice": (b'{"a":{},"a":{}}', "the key 'a' appears twice"),
     "metadata": ({"__metadata__": 5}, "corrupt or truncated"),
     "text": (b'{"a":"\x1b[2J"}', "not valid JSON"),
 }

@@ -185,7 +185,7 @@ def test_what_was_set_aside_is_kept(tmp_path):
     assert find_damage(tmp_path / "checkpoints" / "3") == ""
 
 
-def test_a_checkpoint_without_checksums_is_read_and_told_of(tmp_path, capsys):
+def test_a_checkpoint_without_checksums_is_read_and_reported(tmp_path, capsys):
     save(tmp_path, 1)
     (tmp_path / "checkpoints" / "1" / "SHA256SUMS").unlink()
     assert open_for_reading(tmp_path)[0] == 1

@@ -33,7 +33,7 @@ SGD = Optimizer(optax.identity(), lambda seen: jnp.float32(0.1))  # Adam would e
 def objective():
     """Of a network with TimeLoRA, whose table [2048, 8] is large enough to be split."""
     adapter = lora.TimeLoRA(rank=2, bases=8, num_timesteps=2047)
-    condition = Condition("time", PROCESS, 2047, 0)
+    condition = Condition(("time",), PROCESS, 2047, 0)
     network = lora.attach(PixelNet(), sites="qkv|proj", adapter=adapter, condition=condition)
     return Objective(Denoiser(network, PROCESS))
 

@@ -11,11 +11,12 @@ import pytest
 
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.keys import TRAIN, purpose_key
-from lora_diffusion_jax.training import loop
+from lora_diffusion_jax.training import monitor
 from lora_diffusion_jax.training.checkpoint import SavedWeights, save_weights, saved_steps
 from lora_diffusion_jax.training.feed import Feed, take
-from lora_diffusion_jax.training.loop import Cadence, DivergedError
+from lora_diffusion_jax.training.loop import Cadence
 from lora_diffusion_jax.training.metrics import to_scalars
+from lora_diffusion_jax.training.monitor import DivergedError
 from lora_diffusion_jax.training.optimizer import adam
 from lora_diffusion_jax.training.sharding import batch_sharding, make_mesh
 from lora_diffusion_jax.training.state import create_state
@@ -247,13 +248,13 @@ def test_feed_gives_batch_k_either_way(in_memory):
 def test_a_signal_while_resuming_is_not_forgotten(tmp_path, monkeypatch):
     """It comes while the run looks for callbacks that are left; nothing is trained, all is kept."""
     run(**make_run(tmp_path / "run", total=5))
-    call = loop.Callbacks.run
+    call = monitor.Callbacks.run
 
     def interrupted(*arguments):
         os.kill(os.getpid(), signal.SIGTERM)
         return call(*arguments)
 
-    monkeypatch.setattr(loop.Callbacks, "run", interrupted)
+    monkeypatch.setattr(monitor.Callbacks, "run", interrupted)
     result = run(**make_run(tmp_path / "run", total=10))
     assert (result.step, result.exit_code) == (5, 128 + signal.SIGTERM)
 

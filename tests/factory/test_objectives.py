@@ -85,7 +85,9 @@ def test_samplers_are_tried_before_anything_is_compiled():
 def test_label_dropout_that_class_pairs_would_not_see_is_refused():
     fields = {"class_conditional": True, "data__num_classes": 3, "model__label_dropout": 0.1}
     config = small_config(lora__adapter="time_class", **fields)
-    with pytest.raises(UserError, match="label_dropout is 0.1.*lora.adapter=time_class would still"):
+    with pytest.raises(
+        UserError, match="label_dropout is 0.1.*lora.adapter=time_class would still"
+    ):
         build_objective(config, build_denoiser(config))
     config.lora.mode = "baseline"
     build_objective(config, build_denoiser(config))

@@ -49,7 +49,7 @@ def get_config() -> ConfigDict:
     config.lora.bases = 11
 
     config.sampler = sampler("ddpm")  # all 4000 steps, as the paper's figures
-    config.eval.num_steps = 250  # of the samples during training
+    config.eval.num_steps = 250  # of grids and evaluation during training
 
     config.train.batch_size = 128
     config.train.total_images = 500_000 * 128

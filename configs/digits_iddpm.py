@@ -2,7 +2,8 @@
 
     python main.py --mode=train --config=configs/digits_iddpm.py --workdir=workdirs/digits_iddpm
 
-With TimeLoRA and ClassLoRA (`lora.adapter=time_class`); `time`, `class` and `uc` by override.
+With TimeLoRA and ClassLoRA (`lora.adapter=time_class`); `time`, `class` and `uc` by override. 973,690
+parameters. Not yet measured here.
 """
 
 from ml_collections import ConfigDict

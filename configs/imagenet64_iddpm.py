@@ -14,10 +14,13 @@ The settings are those of improved-diffusion's checkpoint imagenet64_uncond_100M
 
     --config.class_conditional=True --config.lora.mode=baseline --config.model.channels=192 \
         --config.train.learning_rate=3e-4 --config.train.batch_size=2048 \
-        --config.train.total_images=512000000 --config.precond.rescale_timesteps=False
+        --config.train.total_images=512000000 --config.train.ema_halflife_images=14194944 \
+        --config.precond.rescale_timesteps=False
 
-with 273,049,350 parameters (`--config.lora.adapter=time_class` beside with_lora or only_lora). Not yet
-measured here.
+with 273,049,350 parameters (`--config.lora.adapter=time_class` beside with_lora or only_lora). It was not
+trained with this loss: with rescale_learned_sigmas=False the variational term has the factor 1 in the
+reference, here T/1000 = 4. Nor is `--config.precond.loss=vlb` the reference's training of L_vlb, which draws
+t by importance sampling; here t is uniform. Not yet measured here.
 """
 
 from ml_collections import ConfigDict

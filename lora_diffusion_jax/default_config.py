@@ -97,7 +97,7 @@ def base() -> ConfigDict:
     config.train.ema_halflife_images = 500_000
     config.train.ema_rampup_ratio = 0.05  # 0: the half-life is constant from the start
     config.train.freeze_base = False  # train the adapters alone
-    # With freeze_base: train the ClassLoRA pairs of the last so many classes alone; 0: all adapters.
+    # With freeze_base: train only the ClassLoRA pairs of the last N classes; 0: all adapters.
     config.train.new_classes = 0
     config.train.log_every = 51_200
     config.train.checkpoint_every = 2_560_000
@@ -111,7 +111,7 @@ def base() -> ConfigDict:
     config.eval = ConfigDict()
     config.eval.num_samples = 1_000  # of the evaluation during training; 0 leaves it out
     config.eval.final_num_samples = 0  # of the one at the end; 0: as many
-    config.eval.num_steps = 0  # of the sampler during training; 0: sampler.num_steps, as at the end
+    config.eval.num_steps = 0  # of all sampling during training; 0: config.sampler as it is
     # What samples are compared with: statistics of eval_fid.py ref, in their features (fid_2k); "":
     # the held-out images, in features of a classifier trained on the data set (fd_classifier_1k).
     config.eval.reference = ""

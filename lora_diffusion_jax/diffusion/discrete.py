@@ -320,5 +320,9 @@ def prior_bits(process: Process, images: Images) -> Float[Array, " B"]:
 
 def nearest(levels: np.ndarray, sigma: jax.Array) -> Int[Array, "..."]:
     """Index of the level nearest to sigma, of ascending levels [K]."""
-    middle = jnp.asarray((levels[1:] + levels[:-1]) / 2, jnp.float32)
-    return jnp.searchsorted(middle, sigma)
+    return jnp.searchsorted(jnp.asarray(middles(levels), jnp.float32), sigma)
+
+
+def middles(levels: np.ndarray) -> np.ndarray:
+    """Halfway between each of ascending levels [K] and the next, [K - 1]: where the nearest one changes."""
+    return (levels[1:] + levels[:-1]) / 2

@@ -286,7 +286,7 @@ class DDPM(Precond):
     def round_sigma(self, sigma: np.ndarray) -> np.ndarray:
         """The nearest of the levels, in float64."""
         levels = self.process.sigmas
-        return levels[np.searchsorted((levels[1:] + levels[:-1]) / 2, np.asarray(sigma))]
+        return levels[np.searchsorted(discrete.middles(levels), np.asarray(sigma))]
 
 
 DDPM_LOSSES = ("hybrid", "simple", "vlb")

@@ -74,7 +74,7 @@ def build_denoiser(config: ConfigDict) -> Denoiser:
         learn_sigma=None,  # it is in out_channels
         num_classes=num_classes(config),
         use_affine=config.lora.mode != "only_lora",
-        use_map=config.lora.mode != "only_lora" or "map" in lora.CONDITIONS[config.lora.adapter],
+        use_map=has_map(config),
         remat=config.train.remat,
         dtype=DTYPES[config.dtype],
     )
@@ -83,16 +83,60 @@ def build_denoiser(config: ConfigDict) -> Denoiser:
     return Denoiser(unet, precond, num_classes(config))
 
 
-def unseen(config: ConfigDict) -> str:
-    """What a network of `only_lora` does not depend on although it is given it, in words; or ""."""
-    sees = lora.CONDITIONS[config.lora.adapter]
-    if config.lora.mode != "only_lora" or "map" in sees:
+def resolved(config: ConfigDict) -> dict[str, Any]:
+    """A config's fields, each with the value that it stands for, such as the network's own default for None.
+
+    What its adapters have no use for is left out, so that equal fields describe equal networks.
+
+    Raises:
+        UserError: a value is invalid, or the image size is unknown.
+    """
+    check(config)
+    fields = config.to_dict()
+    fields["data"]["image_width"] = image_shape(config)[1]
+    precond = _build(PRECONDS[config.precond.name], config, "precond")
+    fields["precond"] |= dataclasses.asdict(precond)
+    model = fields["model"]
+    for field, parameter in inspect.signature(NETWORKS[config.model.name]).parameters.items():
+        if field in model and model[field] is None:
+            model[field] = parameter.default
+    if model["num_heads_upsample"] == -1:
+        model["num_heads_upsample"] = model["num_heads"]
+    if model["learn_sigma"] is None:
+        model["learn_sigma"] = precond.out_factor == 2
+    model["attn_resolutions"], model["attn_levels"] = attention_heights(config), None
+    used = {"mode"}
+    if config.lora.mode != "baseline":
+        used |= {
+            "adapter",
+            "sites",
+            *inspect.signature(lora.ADAPTERS[config.lora.adapter]).parameters,
+        }
+    fields["lora"]["num_timesteps"] = num_timesteps(config, precond)
+    fields["lora"] = {field: value for field, value in fields["lora"].items() if field in used}
+    return fields
+
+
+def num_timesteps(config: ConfigDict, precond: Precond) -> int:
+    """T of TimeLoRA: that of a discrete process unless the config has its own."""
+    return config.lora.num_timesteps or (precond.num_steps if isinstance(precond, DDPM) else 4000)
+
+
+def has_map(config: ConfigDict) -> bool:
+    """Whether anything in the network reads its mapping network."""
+    return config.lora.mode != "only_lora" or "map" in lora.CONDITIONS[config.lora.adapter]
+
+
+def ignored_inputs(config: ConfigDict) -> str:
+    """Which inputs a network of `only_lora` ignores, in words; or ""."""
+    if has_map(config):
         return ""
     given = {
         "time": "the noise level",
         "class": "the class" if num_classes(config) else "",
         "augmentation": "augmentation labels" if config.model.augment_dim else "",
     }
+    sees = lora.CONDITIONS[config.lora.adapter]
     ignored = [v for k, v in given.items() if v and k not in sees]
     if not ignored:
         return ""
@@ -163,8 +207,7 @@ def _attach(config: ConfigDict, unet: nn.Module, precond: Precond) -> lora.Adapt
             f"lora.adapter={kind} needs classes, but the network is unconditional. Set "
             "class_conditional=True, or choose lora.adapter=uc or time."
         )
-    process_steps = precond.num_steps if isinstance(precond, DDPM) else 4000
-    steps = config.lora.num_timesteps or process_steps
+    steps = num_timesteps(config, precond)
     condition: str | Condition = (
         "map" if sees == ("map",) else Condition(sees, precond, steps, classes)
     )

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.extend
@@ -15,17 +16,26 @@ from lora_diffusion_jax.diffusion.objective import Augmentation, Objective
 from lora_diffusion_jax.diffusion.precond import DDPM, Denoiser
 from lora_diffusion_jax.diffusion.samplers import SAMPLERS, BoundDenoiser
 from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.factory.checks import CLASS_ADAPTERS
 
 
 def build_objective(config: ConfigDict, denoiser: Denoiser) -> Objective:
     """The loss of the network's preconditioning, with the config's augmentation.
 
     Raises:
-        UserError: the hybrid loss for a network that does not learn variances.
+        UserError: the hybrid loss for a network that does not learn variances, or label dropout that
+            ClassLoRA would not see.
     """
     precond = denoiser.precond
     if isinstance(precond, DDPM) and config.model.get("learn_sigma") is False:
         check_loss(precond, learned=False)
+    class_pairs = config.lora.mode != "baseline" and config.lora.adapter in CLASS_ADAPTERS
+    if config.model.label_dropout and class_pairs:
+        raise UserError(
+            f"model.label_dropout is {config.model.label_dropout}, which drops labels in the class embedding "
+            f"alone, and lora.adapter={config.lora.adapter} would still see them; set it to 0, or choose "
+            "lora.adapter=uc or time."
+        )
     augment = build_augmentation(config) if config.augment.p > 0 else None
     # Dropout would disturb a frozen base, whose activations the adapters rely on.
     return Objective(denoiser, augment, dropout=not config.train.freeze_base)
@@ -56,10 +66,16 @@ def build_sampler(config: ConfigDict, denoiser: Denoiser) -> Callable[..., Image
             f"{', '.join(sorted(known))}. Write config.sampler = default_config.sampler({name!r}) "
             "in a config file to choose a sampler with its settings."
         )
-    settings = {k: v for k, v in config.sampler.items() if k not in ("name", "batch_size")}
+    settings = sampler_settings(config)
+    del settings["name"]
     sampler = functools.partial(SAMPLERS[name], **settings)
     evaluations(sampler, denoiser)
     return sampler
+
+
+def sampler_settings(config: ConfigDict) -> dict[str, Any]:
+    """The fields of `config.sampler` that decide what the samples are: all but the batch size."""
+    return {k: v for k, v in config.sampler.items() if k != "batch_size"}
 
 
 def evaluations(sampler: Callable[..., Images], denoiser: Denoiser) -> int:

@@ -18,9 +18,9 @@ from lora_diffusion_jax.factory.checks import CLASS_ADAPTERS
 from lora_diffusion_jax.factory.networks import (
     RawNetwork,
     build_denoiser,
-    image_shape,
     is_class_pair,
     num_classes,
+    resolved,
 )
 from lora_diffusion_jax.models.song_unet import SongUNet
 from lora_diffusion_jax.paths import is_adapter
@@ -115,7 +115,9 @@ def with_config(loaded: Pretrained, config: ConfigDict) -> Pretrained:
     old, new = (_identity(c) for c in (loaded.config, config))
     # The base alone: its weights are among these, unless it was trained without its scale-and-shift.
     lora_off = config.lora.mode == "baseline" and loaded.config.lora.mode != "only_lora"
-    changed = [k for k in old if old[k] != new[k] and not (lora_off and k.startswith("lora."))]
+    changed = [
+        k for k in old if k in new and old[k] != new[k] and not (lora_off and k.startswith("lora."))
+    ]
     if changed:
         listed = ", ".join(f"{k} {old[k]!r}, now {new[k]!r}" for k in changed)
         raise UserError(
@@ -127,11 +129,10 @@ def with_config(loaded: Pretrained, config: ConfigDict) -> Pretrained:
 
 def _identity(config: ConfigDict) -> dict[str, Any]:
     """The fields that decide which weights a network has and what they compute, by dotted name."""
-    fields = flatten_dict(network_fields(config), sep=".")
-    fields["data.image_width"] = image_shape(config)[1]  # 0 stands for square
+    fields = flatten_dict(resolved(config), sep=".")
     fields["data.num_classes"] = num_classes(config)
-    del fields["data.class_names"]
-    return {k: v for k, v in fields.items() if k not in _FREE}
+    names = flatten_dict(network_fields(config), sep=".").keys() - {*_FREE, "data.class_names"}
+    return {k: v for k, v in fields.items() if k in names}
 
 
 def mismatch(found: Mapping[str, tuple], wanted: Mapping[str, tuple], limit: int = 8) -> str:
@@ -172,10 +173,7 @@ def overlay(fresh: Variables, loaded: Variables, origin: str) -> Variables:
     Raises:
         UserError: other variables are missing, left over, or of other shapes.
     """
-    new, old = (flatten_dict(v, sep="/") for v in (fresh, loaded))
-    for part in ("/affine/", "/map/"):
-        if not any(part in name for name in new):
-            old = {name: v for name, v in old.items() if part not in name}
+    new, old = (flatten_dict(v, sep="/") for v in (fresh, without_conditioning(loaded, fresh)))
     may_lack = {name for name in new if is_adapter(name)} - old.keys()
     problem = mismatch(
         {name: v.shape for name, v in old.items()},
@@ -190,10 +188,85 @@ def overlay(fresh: Variables, loaded: Variables, origin: str) -> Variables:
     return unflatten_dict(merged, sep="/")
 
 
+def without_conditioning(base: Variables, network: Variables) -> Variables:
+    """A base's variables without scale-and-shift (`affine`) or mapping network (`map`) if a network has none.
+
+    Args:
+        base: variables.
+        network: those of a network on that base, or their shapes.
+    """
+    names, leaves = flatten_dict(network).keys(), flatten_dict(base)
+    for part in ("affine", "map"):
+        if not any(part in name for name in names):
+            leaves = {name: leaf for name, leaf in leaves.items() if part not in name}
+    return unflatten_dict(leaves)
+
+
+def start_from(
+    start: Pretrained, config: ConfigDict, fresh: Variables, origin: str
+) -> tuple[Variables, list[str]]:
+    """The variables with which a run begins that starts from another network.
+
+    Args:
+        start: the network.
+        config: of the run.
+        fresh: its network's own variables.
+        origin: the name of `start`, for messages.
+
+    Returns:
+        The variables (`overlay`), and what a reader of the log should know, in words.
+
+    Raises:
+        UserError: the network has other adapters, classes or layers.
+    """
+    check_adapters(start.config, config, origin)
+    loaded, added = with_more_classes(start, config, fresh)
+    notes = [added, other_process(start.config, config)]
+    return overlay(fresh, loaded, origin), [note for note in notes if note]
+
+
+def check_adapters(old: ConfigDict, new: ConfigDict, origin: str) -> None:
+    """Raises UserError if adapters would become other ones, whose shapes may be the same.
+
+    Args:
+        old: of the network that has them.
+        new: of the network that gets them; it may have more classes.
+        origin: the name of the old one, for messages.
+    """
+    if "baseline" in (old.lora.mode, new.lora.mode):
+        return
+    there, here = resolved(old)["lora"], resolved(new)["lora"]
+    different = [k for k in there if k in here and k != "mode" and there[k] != here[k]]
+    if different:
+        listed = ", ".join(f"lora.{k} {there[k]!r}, here {here[k]!r}" for k in different)
+        raise UserError(
+            f"init_from={origin} has other adapters than this config: {listed}. Use the settings that it "
+            "was trained with, or start from a network without adapters."
+        )
+    known, names = old.data.class_names, new.data.class_names
+    if old.lora.adapter not in CLASS_ADAPTERS or not (known and names):
+        return
+    for number, (before, now) in enumerate(zip(known, names, strict=False)):
+        if before != now:
+            raise UserError(
+                f"init_from={origin} has ClassLoRA pairs for other classes: its class {number} is "
+                f"{printable(before)!r}, here {printable(now)!r}. Number the classes of the data as it does; "
+                "new ones come behind them."
+            )
+
+
+def other_process(old: ConfigDict, new: ConfigDict) -> str:
+    """How the process that a network was trained for differs from a config's, in words; "" if it does not."""
+    there, here = resolved(old)["precond"], resolved(new)["precond"]
+    different = [k for k in there if there[k] != here[k] and f"precond.{k}" not in _FREE]
+    listed = ", ".join(f"precond.{k} {there[k]!r}, here {here[k]!r}" for k in different)
+    return f"trained for another process: {listed}" if listed else ""
+
+
 def with_more_classes(
     start: Pretrained, config: ConfigDict, fresh: Variables
 ) -> tuple[Variables, str]:
-    """The variables of a network with ClassLoRA, grown if a config has more classes.
+    """The variables of a network with ClassLoRA, grown if a config with the same adapters has more classes.
 
     A class keeps its number, and what the network computes for it. A new one gets a fresh pair, which
     starts as no change, and a row of zeros in the class embedding: it starts as an image without a class.
@@ -209,8 +282,7 @@ def with_more_classes(
     old, new = start.config, config
     before, after = num_classes(old), num_classes(new)
     has_pairs = old.lora.mode != "baseline" and old.lora.adapter in CLASS_ADAPTERS
-    same = all(old.lora[field] == new.lora[field] for field in ("adapter", "rank", "sites"))
-    if not (0 < before < after and has_pairs and same):
+    if not (0 < before < after and has_pairs):
         return start.variables, ""
     own, grown = (flatten_dict(v, sep="/") for v in (fresh, start.variables))
     is_pair, added = is_class_pair(new), []

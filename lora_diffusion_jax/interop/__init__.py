@@ -10,12 +10,13 @@ from ml_collections import ConfigDict
 from lora_diffusion_jax import files
 from lora_diffusion_jax.array_types import Variables
 from lora_diffusion_jax.errors import UserError
-from lora_diffusion_jax.factory.networks import build_denoiser
+from lora_diffusion_jax.factory.networks import build_denoiser, has_map, variable_shapes
 from lora_diffusion_jax.factory.pretrained import (
     Pretrained,
     check_finite,
     load_workdir,
     with_config,
+    without_conditioning,
 )
 from lora_diffusion_jax.interop.export import Export, export_network, read_export
 from lora_diffusion_jax.interop.infer import infer_config
@@ -73,6 +74,8 @@ def _load_state_dict(path: str | Path, config: ConfigDict | None) -> Pretrained:
             "--config=configs/cifar10_iddpm.py, or load_pretrained(path, config=...)."
         )
     config = config.copy_and_resolve_references()
+    if not has_map(config) and "label_emb.weight" not in weights:
+        config.class_conditional = False  # nothing would read the embedding that the file lacks
     config.lora.mode, config.train.freeze_base, config.train.new_classes = "baseline", False, 0
     return _assembled(path, weights, config)
 
@@ -111,13 +114,16 @@ def _assembled(
 
 
 def _base_of(export: Export, path: str | Path, base: str | Path | None) -> Variables:
-    """The variables of the network that exported adapters belong to."""
+    """The variables of the network that exported adapters belong to, as far as theirs has them."""
     if base is None:
         raise UserError(
             f"{path} holds adapters alone, for the base {export.base_hash[:12]}; "
             "give that network too with --base=FILE (in Python: load_pretrained(path, base=...))."
         )
-    variables = load_pretrained(base).variables
+    described = not is_torch_file(files.expand(base))
+    variables = load_pretrained(base, config=None if described else export.config).variables
+    network = variable_shapes(export.config, build_denoiser(export.config))
+    variables = without_conditioning(variables, network)
     if (found := base_hash(variables)) != export.base_hash:
         raise UserError(
             f"{path} holds adapters for the base {export.base_hash[:12]}, but the base given is "

@@ -31,6 +31,7 @@ from lora_diffusion_jax.evaluation.features import Detector, cache_folder
 from lora_diffusion_jax.evaluation.npz import check_target
 from lora_diffusion_jax.evaluation.references import make_reference, save_reference
 from lora_diffusion_jax.evaluation.results import Record
+from lora_diffusion_jax.factory.objectives import sampler_settings
 from lora_diffusion_jax.factory.pretrained import config_from_dict, load_workdir, with_config
 from lora_diffusion_jax.factory.training import build_generator, build_mesh
 from lora_diffusion_jax.interop.export import read_export
@@ -332,7 +333,7 @@ class SavedRun:
 
 
 def _settings(config: ConfigDict, weights: str, step: int | None) -> Record:
-    sampler = {k: v for k, v in config.sampler.to_dict().items() if k != "batch_size"}
+    sampler = sampler_settings(config)
     how = {"sampler": sampler, "lora": config.lora.mode, "dtype": config.dtype}
     return {"weights": weights, "step": step, **how}
 

@@ -12,7 +12,7 @@ from lora_diffusion_jax.factory.networks import (
     build_denoiser,
     check_attention,
     forward_flops,
-    unseen,
+    ignored_inputs,
     variable_shapes,
 )
 
@@ -41,7 +41,7 @@ def describe(config: ConfigDict) -> str:
         f"LoRA sites ({config.lora.mode}): {len(sites)}",
         *(f"  {site}" for site in sites),
         data,
-        *filter(None, [unseen(config)]),
+        *filter(None, [ignored_inputs(config)]),
         f"One evaluation: {forward_flops(config, denoiser) / 1e9:.4g} GFLOP per image",
         f"Base parameters: {lora.count(base):,}",
         f"Adapter parameters: {lora.count(adapters):,}",

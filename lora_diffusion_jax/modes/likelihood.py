@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -13,7 +12,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from lora_diffusion_jax import processes
-from lora_diffusion_jax.array_types import Images, Labels, Variables
+from lora_diffusion_jax.array_types import Images, ImagesU8, LabelIds, Variables
 from lora_diffusion_jax.data.image_source import ImageSource
 from lora_diffusion_jax.diffusion.likelihood import (
     flow_bits_of_levels,
@@ -22,13 +21,14 @@ from lora_diffusion_jax.diffusion.likelihood import (
 )
 from lora_diffusion_jax.diffusion.precond import DDPM, Denoiser
 from lora_diffusion_jax.diffusion.samplers import BoundDenoiser, bind
-from lora_diffusion_jax.errors import UserError, choose
-from lora_diffusion_jax.factory.data import open_heldout
+from lora_diffusion_jax.errors import UserError, choose, printable
+from lora_diffusion_jax.factory.data import named_classes, open_heldout
 from lora_diffusion_jax.factory.networks import image_shape, num_classes
 from lora_diffusion_jax.factory.pretrained import Pretrained
 from lora_diffusion_jax.factory.training import build_mesh
 from lora_diffusion_jax.keys import LIKELIHOOD, purpose_key
 from lora_diffusion_jax.processes.interrupts import pause_point
+from lora_diffusion_jax.training.step import to_float, to_labels
 
 USUAL_NUM = 1000  # images, without --num
 
@@ -74,7 +74,9 @@ def measure(run: Pretrained, num: int | None = None, route: str | None = None) -
     source = heldout_images(run.config)
     num = min(USUAL_NUM, len(source)) if num is None else num
     if not 2 <= num <= len(source):
-        raise UserError(f"--num={num}; there are {len(source)} held-out images, take 2 to all.")
+        raise UserError(
+            f"--num={num}; there are {len(source)} held-out images, choose a number from 2 to that."
+        )
     chosen = np.arange(num) * len(source) // num
     bits = bits_of(run, function, source, chosen)
     if isinstance(precond, DDPM) and route == "vlb":
@@ -95,9 +97,9 @@ def heldout_images(config: ConfigDict) -> ImageSource:
     """The held-out images of a config.
 
     Raises:
-        UserError: there are none, or not such as the network takes.
+        UserError: there are none, or they do not fit the network.
     """
-    source = open_heldout(config)
+    source = open_heldout(config, labels=num_classes(config) > 0)
     if source is None:
         raise UserError(
             "There are no held-out images: name a folder or ZIP of them with --config.data.eval_path, or a "
@@ -112,6 +114,12 @@ def heldout_images(config: ConfigDict) -> ImageSource:
         raise UserError(
             f"{source.title} has {source.num_classes} classes, and this network {num_classes(config)}; "
             "the held-out images need the labels of the training images."
+        )
+    names = tuple(config.data.class_names)
+    if num_classes(config) and names and (found := named_classes(source)) != names:
+        raise UserError(
+            f"{source.title} has the classes {printable(', '.join(found))}, and this network was trained on "
+            f"{printable(', '.join(names))}; name and number the held-out classes alike."
         )
     return source
 
@@ -138,10 +146,9 @@ def bits_of(
             pause_point()
             part = chosen[start : start + size]
             batch = source.read(part.tolist())
-            one_hot = np.eye(max(classes, 1), dtype=np.float32)[batch["label"] * bool(classes)]
             # The last row is repeated to fill a short batch.
             fill = np.minimum(np.arange(size), len(part) - 1)
-            arrays = (batch["image"], one_hot, part.astype(np.uint32))
+            arrays = (batch["image"], batch["label"], part.astype(np.uint32))
             inputs = (processes.place(array[fill], spread) for array in arrays)
             found.append(processes.fetch(program(variables, *inputs))[: len(part)])
             bar.update(len(part))
@@ -153,10 +160,10 @@ def _bits(
     denoiser: Denoiser,
     classes: int,
     variables: Variables,
-    images: jax.Array,
-    labels: Labels,
+    images: ImagesU8,
+    labels: LabelIds,
     numbers: jax.Array,
 ) -> jax.Array:
     keys = jax.vmap(functools.partial(jax.random.fold_in, purpose_key(0, LIKELIHOOD)))(numbers)
-    denoise = bind(denoiser, variables, labels if classes else None)
-    return function(denoise, images.astype(jnp.float32) / 127.5 - 1, keys)
+    denoise = bind(denoiser, variables, to_labels(labels, classes))
+    return function(denoise, to_float(images), keys)

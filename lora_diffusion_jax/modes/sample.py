@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from lora_diffusion_jax import files, generate, outputs, processes
 from lora_diffusion_jax.errors import UserError, printable
 from lora_diffusion_jax.evaluation.features import tree_hash
+from lora_diffusion_jax.factory.objectives import sampler_settings
 from lora_diffusion_jax.factory.pretrained import Pretrained
 from lora_diffusion_jax.factory.training import build_generator, build_mesh
 from lora_diffusion_jax.processes.interrupts import pause_point
@@ -173,7 +174,6 @@ def check_out(out: Path, seeds: np.ndarray, rows: int) -> None:
 
 def describe(config: ConfigDict, weights: str, step: int | None) -> dict[str, Any]:
     """What some samples were made with: weights, step and the sampler's settings, as JSON types."""
-    fields = config.sampler.to_dict()
+    fields = sampler_settings(config)
     sampler = {k: str(v) if v == float("inf") else v for k, v in fields.items()}  # JSON has no inf
-    del sampler["batch_size"]
     return {"weights": weights, "step": step, "sampler": sampler}

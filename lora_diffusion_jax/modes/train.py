@@ -12,7 +12,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from lora_diffusion_jax import files, generate, interop, outputs, processes
+from lora_diffusion_jax import default_config, files, generate, interop, outputs, processes
 from lora_diffusion_jax.array_types import Variables
 from lora_diffusion_jax.data.image_source import ImageSource
 from lora_diffusion_jax.diffusion.precond import Denoiser
@@ -23,11 +23,12 @@ from lora_diffusion_jax.factory.data import build_batches, complete, open_heldou
 from lora_diffusion_jax.factory.networks import (
     build_denoiser,
     forward_flops,
+    ignored_inputs,
     init_variables,
-    unseen,
+    resolved,
     variable_shapes,
 )
-from lora_diffusion_jax.factory.pretrained import config_from_dict, overlay, with_more_classes
+from lora_diffusion_jax.factory.pretrained import config_from_dict, start_from
 from lora_diffusion_jax.factory.training import (
     build_cadence,
     build_generator,
@@ -79,7 +80,7 @@ def train(config: ConfigDict, directory: str | os.PathLike) -> loop.Result:
             "dtype=bfloat16 (float16 works for sampling)."
         )
     denoiser, mesh = build_denoiser(config), build_mesh(config)
-    if words := unseen(config):
+    if words := ignored_inputs(config):
         log(words)
     # All that may fail is built before the workdir is touched.
     run = functools.partial(
@@ -98,7 +99,7 @@ def train(config: ConfigDict, directory: str | os.PathLike) -> loop.Result:
         directory,
         config.to_dict(),
         may_change(directory),
-        complete=lambda saved: config_from_dict(saved).to_dict(),
+        complete=lambda saved: resolved(config_from_dict(saved)),
     ) as path:
         look = functools.partial(check_disk, config, denoiser, path)
         processes.from_leader("checking the free disk space", look)
@@ -151,10 +152,9 @@ def initial_state(
     described = not interop.is_torch_file(source)
     start = interop.load_pretrained(source, config=None if described else config)
     variables = jax.jit(functools.partial(init_variables, config, denoiser))(key)
-    loaded, added = with_more_classes(start, config, variables)
-    variables = overlay(variables, loaded, config.init_from)
-    if added:
-        log(f"init_from={config.init_from}: {added}")
+    variables, notes = start_from(start, config, variables, config.init_from)
+    for note in notes:
+        log(f"init_from={config.init_from}: {note}")
     return state.create_state(variables, optimizer, trainable(config))
 
 
@@ -167,9 +167,12 @@ def callbacks(
 ) -> dict[str, loop.Callback]:
     """Grids of samples, and an evaluation that may be quicker on the way than at the end."""
     generator = build_generator(config, denoiser, mesh)
+    quick = generator
+    if config.eval.num_steps:
+        quick = build_generator(quick_config(config), denoiser, mesh)
 
     def samples(now: state.TrainState, step: int) -> Mapping[str, Any]:
-        picture = sample_grid(generator, state.ema_variables(now))
+        picture = sample_grid(quick, state.ema_variables(now))
         name = f"{step * config.train.batch_size:010d}.png"
         if processes.is_leader():
             with files.disk_errors(directory):
@@ -188,9 +191,6 @@ def callbacks(
         measure = for_training(source, heldout, counts=counts, **paths)
     if measure is None:
         return {"samples": samples}
-    quick_config = config.copy_and_resolve_references()
-    quick_config.sampler.num_steps = config.eval.num_steps or config.sampler.num_steps
-    quick = build_generator(quick_config, denoiser, mesh)
 
     def evaluate(now: state.TrainState, step: int) -> Mapping[str, Any] | None:
         last = step * config.train.batch_size >= config.train.total_images
@@ -214,6 +214,15 @@ def callbacks(
             return None
 
     return {"samples": samples, "eval": evaluate}
+
+
+def quick_config(config: ConfigDict) -> ConfigDict:
+    """The config with the sampler used during training: `eval.num_steps` steps."""
+    config = config.copy_and_resolve_references()
+    config.sampler.num_steps = config.eval.num_steps
+    if "respacing" in config.sampler:  # of which num_steps takes the place
+        config.sampler.respacing = default_config.sampler(config.sampler.name).respacing
+    return config
 
 
 def sample_grid(

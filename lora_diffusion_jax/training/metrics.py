@@ -18,7 +18,7 @@ VOCABULARY = {
     "train/loss": "mean loss per pixel (weighted as the objective weights it)",
     # Bin i holds i - 5 <= ln sigma < i - 4; 0 and 9 also all below and above.
     "train/loss_sigma_[0-9]": "the same for the images of one noise level",
-    "train/loss_q[0-3]": "the same for each quarter of the timesteps of a discrete process",
+    "train/loss_q[0-3]": "mean loss per quarter of the timesteps of a discrete process",
     "train/grad_norm": "global norm of the gradient of (sum or mean over pixels, mean over batch)",
     "train/lora_grad_norm": "its part in the adapters, if adapters are trained",
     "train/param_norm": "global norm of the trained parameters after the last step",
@@ -79,7 +79,7 @@ class SigmaAverage(metrics.Metric):
 
 @flax.struct.dataclass
 class QuartileAverage(SigmaAverage):
-    """The same for each quarter of the timesteps of a discrete process."""
+    """Mean loss per quarter of the timesteps of a discrete process; NaN in one without images."""
 
     num_bins: ClassVar[int] = 4
 

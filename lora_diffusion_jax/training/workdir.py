@@ -42,7 +42,8 @@ def open_workdir(
         path: the directory.
         config: what config.json holds, JSON types alone.
         may_change: patterns of config fields that may change between runs; see `differences`.
-        complete: gives a saved config the fields that were added since, with the values they stand for.
+        complete: gives a config, saved or this run's, the fields that were added since it was saved, and all
+            fields the values they stand for; what it returns is compared.
 
     Raises:
         UserError: the directory cannot be written, another run is using it, or it holds a run with
@@ -92,7 +93,9 @@ def reconcile_config(
     def reconcile() -> None:
         path = directory / CONFIG
         if path.exists():
-            fixed, free = differences(complete(read_config(directory)), config, may_change)
+            fixed, free = differences(
+                complete(read_config(directory)), complete(dict(config)), may_change
+            )
             if fixed:
                 lines = [
                     f"  {name}: {old!r} there, {new!r} now" for name, (old, new) in fixed.items()

@@ -13,8 +13,8 @@ from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.factory.networks import (
     build_denoiser,
     bypass_lora,
+    ignored_inputs,
     init_variables,
-    unseen,
     variable_shapes,
 )
 from tests.small import fast_jit, random_variables, small_config
@@ -148,15 +148,15 @@ def test_the_base_of_each_mode(adapter, changes):
 def test_what_a_network_does_not_depend_on_is_said():
     def said(adapter, **changes):
         changes = {"model__augment_dim": 0, **changes}
-        return unseen(config(adapter, lora__mode="only_lora", **changes))
+        return ignored_inputs(config(adapter, lora__mode="only_lora", **changes))
 
     assert said("uc") == said("time_class") == ""
     assert "depends on the class." in said("time")
     assert "depends on the noise level." in said("class")
     assert "depends on augmentation labels." in said("time_class", model__augment_dim=9)
     unconditional = small_config(lora__mode="only_lora", lora__adapter="time", model__augment_dim=0)
-    assert unseen(unconditional) == ""
-    assert unseen(config("time")) == ""
+    assert ignored_inputs(unconditional) == ""
+    assert ignored_inputs(config("time")) == ""
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)

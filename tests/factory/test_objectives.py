@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from lora_diffusion_jax.default_config import sampler
+from lora_diffusion_jax.diffusion.samplers import SAMPLERS, bind
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.factory.networks import build_denoiser, init_variables
-from lora_diffusion_jax.factory.objectives import build_objective, build_sampler
-from tests.small import fast_jit, small_config
+from lora_diffusion_jax.factory.objectives import build_objective, build_sampler, evaluations
+from tests.small import fast_jit, random_variables, small_config
 
 
 def objective_value(config, train=True, moved=0.0):
@@ -79,6 +80,41 @@ def test_samplers_are_tried_before_anything_is_compiled():
         build("ablation", discretization="iddpm", m=20, num_steps=50)
     with pytest.raises(UserError, match="solver is 'rk4'"):
         build("ablation", solver="rk4")
+
+
+def test_label_dropout_that_class_pairs_would_not_see_is_refused():
+    fields = {"class_conditional": True, "data__num_classes": 3, "model__label_dropout": 0.1}
+    config = small_config(lora__adapter="time_class", **fields)
+    with pytest.raises(
+        UserError, match="label_dropout is 0.1.*lora.adapter=time_class would still"
+    ):
+        build_objective(config, build_denoiser(config))
+    config.lora.mode = "baseline"
+    build_objective(config, build_denoiser(config))
+
+
+TINY = {"model__channel_mult": (1,), "model__attn_resolutions": (), "precond__num_steps": 30}
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_discrete_network_takes_every_sampler(name):
+    config = small_config(precond__name="ddpm", **TINY)
+    config.sampler = sampler(name)
+    config.sampler.num_steps = 3
+    denoiser = build_denoiser(config)
+    variables = random_variables(denoiser, jnp.zeros((1, 8, 8, 1)), jnp.ones(1), scale=0.02)
+    run = build_sampler(config, denoiser)
+    assert 3 <= evaluations(run, denoiser) <= 5
+
+    @fast_jit
+    def sample(variables, latents):
+        return run(bind(denoiser, variables), latents, key=jax.random.key(1))
+
+    latents = jax.random.normal(jax.random.key(0), (2, 8, 8, 1))
+    images = np.asarray(sample(variables, latents))
+    assert images.shape == latents.shape
+    assert np.isfinite(images).all()
+    assert np.std(images) > 0
 
 
 def test_settings_of_another_sampler_are_errors():

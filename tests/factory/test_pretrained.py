@@ -12,12 +12,19 @@ from flax.traverse_util import flatten_dict
 from lora_diffusion_jax import lora
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.factory.checks import check
-from lora_diffusion_jax.factory.networks import build_denoiser, init_variables, variable_shapes
+from lora_diffusion_jax.factory.networks import (
+    build_denoiser,
+    init_variables,
+    resolved,
+    variable_shapes,
+)
 from lora_diffusion_jax.factory.pretrained import (
     Pretrained,
+    check_adapters,
     config_from_dict,
     network_fields,
     overlay,
+    start_from,
     with_config,
     with_more_classes,
 )
@@ -133,7 +140,6 @@ def test_only_networks_of_classlora_take_more_classes():
     for start in (
         with_classes(2, lora__adapter="time"),
         with_classes(2, lora__mode="baseline"),
-        with_classes(2, lora__rank=1),
         with_classes(5),
         with_classes(4),
     ):
@@ -141,6 +147,74 @@ def test_only_networks_of_classlora_take_more_classes():
         variables, words = with_more_classes(network, config, fresh)
         assert words == ""
         assert variables is network.variables
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        (
+            {"lora__adapter": "class"},
+            {"lora__adapter": "time"},
+            "lora.adapter 'class', here 'time'",
+        ),
+        ({"lora__rank": 4}, {"lora__rank": 2}, "lora.rank 4, here 2"),
+        ({}, {"lora__bases": 4}, "lora.bases 3, here 4"),
+        ({}, {"lora__num_timesteps": 0}, "lora.num_timesteps 10, here 4000"),
+        ({}, {"lora__sites": ".*/qkv", "lora__mode": "only_lora"}, "lora.sites '.*', here"),
+        (
+            {"lora__adapter": "uc"},
+            {"lora__adapter": "uc", "lora__widths": (8, 8)},
+            r"lora.widths \(16, 8\), here \(8, 8\)",
+        ),
+    ],
+)
+def test_adapters_start_from_the_same_adapters_alone(old, new, words):
+    """Other ones may have arrays of the same shapes."""
+    with pytest.raises(
+        UserError, match=f"init_from=x has other adapters than this config: .*{words}"
+    ):
+        check_adapters(with_classes(2, **old), with_classes(2, **new), "x")
+
+
+def test_adapters_are_the_same_by_what_they_use():
+    check_adapters(with_classes(2), with_classes(4), "x")
+    check_adapters(with_classes(2, lora__mode="baseline"), with_classes(2, lora__rank=7), "x")
+    alone = {"lora__adapter": "class"}
+    check_adapters(with_classes(2, lora__bases=9, **alone), with_classes(4, **alone), "x")
+    ddpm = {"precond__name": "ddpm", "precond__num_steps": 30}
+    check_adapters(
+        with_classes(2, **ddpm, lora__num_timesteps=30),
+        with_classes(2, **ddpm, lora__num_timesteps=0),
+        "x",
+    )
+
+
+def test_classes_keep_their_numbers():
+    def names(*names):
+        return with_classes(len(names), data__class_names=names)
+
+    check_adapters(names("ant", "bee"), names("ant", "bee", "cat"), "x")
+    check_adapters(with_classes(2), names("ant", "bee", "cat"), "x")
+    with pytest.raises(UserError, match="its class 1 is 'bee', here 'cat'"):
+        check_adapters(names("ant", "bee"), names("ant", "cat", "bee"), "x")
+    baseline = names("ant", "bee")
+    baseline.lora.mode = "baseline"
+    check_adapters(baseline, names("cat", "dog"), "x")
+
+
+def test_a_start_tells_of_another_process_and_of_new_classes():
+    linear = {"precond__name": "ddpm", "precond__schedule": "linear", "precond__num_steps": 30}
+    start, config = with_classes(2, **linear), with_classes(3, **linear)
+    config.precond.schedule, config.precond.loss = "cosine", "simple"
+    network = Pretrained(build_denoiser(start), filled(start, 1.0), start)
+    variables, notes = start_from(network, config, filled(config, 0.0), "x")
+    assert np.all(variables["params"]["model"]["dec"]["8x8_in0"]["conv0"]["kernel"] == 1)
+    assert notes == [
+        "added fresh pairs for class 2 at 2 sites, and zeros in the class embedding",
+        "trained for another process: precond.schedule 'linear', here 'cosine'",
+    ]
+    written = with_classes(2, **linear, precond__rescale_timesteps=True)
+    assert start_from(network, written, filled(written, 0.0), "x")[1] == []
 
 
 def test_training_new_classes_alone():
@@ -194,11 +268,51 @@ def test_overrides_that_leave_the_weights_valid():
     assert not isinstance(bypassed.denoiser.model, lora.Adapted)
 
 
+def test_a_default_written_out_is_no_change():
+    written = {
+        "model__embedding": "positional",
+        "model__encoder": "standard",
+        "model__resample_filter": (1, 1),
+        "model__learn_sigma": False,
+        "model__attn_resolutions": (),
+        "model__attn_levels": (1,),
+    }
+    assert with_config(loaded(), small_config(**written)).config.model.attn_levels == (1,)
+    process = {"precond__name": "ddpm", "model__name": "improved", "model__channels": 32}
+    timed = {**process, "lora__adapter": "time"}
+    written = {
+        "precond__schedule": "cosine",
+        "precond__num_steps": 4000,
+        "precond__rescale_timesteps": True,
+        "model__learn_sigma": True,
+        "model__num_heads_upsample": -1,
+        "model__use_scale_shift_norm": True,
+        "lora__num_timesteps": 4000,
+        "lora__widths": (4,),
+    }
+    with_config(loaded(**timed), small_config(**timed, **written))
+    with pytest.raises(UserError, match="lora.num_timesteps 4000, now 1000"):
+        with_config(loaded(**timed), small_config(**timed, lora__num_timesteps=1000))
+
+
+def test_a_run_of_an_older_version_resumes():
+    """It has lora.num_timesteps=4000 whatever the adapter, and lacks the fields that came later."""
+    config = small_config()
+    saved = json.loads(json.dumps(config.to_dict()))
+    saved["lora"]["num_timesteps"] = 4000
+    del saved["precond"]["rescale_timesteps"], saved["model"]["attn_levels"]
+    there, here = (resolved(config_from_dict(c)) for c in (saved, config.to_dict()))
+    assert workdir.differences(there, here) == ({}, {})
+    config.lora.rank = 3
+    there, here = (resolved(config_from_dict(c)) for c in (saved, config.to_dict()))
+    assert workdir.differences(there, here)[0] == {"lora.rank": (2, 3)}
+
+
 @pytest.mark.parametrize(
     ("field", "value", "words"),
     [
         ("model__channels", 16, "model.channels 8, now 16"),
-        ("model__embedding", "fourier", "model.embedding None, now 'fourier'"),
+        ("model__embedding", "fourier", "model.embedding 'positional', now 'fourier'"),
         ("data__image_size", 16, "data.image_size 8, now 16"),
         ("data__image_width", 16, "data.image_width 8, now 16"),
         ("precond__sigma_data", 1.0, "precond.sigma_data"),

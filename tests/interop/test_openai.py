@@ -7,6 +7,7 @@ import pytest
 from lora_diffusion_jax import lora
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.factory.networks import variable_shapes
+from lora_diffusion_jax.factory.pretrained import start_from
 from lora_diffusion_jax.interop import (
     export_network,
     load_pretrained,
@@ -72,6 +73,41 @@ def test_a_file_is_a_base_whatever_lora_the_config_asks_for(tmp_path):
         assert loaded.config.lora.mode == "baseline"
         assert not lora.list_sites(loaded.variables["params"])
         assert config.lora.mode == mode
+
+
+@pytest.mark.parametrize("mode", ["with_lora", "only_lora"])
+def test_adapters_alone_rejoin_the_file_that_they_were_trained_on(mode, tmp_path):
+    """With only_lora without the layers of the file that its network has not."""
+    known, path = case("shift"), tmp_path / "adapters.safetensors"
+    config = known.config.copy_and_resolve_references()
+    config.lora.mode, config.lora.adapter = mode, "time"
+    base = write(tmp_path / "net.pt", known.state_dict)
+    start = load_pretrained(base, config=config)
+    variables, notes = start_from(start, config, network_variables(config), "net.pt")
+    assert notes == []
+    export_network(path, variables, config, weights="raw", adapters_only=True)
+    joined = load_pretrained(path, base=base)
+    jax.tree.map(np.testing.assert_array_equal, joined.variables, variables)
+    assert joined.config.lora.mode == mode
+    moved = {k: v + 1 if k == "out.0.weight" else v for k, v in known.state_dict.items()}
+    with pytest.raises(UserError, match="adapters for the base"):
+        load_pretrained(path, base=write(tmp_path / "moved.pt", moved))
+
+
+def test_classlora_alone_needs_no_class_embedding_of_its_base(tmp_path):
+    known = case("shift")
+    path = write(tmp_path / "net.pt", known.state_dict)
+    config = known.config.copy_and_resolve_references()
+    config.class_conditional, config.data.num_classes = True, 3
+    config.lora.mode, config.lora.adapter = "only_lora", "time_class"
+    start = load_pretrained(path, config=config)
+    assert not start.config.class_conditional
+    variables, _ = start_from(start, config, network_variables(config), "net.pt")
+    kernel = known.state_dict["input_blocks.0.0.weight"].transpose(2, 3, 1, 0)
+    np.testing.assert_array_equal(variables["params"]["model"]["enc"]["8x8_conv"]["kernel"], kernel)
+    config.lora.mode = "with_lora"
+    with pytest.raises(UserError, match="it lacks: label_emb.weight"):
+        load_pretrained(path, config=config)
 
 
 def test_files_that_do_not_fit_their_config_are_named(tmp_path):

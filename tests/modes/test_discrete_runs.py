@@ -59,7 +59,7 @@ def test_a_run_of_a_discrete_process_goes_on_where_it_was(discrete, data_dir, tm
     assert last(tmp_path / "cut") == last(discrete)
 
 
-def test_a_discrete_network_takes_every_kind_of_sampler(discrete, tmp_path):
+def test_a_discrete_run_is_sampled_in_steps_of_its_process_or_of_edm(discrete, tmp_path):
     sample = ["--mode=sample", f"--workdir={discrete}", "--seeds=0-3", "--class_id=1"]
     images = {}
     for name, settings, nfe in (

@@ -10,6 +10,7 @@ from PIL import Image
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.factory.networks import build_denoiser
 from lora_diffusion_jax.modes import evaluate
+from lora_diffusion_jax.modes.likelihood import heldout_images
 from lora_diffusion_jax.modes.train import check_disk
 from tests.modes.running import TINY, run
 from tests.small import small_config
@@ -45,6 +46,20 @@ def test_own_classes_are_trained_kept_and_sampled_by_name(pictures, tmp_path):
     assert np.load(out)["labels"].tolist() == [1] * 4
     said = run("--mode=sample", where, "--seeds=0-3", "--class_id=dog", f"--out={out}", status=2)
     assert "0 ant 10, 1 cat" in said
+
+
+def test_likelihoods_take_the_labels_of_class_folders(pictures):
+    config = small_config(class_conditional=True, data__num_classes=2)
+    config.data.eval_path, config.data.background = str(pictures), "white"
+    config.data.class_folders, config.data.class_names = True, ("ant 10", "cat")
+    assert heldout_images(config).class_names == ("ant 10", "cat")
+    config.data.class_names = ("cat", "ant 10")
+    with pytest.raises(
+        UserError, match="has the classes ant 10, cat, and .* on cat, ant 10; name and"
+    ):
+        heldout_images(config)
+    config.class_conditional = False  # whose labels may differ or be missing
+    assert heldout_images(config).num_classes == 0
 
 
 def test_the_evaluation_knows_class_folders_and_backgrounds(pictures, tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import time
 import numpy as np
 from PIL import Image
 
-import eval_fid
+from lora_diffusion_jax.modes import evaluate
 from tests.modes.running import run, start, train
 from tests.small import config_flags
 
@@ -83,7 +83,7 @@ def test_a_reference_judges_during_training(data_dir, tmp_path):
     """Quick on the way, more samples at the end, both named by their number; resumed without doubling."""
     reference = tmp_path / "ref.npz"
     arguments = ["ref", "--data=digits", f"--data_dir={data_dir}", "--features=rotation"]
-    run(*arguments, f"--dest={reference}", program=eval_fid.main)
+    run(*arguments, f"--dest={reference}", program=evaluate.main)
     path = tmp_path / "judged"
     judged = [
         f"--config.eval.reference={reference}",

@@ -25,6 +25,7 @@ from lora_diffusion_jax.diffusion.samplers.plan import noise_source, precond_of
 from lora_diffusion_jax.errors import UserError
 
 DEFAULT_RANGE = (0.002, 80.0)  # of networks without a discrete process: EDM's sampler
+DDIM_RESPACING = "ddim50"  # the default of ddim
 
 
 class Steps(NamedTuple):
@@ -148,7 +149,7 @@ def ddpm_sampler(
     Args:
         denoise: D(x; sigma) of `bind`, which tells the process and the variances.
         latents: unit normal noise [B, H, W, C].
-        num_steps: so many of the process's steps, at equal distances; 0: as respacing says.
+        num_steps: as many of the process's steps, evenly spaced; 0: as respacing says.
         respacing: which steps are visited (`discrete.space_timesteps`); "" visits all.
         clip_denoised: the predictions of the clean image are clipped to [-1, 1].
         sigma_min, sigma_max: range of the noise levels that are visited; None: all of the process.
@@ -166,6 +167,7 @@ def ddpm_sampler(
             "sampler.name=ddpm needs a network of a discrete process (precond.name=ddpm), bound with "
             "samplers.bind; use sampler.name=edm, or ddim, which takes any network."
         )
+    check_steps(num_steps, respacing, usual="")
     process = choose_process(denoise, num_steps, respacing, sigma_min, sigma_max)
     return run_steps(
         *(denoise, latents, ancestral_steps(process)),
@@ -181,7 +183,7 @@ def ddim_sampler(
     latents: Images,
     *,
     num_steps: int = 0,
-    respacing: str = "ddim50",
+    respacing: str = DDIM_RESPACING,
     eta: float = 0.0,
     clip_denoised: bool = True,
     sigma_min: float | None = None,
@@ -207,6 +209,7 @@ def ddim_sampler(
     Raises:
         UserError: there are no such steps, eta is out of range, or noise is missing.
     """
+    check_steps(num_steps, respacing, usual=DDIM_RESPACING)
     process = choose_process(denoise, num_steps, respacing, sigma_min, sigma_max)
     return run_steps(
         *(denoise, latents, ddim_steps(process, eta)),
@@ -215,6 +218,19 @@ def ddim_sampler(
         key=key,
         noise=noise,
     )
+
+
+def check_steps(num_steps: int, respacing: str, usual: str) -> None:
+    """Raises UserError for a negative num_steps, or one beside a respacing other than the usual."""
+    if num_steps < 0:
+        raise UserError(
+            f"sampler.num_steps is {num_steps}; take at least 2 steps, or 0 for those of respacing."
+        )
+    if num_steps and respacing != usual:
+        raise UserError(
+            f"Both sampler.num_steps={num_steps} and sampler.respacing={respacing!r} say which steps to "
+            "visit; set num_steps to 0, or leave respacing out."
+        )
 
 
 def choose_process(
@@ -242,10 +258,11 @@ def choose_process(
     inside = (process.sigmas > low * (1 - 1e-6)) & (process.sigmas < high * (1 + 1e-6))
     if not inside.any():
         raise UserError(f"No step of the process has a noise level from {low:g} to {high:g}.")
-    if num_steps < 0 or num_steps == 1:
+    steps = str(num_steps) if num_steps else respacing
+    chosen = process.select(np.flatnonzero(inside)).respace(steps)
+    if len(chosen) < 2:
         raise UserError(
-            f"sampler.num_steps is {num_steps}; take at least 2 steps, or 0 for those of respacing."
+            f"sampler.{'num_steps' if num_steps else 'respacing'}={steps} visits a single step; ask for at "
+            "least 2."
         )
-    return process.select(np.flatnonzero(inside)).respace(
-        str(num_steps) if num_steps else respacing
-    )
+    return chosen

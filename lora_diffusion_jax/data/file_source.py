@@ -22,7 +22,7 @@ from lora_diffusion_jax.data.image_source import (
     common_shape,
     evenly_spaced,
 )
-from lora_diffusion_jax.errors import UserError, printable
+from lora_diffusion_jax.errors import NotThereError, UserError, printable
 from lora_diffusion_jax.files import cannot_use, expand
 from lora_diffusion_jax.untrusted import is_text, open_entry, parse_json, refusing
 
@@ -278,7 +278,7 @@ def _open(path: Path) -> _Files:
     if not path.exists():
         parent = next(p for p in path.parents if p.exists())
         names = sorted(p.name for p in parent.iterdir())[:8] if parent.is_dir() else []
-        raise UserError(
+        raise NotThereError(
             f"{path} does not exist; {parent} holds {printable(', '.join(names), 200) or 'nothing'}. "
             "Give a folder or ZIP of images as data.path."
         )

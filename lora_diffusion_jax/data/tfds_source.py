@@ -19,7 +19,7 @@ from lora_diffusion_jax.data.image_source import (
     common_shape,
     evenly_spaced,
 )
-from lora_diffusion_jax.errors import UserError, printable
+from lora_diffusion_jax.errors import NotThereError, UserError, printable
 from lora_diffusion_jax.untrusted import parse_json, read_file, read_json, reason, refusing
 
 _VERSION = re.compile(r"[0-9]+\.[0-9]+\.[0-9]+")
@@ -319,7 +319,7 @@ def _find(name: str, root: Path) -> Path:
     found = ", ".join(versions or _folders(root)) or (
         "nothing" if root.is_dir() else "no such folder"
     )
-    raise UserError(
+    raise NotThereError(
         f"{name!r} is not prepared in {root} (found: {found}). If it lies elsewhere, set "
         f"data.data_dir; for your own images set data.path. To prepare it:\n{_command(name, root)}"
     )

@@ -10,6 +10,10 @@ class UserError(ValueError):
     """
 
 
+class NotThereError(UserError):
+    """What was named does not exist, or not yet; nothing is said about what it would contain."""
+
+
 def explain(error: BaseException) -> str:
     """A sentence for an unexpected error, with its type and first line."""
     text = printable((str(error).strip().splitlines() or ["without a message"])[0], 300)

@@ -52,6 +52,11 @@ def reason(error: Exception) -> str:
     return printable(first, 200) or type(error).__name__
 
 
+def is_text(name: str) -> bool:
+    """Whether a name is Unicode text: bytes of a file name that are no UTF-8 stand in it as surrogates."""
+    return not any("\ud800" <= c <= "\udfff" for c in name)
+
+
 def read_file(path: str | os.PathLike, limit: int, advice: str = ADVICE) -> bytes:
     """The content of a file of at most `limit` bytes.
 

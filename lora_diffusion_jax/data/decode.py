@@ -113,7 +113,7 @@ def decode(
         orientation = _orientation(image)
         pixels: Image.Image = image
         if "A" in image.mode.upper() or "transparency" in image.info:
-            pixels = _opaque(image, where, background)
+            pixels = _opaque(image, where, background, shape[2])
         if pixels.mode != _MODES[shape[2]]:
             pixels = pixels.convert(_MODES[shape[2]])
         if orientation in _UPRIGHT:
@@ -184,7 +184,7 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _opaque(image: Image.Image, where: str, background: str) -> Image.Image:
+def _opaque(image: Image.Image, where: str, background: str, channels: int) -> Image.Image:
     """The image without transparency: as it is if no pixel is transparent, else on the background."""
     rgba = image.convert("RGBA")
     lowest = rgba.getchannel("A").getextrema()[0]
@@ -196,7 +196,7 @@ def _opaque(image: Image.Image, where: str, background: str) -> Image.Image:
             "Set their background: data.background=white, black or '#rrggbb'."
         )
     behind = colour(background)
-    if image.mode in ("LA", "La") and len(set(behind)) > 1:
+    if channels == 1 and len(set(behind)) > 1:
         raise UserError(
             f"{where} is gray, but data.background={background!r} is not; choose a gray."
         )

@@ -7,7 +7,8 @@ import re
 import stat
 import unicodedata
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from decimal import Decimal
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
@@ -21,9 +22,9 @@ from lora_diffusion_jax.data.image_source import (
     common_shape,
     evenly_spaced,
 )
-from lora_diffusion_jax.errors import UserError, printable
-from lora_diffusion_jax.files import cannot_use
-from lora_diffusion_jax.untrusted import open_entry, parse_json, refusing
+from lora_diffusion_jax.errors import NotThereError, UserError, printable
+from lora_diffusion_jax.files import cannot_use, expand
+from lora_diffusion_jax.untrusted import is_text, open_entry, parse_json, refusing
 
 _SUFFIXES = (".png", ".jpg", ".jpeg")
 _FOREIGN = (
@@ -34,18 +35,20 @@ _LABELS = "dataset.json"
 _MAX_HEADERS = 100_000  # image headers checked on opening (0.1 ms each); evenly spaced beyond
 _MAX_CLASSES = 100_000
 _ADVICE = "Restore or remove it."
+_SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "eval", "dev"}
+_NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?")
 
 
 class FileSource(ImageSource):
     """PNG and JPEG images in a folder or a ZIP file, including those in nested folders.
 
     What is an image is decided by the ending .png, .jpg or .jpeg, and of other files by their first
-    bytes; hidden files are left out. The images are in sorted order of their names, which are compared
-    in one spelling: '/' between folders, no './', Unicode's form NFC. Labels come from a `dataset.json`
-    at the top, {"labels": [["a/b.png", 3], ...]} with each file's path from the top and its class, or
-    {"labels": null} for none. Without it there are none, unless class_folders is set: then the first
-    folder of a path is its class, below a folder that holds all images; the classes are numbered in
-    the natural order of their names (2 before 10).
+    bytes. Hidden files are left out, and counted. The images are in sorted order of their names, which
+    are compared in one spelling: '/' between folders, no './', Unicode's form NFC. Labels come from a
+    `dataset.json` at the top, {"labels": [["a/b.png", 3], ...]} with each file's path from the top and
+    its class, or {"labels": null} for none. Without it there are none, unless class_folders is set: then
+    the first folder of a path is its class, below a folder that holds all images; the classes are numbered in
+    the natural order of their names (2 before 10; -1 before 0, and 0.25 before 0.5, where all are numbers).
 
     Args:
         path: the folder or ZIP file.
@@ -62,7 +65,7 @@ class FileSource(ImageSource):
         self.background = background
         if background:
             colour(background)
-        self._files = _open(Path(path).expanduser())
+        self._files = _open(Path(expand(path, "data.path")))
         self._names, self.left_out = _image_names(self._files)
         labels, self.class_names, self.label_origin = _labels(
             self._files, self._names, class_folders
@@ -117,15 +120,17 @@ class _Files(abc.ABC):
         path: of the folder or the ZIP file.
         sizes: name -> bytes, in sorted order of the names.
         folders: names of all folders, empty ones included.
+        hidden: how many hidden files there are, without those that macOS puts beside others.
     """
 
     path: Path
     sizes: dict[str, int]
     folders: set[str]
+    hidden: int
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.folders = set()
+        self.folders, self.hidden = set(), 0
         self._stored: dict[str, str] = {}  # name -> as it is stored
         sizes = {}
         for stored, size in self._list():
@@ -141,7 +146,10 @@ class _Files(abc.ABC):
 
     @abc.abstractmethod
     def _list(self) -> Iterator[tuple[str, int]]:
-        """Yields (stored name, bytes) of every file that is not hidden; adds empty folders."""
+        """Yields (stored name, bytes) of every file that is not hidden.
+
+        Adds empty folders, and counts the hidden files.
+        """
 
     @abc.abstractmethod
     def _open(self, name: str) -> IO[bytes]: ...
@@ -189,10 +197,14 @@ class _Folder(_Files):
                     "copy the files if they are meant to count twice."
                 )
             seen[real] = folder
+            hidden = [child for child in children if _is_hidden(child)]
             children[:] = [child for child in children if not _is_hidden(child)]
-            self.folders.update(self._name(Path(folder, child)) for child in children)
+            self.hidden += sum(_count_files(Path(folder, child)) for child in hidden)
+            self.folders.update(_spelled(self._name(Path(folder, c))) for c in children)
             for name in names:
-                if not _is_hidden(name):
+                if _is_hidden(name):
+                    self.hidden += not _is_of_macos(name)
+                else:
                     yield self._name(Path(folder, name)), _file_size(Path(folder, name))
 
     def _name(self, path: Path) -> str:
@@ -234,9 +246,10 @@ class _Zip(_Files):
                 raise UserError(
                     f"{self.path} holds {entry.filename!a}, a name that leads out of it. Repack it."
                 )
+            is_folder = entry.filename.endswith(("/", "\\"))
             if any(map(_is_hidden, parts)):
-                continue
-            if entry.filename.endswith(("/", "\\")):
+                self.hidden += not (is_folder or any(map(_is_of_macos, parts)))
+            elif is_folder:
                 self.folders.add("/".join(parts))
             else:
                 yield entry.filename, entry.file_size
@@ -265,7 +278,7 @@ def _open(path: Path) -> _Files:
     if not path.exists():
         parent = next(p for p in path.parents if p.exists())
         names = sorted(p.name for p in parent.iterdir())[:8] if parent.is_dir() else []
-        raise UserError(
+        raise NotThereError(
             f"{path} does not exist; {parent} holds {printable(', '.join(names), 200) or 'nothing'}. "
             "Give a folder or ZIP of images as data.path."
         )
@@ -280,8 +293,21 @@ def _spelled(name: str) -> str:
 
 
 def _is_hidden(name: str) -> bool:
-    # macOS puts '__MACOSX/._name.png', which is not an image, beside every name.png.
-    return name.startswith(".") or name == "__MACOSX"
+    return name.startswith(".") or _is_of_macos(name)
+
+
+def _is_of_macos(name: str) -> bool:
+    # It puts '__MACOSX/._name.png', which is not an image, beside every name.png.
+    return name.startswith("._") or name == "__MACOSX"
+
+
+def _count_files(hidden: Path) -> int:
+    """The files in a hidden folder; a link counts as one."""
+    if hidden.is_symlink():
+        return 1
+    if _is_of_macos(hidden.name):
+        return 0
+    return sum(not _is_of_macos(name) for _, _, names in os.walk(hidden) for name in names)
 
 
 def _raise_walk_error(error: OSError) -> None:
@@ -289,14 +315,14 @@ def _raise_walk_error(error: OSError) -> None:
 
 
 def _image_names(files: _Files) -> tuple[list[str], int]:
-    """The names of the images, and how many files are none."""
+    """The names of the images, and how many files are none or hidden."""
     names, foreign, others = [], [], []
     for name in tqdm(files.sizes, desc=f"looking at {files.path}", unit="file", delay=2):
         suffix = PurePosixPath(name).suffix.lower()
-        kind = "" if suffix in _SUFFIXES or suffix in _FOREIGN else format_of(files.head(name))
+        kind = "" if suffix in _SUFFIXES else format_of(files.head(name))
         if suffix in _SUFFIXES or kind in ("PNG", "JPEG"):
             names.append(name)
-        elif kind or suffix in _FOREIGN:
+        elif kind or suffix in _FOREIGN:  # some of these have no first bytes of their own
             foreign.append(name)
         elif name != _LABELS:
             others.append(name)
@@ -311,9 +337,12 @@ def _image_names(files: _Files) -> tuple[list[str], int]:
             f"{files.path} contains a ZIP file, {printable(inner, 200)!r}, which is not searched. Give "
             "that file as data.path, after unpacking the outer one if it lies in a ZIP file itself."
         )
+    left_out = len(others) + files.hidden
     if not names:
-        raise UserError(f"{files.path} holds no PNG or JPEG images ({len(others):,} other files).")
-    return names, len(others)
+        raise UserError(
+            f"{files.path} holds no PNG or JPEG images ({left_out:,} other or hidden files)."
+        )
+    return names, left_out
 
 
 def _labels(
@@ -362,21 +391,19 @@ def _folder_classes(files: _Files, names: Sequence[str]) -> tuple[dict[str, int]
     """Returns ({name: class}, class names, origin) by the folders that the images lie in."""
     parents = [name.split("/")[:-1] for name in names]
     outer: list[str] = []  # folders around all the class folders, such as the one that was packed
-    while (
-        all(len(p) > len(outer) + 1 for p in parents) and len({p[len(outer)] for p in parents}) == 1
-    ):
-        outer.append(parents[0][len(outer)])
-    depth, prefix = len(outer), "".join(f"{part}/" for part in outer)
+    depth, prefix, there = 0, "", _inside(files, "")
+    # One beside others is a class, be they empty: they are named below.
+    while len(there) == 1 and all(len(p) > depth + 1 for p in parents):
+        outer += there
+        depth, prefix = depth + 1, "/".join(outer) + "/"
+        there = _inside(files, prefix)
     folders = {
         name: parent[depth]
         for name, parent in zip(names, parents, strict=True)
         if len(parent) > depth
     }
-    there = {
-        f.split("/")[depth] for f in files.folders if f.startswith(prefix) and f not in ("", ".")
-    }
-    class_names = sorted(set(folders.values()), key=_natural)
-    empty = sorted(there - set(class_names) - {""}, key=_natural)
+    class_names = _in_order(set(folders.values()))
+    empty = _in_order(there - set(class_names))
     if empty:
         raise UserError(
             f"{files.where(prefix + empty[0])} is a class folder without images ({len(empty):,} such "
@@ -387,6 +414,17 @@ def _folder_classes(files: _Files, names: Sequence[str]) -> tuple[dict[str, int]
             f"All images lie in {files.where(prefix + class_names[0])}, but data.class_folders needs at "
             "least two class folders. Set data.class_folders=False, or give each class a folder."
         )
+    if class_names and {name.lower() for name in class_names} <= _SPLITS:
+        raise UserError(
+            f"{files.where(prefix)} holds the folders {', '.join(class_names)}, which look like the parts "
+            "of a data set and not like its classes. Give one of them as data.path, and another as "
+            "data.eval_path, or rename them."
+        )
+    if no_text := [name for name in class_names if not is_text(name)]:
+        raise UserError(
+            f"{files.where(prefix + no_text[0])} is a class folder whose name is no UTF-8, so that a run "
+            f"cannot record it ({len(no_text):,} such folders). Rename it."
+        )
     if len(class_names) > _MAX_CLASSES:
         raise UserError(
             f"{files.path} has {len(class_names):,} class folders; at most {_MAX_CLASSES:,} are supported."
@@ -394,6 +432,19 @@ def _folder_classes(files: _Files, names: Sequence[str]) -> tuple[dict[str, int]
     ids = {folder: i for i, folder in enumerate(class_names)}
     origin = "names of the folders" + (f" in {printable('/'.join(outer), 200)}" if outer else "")
     return {name: ids[folder] for name, folder in folders.items()}, class_names, origin
+
+
+def _inside(files: _Files, prefix: str) -> set[str]:
+    """The names of the folders that lie directly in one; prefix is its path with a '/', or ''."""
+    below = (f[len(prefix) :] for f in files.folders if f.startswith(prefix))
+    return {path.split("/")[0] for path in below} - {"", "."}
+
+
+def _in_order(names: Collection[str]) -> list[str]:
+    """Names in natural order: numbers by their values where all are, else as `_natural` has it."""
+    if all(_NUMBER.fullmatch(name) for name in names):
+        return sorted(names, key=lambda name: (Decimal(name), name))
+    return sorted(names, key=_natural)
 
 
 def _natural(name: str) -> tuple:

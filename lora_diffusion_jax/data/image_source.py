@@ -166,7 +166,7 @@ def summarize(source: ImageSource, *, max_classes: int = 20) -> str:
         f"Fingerprint: {source.fingerprint()}",
     ]
     if source.left_out:
-        lines.append(f"Left out:    {source.left_out:,} files that are no images")
+        lines.append(f"Left out:    {source.left_out:,} files that are no images, or hidden")
     if not source.num_classes:
         return "\n".join(lines)
     counts = np.bincount(source.labels(), minlength=source.num_classes)

@@ -10,6 +10,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
+from lora_diffusion_jax import files
 from lora_diffusion_jax.data import digits
 from lora_diffusion_jax.data.decode import Shape, colour, read_shape
 from lora_diffusion_jax.data.image_source import (
@@ -18,13 +19,14 @@ from lora_diffusion_jax.data.image_source import (
     common_shape,
     evenly_spaced,
 )
-from lora_diffusion_jax.errors import UserError, printable
+from lora_diffusion_jax.errors import NotThereError, UserError, printable
 from lora_diffusion_jax.untrusted import parse_json, read_file, read_json, reason, refusing
 
 _VERSION = re.compile(r"[0-9]+\.[0-9]+\.[0-9]+")
 _ADVICE = "Prepare it again."
 _MAX_CLASSES = 100_000
 _MAX_NAMES = 4 << 20  # bytes of a file of class names
+_MAX_SHARDS = 10_000  # files of all splits together; TFDS takes a quarter of a millisecond for each
 # TFDS imports the module of any other class that a data set's files name, and runs what is in it.
 _FEATURES = {
     f"tensorflow_datasets.core.features.{name}"
@@ -49,7 +51,6 @@ class TfdsSource(ImageSource):
         name: 'name' or 'name/config'; ':1.2.3' appended selects a version, else the newest is read.
         data_dir: where prepared data sets lie; '' means $TFDS_DATA_DIR or ~/tensorflow_datasets.
         split: a split or a slice of one in TFDS's notation, such as 'train[:90%]'.
-
         background: the colour behind transparent pixels; '' refuses them.
 
     Raises:
@@ -62,8 +63,8 @@ class TfdsSource(ImageSource):
     def __init__(
         self, name: str, *, data_dir: str = "", split: str = "train", background: str = ""
     ) -> None:
-        root = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-        root = Path(root).expanduser()
+        given = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+        root = Path(files.expand(given, "data.data_dir" if data_dir else "TFDS_DATA_DIR"))
         self._directory = digits.prepare(root) if name == "digits" else _find(name, root)
         self._split, self.background = split, background
         if background:
@@ -205,8 +206,14 @@ def _builder(directory: Path) -> tfds.core.DatasetBuilder:
         try:
             spec = read_json(directory / name)
             classes = list(_class_names(spec if name == "features.json" else _features(spec)))
+            shards = 0 if name == "features.json" else _count_shards(spec)
         except UserError as error:
             raise UserError(f"{incomplete}: {error} {_ADVICE}") from error
+        if shards > _MAX_SHARDS:
+            raise UserError(
+                f"{directory / name} lists {shards:,} shards; expected at most {_MAX_SHARDS:,}. Prepare it "
+                "again with fewer and larger shards."
+            )
         for found in classes:
             if found not in _FEATURES:
                 raise UserError(
@@ -229,6 +236,18 @@ def _builder(directory: Path) -> tfds.core.DatasetBuilder:
             f"{_command(name, 'NEW_DATA_DIR')}"
         )
     return builder
+
+
+def _count_shards(info: Any) -> int:
+    """How many splits and shards TFDS would list, in either of its spellings."""
+    splits = info.get("splits") if isinstance(info, dict) else None
+    count = 0
+    for split in splits if isinstance(splits, list) else ():
+        count += 1
+        for key in ("shardLengths", "shard_lengths") if isinstance(split, dict) else ():
+            lengths = split.get(key)
+            count += len(lengths) if isinstance(lengths, list) else 0
+    return count
 
 
 def _features(info: Any) -> Any:
@@ -300,7 +319,7 @@ def _find(name: str, root: Path) -> Path:
     found = ", ".join(versions or _folders(root)) or (
         "nothing" if root.is_dir() else "no such folder"
     )
-    raise UserError(
+    raise NotThereError(
         f"{name!r} is not prepared in {root} (found: {found}). If it lies elsewhere, set "
         f"data.data_dir; for your own images set data.path. To prepare it:\n{_command(name, root)}"
     )

@@ -20,6 +20,7 @@ DIGEST = "sha256"  # the entry that holds the hash of the others
 # What arrays may unpack to: images and statistics pack to a half, a bomb to a thousandth.
 UNPACKED = 64 << 20  # bytes, whatever the file's size
 PACKING = 16  # times the file's size beyond
+ADDED = 256 << 20  # bytes that this may add to twice the file's size
 _HEADERS = {  # 3.0 is for field names that are no Latin text
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
@@ -52,7 +53,8 @@ def read_npz(
             entries = {e.filename.removesuffix(".npy"): e for e in archive.infolist()}
             checked = DIGEST in entries  # a hash of all arrays, so that all are read
             chosen = {name: entry for name, entry in entries.items() if checked or wanted(name)}
-            limit = UNPACKED + PACKING * path.stat().st_size
+            size = path.stat().st_size
+            limit = min(UNPACKED + PACKING * size, ADDED + 2 * size)
             if (total := sum(entry.file_size for entry in chosen.values())) > limit:
                 raise UserError(
                     f"{where} unpacks to {total:,} bytes, far more than its own size; save it with np.savez, "

@@ -124,7 +124,15 @@ def load_reference(path: str | os.PathLike[str]) -> Reference:
     if problem:
         raise UserError(f"{path} holds damaged statistics: {problem}. {_RECREATE}")
     mu, sigma = mu.astype(np.float64), sigma.astype(np.float64)
-    return Reference(mu, sigma, _meta(path, arrays), rows, weights)
+    meta = _meta(path, arrays)
+    count = meta.get("n", 2 if rows is None else len(rows))
+    if count < 2 or (rows is not None and len(rows) != count):
+        found = "no features" if rows is None else f"{len(rows):,} rows of features"
+        raise UserError(
+            f"{path} is of {count:,} images and holds {found}; expected two images or more, each with a "
+            f"row if there are any. {_RECREATE}"
+        )
+    return Reference(mu, sigma, meta, rows, weights)
 
 
 def _problem(mu: np.ndarray, sigma: np.ndarray) -> str:
@@ -155,7 +163,7 @@ def _meta(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
     if not isinstance(meta, dict):
         raise UserError(f"{path}: its entry `meta` is damaged, not a JSON object. {_RECREATE}")
     for name, kind in _META.items():
-        if not isinstance(meta.get(name), kind | None):
+        if name in meta and type(meta[name]) is not kind:
             raise UserError(
                 f"{path}: its entry `meta` has {name} = {printable(meta[name])}; expected "
                 f"{kind.__name__}. {_RECREATE}"

@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from lora_diffusion_jax import files
 from lora_diffusion_jax.data import image_source, pipeline, sources
-from lora_diffusion_jax.errors import UserError, printable
+from lora_diffusion_jax.errors import NotThereError, UserError, printable
 from lora_diffusion_jax.factory.networks import check_attention, num_classes
 from lora_diffusion_jax.models.unet import check_image_size
 from lora_diffusion_jax.training import sharding
@@ -21,7 +21,7 @@ def open_source(config: ConfigDict) -> image_source.ImageSource:
     """
     d = config.data
     if not (d.name or d.path):
-        raise UserError(
+        raise NotThereError(
             "No data set is named: set --config.data.name (a TFDS data set) or --config.data.path "
             "(a folder or ZIP of images)."
         )

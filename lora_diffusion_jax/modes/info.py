@@ -5,7 +5,7 @@ from ml_collections import ConfigDict
 
 from lora_diffusion_jax import lora
 from lora_diffusion_jax.data.image_source import summarize
-from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.errors import NotThereError
 from lora_diffusion_jax.factory.checks import check
 from lora_diffusion_jax.factory.data import complete, open_source
 from lora_diffusion_jax.factory.networks import (
@@ -17,20 +17,27 @@ from lora_diffusion_jax.factory.networks import (
 )
 
 
-def describe(config: ConfigDict) -> str:
+def describe(config: ConfigDict, *, needs_data: bool = False) -> str:
     """The table of parameters and what else there is to know, as lines of text.
 
+    Args:
+        config: of a run.
+        needs_data: refuse a data set that is not there, instead of saying so. That is a mistake where it
+            was named for this, and none where a config or a run names what another machine has.
+
     Raises:
-        UserError: the config is invalid, or it leaves open sizes that only the data set could tell.
+        UserError: the config or its data set is invalid, or it leaves open sizes that only the data set
+            could tell.
     """
     check(config)
     try:
         source = open_source(config)
-        config, data = complete(config, source), summarize(source)
-    except UserError as error:
+    except NotThereError as error:
         data = f"data set: not opened. {error}"
-        if not (config.data.image_size and config.data.channels):
+        if needs_data or not (config.data.image_size and config.data.channels):
             raise
+    else:
+        config, data = complete(config, source), summarize(source)
     check_attention(config)
     denoiser = build_denoiser(config)
     params = variable_shapes(config, denoiser)["params"]

@@ -15,6 +15,7 @@ Without --config, the config of the run in --workdir is used; overrides apply to
 
 import argparse
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -31,7 +32,10 @@ def build_parser() -> cli.Parser:
     add("--mode", required=True, choices=MODES, help="what to do")
     parser.add_path("--workdir", help="directory of the run")
     add("--seeds", default="0-63", help="sample: one image per seed, such as 0-63 or 0,5,7-9")
-    add("--class_id", help="sample: a class's number or name, or `all` for an even split")
+    add(
+        "--class_id",
+        help="sample: a class's number or name (number:1, name:1 where both fit), or `all`",
+    )
     add(
         "--weights", default="ema", choices=("ema", "raw"), help="sample, likelihood, export: which"
     )
@@ -70,6 +74,7 @@ def work(argv: list[str]) -> int:
         config = cli.override(config, overrides)
     if mode is doctor:  # it must work where joining or the cache does not
         return doctor(args, config)
+    args.gives_data = any(re.match(r"--config\.data\.(name|path|data_dir)=.", o) for o in overrides)
     with cli.joined(args, config):
         if mode in (info, import_file, export_file) and not processes.alone():
             raise processes.SharedError(f"--mode={args.mode} runs in a single process.")
@@ -145,7 +150,7 @@ def info(args: argparse.Namespace, config: ConfigDict | None) -> int:
 
     if config is None:
         raise UserError("--mode=info needs --config=FILE or --workdir=DIR.")
-    print(describe(config))
+    print(describe(config, needs_data=args.gives_data))
     return 0
 
 

@@ -117,13 +117,14 @@ def choose_classes(
     """--class_id as classes: None, one number, or for `all` an even split in class order.
 
     Args:
-        class_id: digits are a number, also where a class is called so; else the name of a class.
+        class_id: a class's number or name; with 'number:' or 'name:' before it, that alone.
         count: of the images.
         num_classes: 0 for an unconditional network.
         names: of the classes; () if they are their numbers.
 
     Raises:
-        UserError: neither a number, a name nor `all`, or `all` for an unconditional network.
+        UserError: neither a number, a name nor `all`, one class's number and another's name, or `all` for
+            an unconditional network.
     """
     if class_id is None:
         return None
@@ -131,11 +132,19 @@ def choose_classes(
         if not num_classes:
             raise UserError("--class_id=all, but this network is unconditional; leave it out.")
         return (np.arange(count) * num_classes // count).tolist()
-    if re.fullmatch(r"[0-9]{1,9}", class_id):
-        return int(class_id)
     spelled = unicodedata.normalize("NFC", class_id)
-    if spelled in names:
-        return names.index(spelled)
+    kind, _, rest = spelled.partition(":")
+    if spelled in names or kind not in ("number", "name"):
+        kind, rest = "", spelled
+    named = names.index(rest) if kind != "number" and rest in names else None
+    number = int(rest) if kind != "name" and re.fullmatch(r"[0-9]{1,9}", rest) else None
+    if named is not None and number is not None and named != number < num_classes:
+        raise UserError(
+            f"--class_id={class_id} is the number of class {name_classes([number], names)[0]} and the name "
+            f"of class {named}; give --class_id=number:{class_id} or --class_id=name:{class_id}."
+        )
+    if named is not None or number is not None:
+        return number if named is None else named
     known = (
         f", nor one of the names {', '.join(name_classes(range(len(names)), names))}"
         if names

@@ -18,7 +18,7 @@ from flax import traverse_util
 from lora_diffusion_jax import files, processes
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.training.writers import log
-from lora_diffusion_jax.untrusted import read_json
+from lora_diffusion_jax.untrusted import is_text, read_json
 
 CONFIG = "config.json"
 CONFIG_SUM = "config.json.sha256"  # beside it, to notice damage
@@ -49,6 +49,7 @@ def open_workdir(
         UserError: the directory cannot be written, another run is using it, or it holds a run with
             another config; or the processes have different configs.
     """
+    _check_text(config)
     processes.check_same("the config", json.dumps(config, sort_keys=True))
     directory = Path(path).absolute()
     with contextlib.ExitStack() as stack:
@@ -76,6 +77,17 @@ def open_workdir(
             )
         reconcile_config(directory, config, may_change, complete)
         yield directory
+
+
+def _check_text(config: Mapping[str, Any]) -> None:
+    """Raises UserError for text that could be written, and never read again."""
+    for field, value in traverse_util.flatten_dict(dict(config), sep=".").items():
+        for text in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(text, str) and not is_text(text):
+                raise UserError(
+                    f"{field} is {text[:200]!a}, which is no UTF-8 and could not be read from "
+                    f"{CONFIG} again. Rename what it names, or link to it by another name."
+                )
 
 
 def reconcile_config(

@@ -1,5 +1,6 @@
 import multiprocessing
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -129,3 +130,9 @@ def test_environment_variable_names_the_default_directory(tmp_path, monkeypatch)
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     open_source("digits")
     assert (tmp_path / "digits" / "1.0.0" / "features.json").is_file()
+    monkeypatch.chdir(tmp_path)
+    for wrong, says in (("$NOPE/tf", "variable NOPE is not set"), ("gs://b/tf", "is a URL")):
+        monkeypatch.setenv("TFDS_DATA_DIR", wrong)
+        with pytest.raises(UserError, match=rf"^TFDS_DATA_DIR={re.escape(wrong)}.*{says}"):
+            open_source("digits")
+    assert [path.name for path in tmp_path.iterdir()] == ["digits"]

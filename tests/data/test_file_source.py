@@ -301,6 +301,17 @@ def test_folders_are_numbered_in_natural_order(opened):
     ]
 
 
+@pytest.mark.parametrize(
+    "names",
+    [["-10", "-2", "-1", "0", "3", "10"], ["-0.5", "0.25", "0.5", "1", "1.125"], ["x0.5", "x0.25"]],
+)
+def test_numbers_are_in_the_order_of_their_values(opened, names):
+    source = opened(
+        {f"{n}/{i}.png": FILES["c.png"] for n in names for i in "01"}, class_folders=True
+    )
+    assert list(source.class_names) == names
+
+
 def test_outer_folders_are_no_classes(opened):
     files = {f"my/data/{c}/sub/{i}.png": FILES["c.png"] for c in ("dog", "cat") for i in range(2)}
     source = opened({**files, "my/readme.txt": b"x", "my/data/notes.txt": b"x"}, class_folders=True)
@@ -327,6 +338,50 @@ def test_an_empty_class_folder_is_an_error(tmp_path):
         archive.mkdir("bee")
     with pytest.raises(UserError, match="/bee is a class folder without images"):
         open_source(path=path, class_folders=True)
+
+
+def test_an_empty_class_beside_nested_ones_is_an_error(tmp_path):
+    files = {f"{name}/1.png": FILES["c.png"] for name in ("all/cat/black", "all/cat/white")}
+    write(tmp_path, files, "folder")
+    assert open_source(path=str(tmp_path), class_folders=True).class_names == ("black", "white")
+    (tmp_path / "all" / "dog").mkdir()
+    with pytest.raises(UserError, match="/all/dog is a class folder without images"):
+        open_source(path=str(tmp_path), class_folders=True)
+
+
+def test_parts_of_a_data_set_are_no_classes(opened):
+    files = {f"{part}/{c}/1.png": FILES["c.png"] for part in ("Train", "test") for c in ("a", "b")}
+    with pytest.raises(
+        UserError, match="holds the folders Train, test, .* as data.path, and another"
+    ):
+        opened(files, class_folders=True)
+    assert opened({**files, "cat/1.png": FILES["c.png"]}, class_folders=True).num_classes == 3
+
+
+def test_class_folders_on_disk_have_one_spelling_too(tmp_path):
+    names = ["cafe\u0301/1.png", "cat\\1.png", "dog\\big/1.png"]
+    source = open_source(
+        path=write(tmp_path, dict.fromkeys(names, FILES["c.png"]), "folder"), class_folders=True
+    )
+    assert source.class_names == ("caf\u00e9", "cat", "dog")
+    assert source.read(range(3))["image"].shape == (3, 6, 6, 3)
+
+
+def test_a_class_that_no_config_can_name_is_refused(tmp_path):
+    for name in (b"a", b"caf\xe9"):
+        os.makedirs(os.path.join(os.fsencode(tmp_path), name))
+        with open(os.path.join(os.fsencode(tmp_path), name, b"0.png"), "wb") as file:
+            file.write(FILES["c.png"])
+    with pytest.raises(UserError, match=r"/caf\\udce9 is a class folder whose name is no UTF-8"):
+        open_source(path=str(tmp_path), class_folders=True)
+    assert len(open_source(path=str(tmp_path))) == 2  # names of images are not kept
+
+
+def test_paths_hold_variables(tmp_path, monkeypatch):
+    monkeypatch.setenv("IMAGES", write(tmp_path, FILES, "folder"))
+    assert len(open_source(path="$IMAGES")) == 4
+    with pytest.raises(UserError, match=r"data\.path=gs://x/y is a URL"):
+        open_source(path="gs://x/y")
 
 
 def test_classes_without_images_are_known(opened):
@@ -387,6 +442,20 @@ def test_images_are_told_by_their_content(opened):
     assert len(source) == 3
     assert source.left_out == 0
     np.testing.assert_array_equal(source[1]["image"], ARRAYS["b/1.png"])
+
+
+def test_content_counts_more_than_the_ending_of_another_format(opened):
+    source = opened({"0.gif": FILES["c.png"], "1.WEBP": encode(pixels(), "JPEG")})
+    assert len(source) == 2
+    np.testing.assert_array_equal(source[0]["image"], ARRAYS["c.png"])
+
+
+def test_hidden_files_are_counted(opened):
+    hidden = {".cat/1.png": b"x", ".cat/x/2.png": b"x", "a/.b.png": b"x"}
+    of_macos = {"__MACOSX/a/._2.png": b"x", "__MACOSX/1.png": b"x", "a/._2.png": b"x"}
+    source = opened({**FILES, **hidden, **of_macos})
+    assert (len(source), source.left_out) == (len(FILES), len(hidden))
+    assert "Left out:    3 files that are no images, or hidden" in summarize(source)
 
 
 @pytest.mark.parametrize("form", ["GIF", "BMP", "TIFF", "WEBP", "PPM"])
@@ -489,6 +558,22 @@ def test_transparent_images_on_a_background(tmp_path):
     for wrong in ("whit", "#12345678", "#12"):
         with pytest.raises(UserError, match="is not a colour; give white"):
             open_source(path=str(tmp_path), background=wrong)
+
+
+def test_gray_images_stay_gray_on_a_gray_background_alone(tmp_path):
+    """Whichever way PNG says that they are transparent."""
+    gray = np.arange(36, dtype=np.uint8).reshape(6, 6, 1) + 1
+    gray[0, 0] = 200
+    alpha = np.where(gray == 200, 0, 255).astype(np.uint8)
+    with_alpha = encode(np.concatenate([gray, alpha], -1))
+    expected = np.where(gray == 200, 128, gray)
+    for data in (encode(gray, transparency=200), with_alpha):
+        found = decode(data, "x", (6, 6, 1), background="#808080")
+        np.testing.assert_array_equal(found, expected)
+        with pytest.raises(UserError, match="x is gray, but data.background='red' is not"):
+            decode(data, "x", (6, 6, 1), background="red")
+        found = decode(data, "x", (6, 6, 3), background="red", convert=True)
+        assert found[0, 0].tolist() == [255, 0, 0]
 
 
 def test_a_declared_size_beyond_the_limit_is_refused():

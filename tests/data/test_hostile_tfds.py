@@ -104,6 +104,19 @@ def test_files_outside_the_folder_are_refused(hostile):
         open_source("tiny", str(hostile.parents[1]), split="train")
 
 
+@pytest.mark.parametrize("key", ["shardLengths", "shard_lengths"])
+def test_shards_are_counted_before_they_are_listed(hostile, monkeypatch, key):
+    monkeypatch.setattr("tensorflow_datasets.builder_from_directory", None)  # never gets that far
+
+    def change(info):
+        del info["splits"][0]["shardLengths"]
+        info["splits"][0][key] = ["1"] * 10_001
+
+    edit(hostile / "dataset_info.json", change)
+    with pytest.raises(UserError, match=r"lists 10,00\d shards; expected at most 10,000"):
+        open_source("tiny", str(hostile.parents[1]))
+
+
 def test_names_of_classes_must_fit_and_are_read_within_limits(hostile):
     data_dir = str(hostile.parents[1])
     (hostile / "label.labels.txt").write_text("one\ntwo\n")

@@ -1,12 +1,14 @@
 """Untrusted npz files."""
 
 import io
+import json
 import zipfile
 
 import numpy as np
 import pytest
 
 from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.evaluation import npz as npz_module
 from lora_diffusion_jax.evaluation.images import open_npz
 from lora_diffusion_jax.evaluation.npz import read_npz
 from lora_diffusion_jax.evaluation.references import load_reference
@@ -69,6 +71,41 @@ def test_arrays_that_lie_are_one_sentence(tmp_path, case):
     assert str(caught.value).isprintable()
 
 
+def test_what_packing_may_add_is_bounded(tmp_path, monkeypatch):
+    """16 times a small file, and twice a large one beyond a constant: noise of that share is fine."""
+    noise, zeros = RNG.bytes(1 << 20), bytes(6 << 20)
+    for name, share in (("fine", 4 << 20), ("much", 6 << 20)):
+        images = np.frombuffer(noise + zeros[:share], np.uint8).reshape(-1, 1024, 1024, 1)
+        np.savez_compressed(tmp_path / f"{name}.npz", images=images)
+    assert len(open_npz(tmp_path / "much.npz")) == 7
+    monkeypatch.setattr(npz_module, "ADDED", 3 << 20)
+    assert len(open_npz(tmp_path / "fine.npz")) == 5
+    with pytest.raises(UserError, match=r"unpacks to 7,34.,... bytes, far more than it holds"):
+        open_npz(tmp_path / "much.npz")
+
+
+def test_images_without_pixels_are_refused(tmp_path):
+    for shape in ((3, 0, 4, 3), (0, 4, 4, 3), (3, 4, 0), (3, 4, 4, 0), ()):
+        np.savez(tmp_path / "x.npz", images=np.zeros(shape, np.uint8))
+        with pytest.raises(UserError, match="holds uint8 images of shape .*; expected uint8"):
+            open_npz(tmp_path / "x.npz")
+
+
+@pytest.mark.parametrize(("count", "rows"), [(None, 0), (None, 1), (5, 0), (5, 4), (5, 6)])
+def test_a_reference_has_a_row_per_image(tmp_path, count, rows):
+    def save(rows):
+        meta = {} if count is None else {"meta": np.array(json.dumps({"n": count}))}
+        features = np.zeros((rows, 2), np.float32)
+        np.savez(tmp_path / "r.npz", mu=np.zeros(2), sigma=np.eye(2), features=features, **meta)
+        return load_reference(tmp_path / "r.npz")
+
+    assert len(save(5).features) == 5
+    with pytest.raises(
+        UserError, match=f"holds {rows} rows of features; expected two images or more"
+    ):
+        save(rows)
+
+
 def test_other_packings_are_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "x.npz", "w", zipfile.ZIP_BZIP2) as archive:
         archive.writestr("images.npy", npy((100,), bytes(100)))
@@ -88,6 +125,10 @@ def test_damaged_files_never_raise_anything_but_a_user_error(tmp_path, save, cou
 
 
 META = {
+    "true": ('{"n": true}', "n = True; expected int"),
+    "none": ('{"n": 1}', "is of 1 images and holds no features; expected two images or more"),
+    "below 0": ('{"n": -4}', "is of -4 images"),
+    "null": ('{"n": null}', "n = None; expected int"),
     "no object": ("[1]", "not a JSON object"),
     "no JSON": ("{", "not valid JSON"),
     "number": ('{"features": 5}', "features = 5; expected str"),

@@ -28,6 +28,17 @@ def test_config_is_written_then_compared(tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize("value", ["/data/\udcff", ("cat", "\udcff")])
+def test_what_could_not_be_read_again_is_not_written(tmp_path, value):
+    config = {**CONFIG, "data": {"x": value}}
+    with (
+        pytest.raises(UserError, match=r"^data\.x is '.*\\udcff', which is no UTF-8"),
+        open_workdir(tmp_path / "run", config),
+    ):
+        pass
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_difference_that_matters_is_an_error_with_both_values(tmp_path):
     reconcile_config(tmp_path, CONFIG)
     other = {

@@ -111,6 +111,7 @@ def joined(args: argparse.Namespace, config: ConfigDict | None = None) -> Iterat
         detect=args.distributed,
         limit=args.process_timeout,
         heartbeat_timeout_seconds=args.heartbeat_timeout,
+        folder=getattr(args, "workdir", None),
     )
     compile_cache.use_compilation_cache()
     with processes.ending_together():

@@ -154,7 +154,7 @@ def check_out(out: Path, seeds: np.ndarray, rows: int) -> None:
             in_checkpoints and in_checkpoints.exists()
         ):
             raise UserError(
-                f"--out={out} is a run or lies among its checkpoints, which are the run's own; choose another "
+                f"--out={out} is a run or lies among its checkpoints, which are its own; choose another "
                 f"folder, such as {folder.parent / 'out'}."
             )
     if out.suffix in outputs.FILES and out.is_dir():

@@ -339,6 +339,8 @@ def _set_field(config: ConfigDict, field: str, argument: str) -> None:
     """Sets a field as ml_collections parses its value."""
     old = config_path.get_value(field, config)
     kind = config_path.get_type(field, config).__name__
+    if isinstance(old, tuple) and old:
+        kind += f" of {type(old[0]).__name__}"
     values = flags.FlagValues()  # private: absl's global flags are not used
     try:
         config_flags.DEFINE_config_dict(

@@ -43,7 +43,7 @@ def open_npz(path: str | os.PathLike[str]) -> np.ndarray:
         images.dtype != np.uint8
         or images.ndim != 4
         or images.shape[-1] not in (1, 3)
-        or not len(images)
+        or min(images.shape) == 0
     ):
         raise UserError(
             f"{path} holds {images.dtype} images of shape {images.shape}; expected uint8 "

@@ -180,14 +180,14 @@ def tidy(folder: Path, limit: int) -> None:
 
 def _is_whole(data: bytes) -> bool:
     """Whether an entry unpacks, to at most MAX_UNPACKED bytes, which are not kept."""
-    zstd = data.startswith(b"\x28\xb5\x2f\xfd")
-    if (
-        zstd and (module := _zstd_module()) is None
-    ):  # of another environment: JAX cannot read it here
-        return True
-    broken = (zlib.error, OSError, EOFError, *([module.ZstdError] if zstd else []))
+    broken: tuple[type[BaseException], ...] = (zlib.error, OSError, EOFError)
+    sizes = _zlib_sizes(data)
+    if data.startswith(b"\x28\xb5\x2f\xfd"):  # zstd
+        module = _zstd_module()
+        if module is None:  # of another environment: JAX cannot read it here
+            return True
+        sizes, broken = _zstd_sizes(module, data), (*broken, module.ZstdError)
     try:
-        sizes = _zstd_sizes(module, data) if zstd else _zlib_sizes(data)
         return all(total <= MAX_UNPACKED for total in itertools.accumulate(sizes))
     except broken:
         return False

@@ -111,6 +111,7 @@ def joined(args: argparse.Namespace, config: ConfigDict | None = None) -> Iterat
         detect=args.distributed,
         limit=args.process_timeout,
         heartbeat_timeout_seconds=args.heartbeat_timeout,
+        folder=getattr(args, "workdir", None),
     )
     compile_cache.use_compilation_cache()
     with processes.ending_together():
@@ -338,6 +339,8 @@ def _set_field(config: ConfigDict, field: str, argument: str) -> None:
     """Sets a field as ml_collections parses its value."""
     old = config_path.get_value(field, config)
     kind = config_path.get_type(field, config).__name__
+    if isinstance(old, tuple) and old:
+        kind += f" of {type(old[0]).__name__}"
     values = flags.FlagValues()  # private: absl's global flags are not used
     try:
         config_flags.DEFINE_config_dict(

@@ -1,12 +1,19 @@
 """The persistent compilation cache: compiled programs are kept for the next start."""
 
 import contextlib
+import grp
+import importlib
+import io
+import itertools
 import os
 import platform
+import pwd
 import stat
 import sys
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import jax
 
@@ -15,6 +22,9 @@ from lora_diffusion_jax.errors import UserError
 
 MIN_COMPILE_SECONDS = 0.1  # faster ones are not stored: reading an entry takes some 10 ms
 MAX_GIB = 5.0
+MAX_UNPACKED = 2**30  # bytes of a compiled program; real ones have some megabytes
+_PART = 2**20  # bytes unpacked at a time
+_MAX_LINKS = 40  # that Linux follows in one path
 
 
 def cache_dir() -> str:
@@ -85,24 +95,64 @@ def use_compilation_cache() -> str:
 
 
 def find_other_writer(folder: Path) -> str:
-    """Says who else could put programs into the cache; '' if nobody can, or it does not exist yet."""
-    if not folder.exists():
-        return ""
-    found = folder.stat()
-    if found.st_uid not in (os.geteuid(), 0):
-        problem = f"belongs to another user (uid {found.st_uid})"
-    elif found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        problem = f"can be written to by others (mode {stat.S_IMODE(found.st_mode):o})"
-    else:
-        return ""
-    return (
-        f"the compilation cache {folder} {problem}, who could place programs there, so it is not used. "
-        "Set JAX_COMPILATION_CACHE_DIR to a folder of your own, or run: chmod go-w " + str(folder)
-    )
+    """Says who else could put programs into the cache; '' if nobody can.
+
+    Whoever can write to a folder above it, or owns one, can put another in its place; the sticky bit
+    keeps others from that. The folders that links lead through count as well.
+    """
+    real = Path(os.path.realpath(folder))
+    for place in _on_the_way(folder.absolute()):
+        found = place.lstat()
+        if place == real:
+            writers = stat.S_IWGRP | stat.S_IWOTH
+        elif stat.S_ISLNK(found.st_mode) or found.st_mode & stat.S_ISVTX:
+            writers = 0
+        else:
+            writers = stat.S_IWOTH | (0 if _is_private(found.st_gid) else stat.S_IWGRP)
+        if found.st_uid not in (os.geteuid(), 0):
+            problem = f"belongs to another user (uid {found.st_uid})"
+        elif found.st_mode & writers:
+            problem = f"can be written to by others (mode {stat.S_IMODE(found.st_mode):o})"
+        else:
+            continue
+        which = "" if place == folder.absolute() else f"lies below {place}, which "
+        return (
+            f"the compilation cache {folder} {which}{problem}, who could place programs there, so it is not "
+            f"used. Set JAX_COMPILATION_CACHE_DIR to a folder of your own, or run: chmod go-w {place}"
+        )
+    return ""
+
+
+def _is_private(group: int) -> bool:
+    """Whether a group is this user's own, for which many systems let new folders be writable."""
+    try:
+        found, user = grp.getgrgid(group), pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return False
+    return found.gr_name == user and set(found.gr_mem) <= {user}
+
+
+def _on_the_way(path: Path) -> Iterator[Path]:
+    """The files and folders that opening an absolute path passes, links included, as far as they exist."""
+    parts, here, links = list(path.parts[1:]), Path(path.anchor), 0
+    yield here
+    while parts:
+        name = parts.pop(0)
+        here = here.parent if name == ".." else here / name
+        if not os.path.lexists(here):
+            return
+        yield here
+        if here.is_symlink():
+            target = here.readlink()
+            parts = [*target.parts[target.is_absolute() :], *parts]
+            here = Path(here.anchor) if target.is_absolute() else here.parent
+            links += 1
+            if links > _MAX_LINKS:  # a ring, which the system refuses as well
+                return
 
 
 def tidy(folder: Path, limit: int) -> None:
-    """Removes truncated entries, and the least recently used ones beyond `limit` bytes.
+    """Removes truncated and oversized entries, and the least recently used ones beyond `limit` bytes.
 
     JAX does neither well (0.10.2, tried): it never replaces an entry that a kill truncated, but warns
     and compiles again at every start. Its own limit, `jax_compilation_cache_max_size`, needs the
@@ -129,10 +179,43 @@ def tidy(folder: Path, limit: int) -> None:
 
 
 def _is_whole(data: bytes) -> bool:
-    if data.startswith(b"\x28\xb5\x2f\xfd"):  # zstd, used where zstandard is installed: not checked
-        return True
+    """Whether an entry unpacks, to at most MAX_UNPACKED bytes, which are not kept."""
+    broken: tuple[type[BaseException], ...] = (zlib.error, OSError, EOFError)
+    sizes = _zlib_sizes(data)
+    if data.startswith(b"\x28\xb5\x2f\xfd"):  # zstd
+        module = _zstd_module()
+        if module is None:  # of another environment: JAX cannot read it here
+            return True
+        sizes, broken = _zstd_sizes(module, data), (*broken, module.ZstdError)
     try:
-        zlib.decompress(data)
-    except zlib.error:
+        return all(total <= MAX_UNPACKED for total in itertools.accumulate(sizes))
+    except broken:
         return False
-    return True
+
+
+def _zlib_sizes(data: bytes) -> Iterator[int]:
+    """The sizes of an entry's parts, unpacked one at a time."""
+    unpacker = zlib.decompressobj()
+    for start in range(0, len(data), _PART):
+        packed = data[start : start + _PART]
+        while packed and not unpacker.eof:
+            yield len(unpacker.decompress(packed, _PART))
+            packed = unpacker.unconsumed_tail
+    while not unpacker.eof:
+        if not (part := unpacker.decompress(b"", _PART)):
+            raise EOFError
+        yield len(part)
+
+
+def _zstd_sizes(module: ModuleType, data: bytes) -> Iterator[int]:
+    with module.open(io.BytesIO(data), "rb") as file:
+        while part := file.read(_PART):
+            yield len(part)
+
+
+def _zstd_module() -> ModuleType | None:
+    """What JAX unpacks zstd with: Python 3.14 has it, older ones the package zstandard."""
+    for name in ("compression.zstd", "zstandard"):
+        with contextlib.suppress(ImportError):
+            return importlib.import_module(name)
+    return None

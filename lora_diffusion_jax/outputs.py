@@ -4,7 +4,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,14 @@ import numpy as np
 from PIL import Image
 
 from lora_diffusion_jax import files
+from lora_diffusion_jax.data.decode import HEAD, format_of
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.generate import NO_LABEL
 
 FILES = (".npz", ".png")  # any other --out is a folder
-IMAGES = (".png", ".jpg", ".jpeg")  # what an evaluation of a folder counts
+IMAGES = (".png", ".jpg", ".jpeg")  # images by their ending; others show by their content
+LABELS = "dataset.json"
+_ABOUT_BYTES = 10_000  # its end, in which `about` stands
 
 
 class Output:
@@ -35,7 +38,8 @@ class Output:
         labels: of all images, int32 [N].
         identity: what else decides the images; images left by a run of another identity are dropped.
         columns: of a grid; 0: as many as rows.
-        overwrite: remove images of other seeds that an earlier command wrote into the folder.
+        overwrite: remove images of other seeds that an earlier command wrote into the folder, and
+            replace files that no earlier command wrote.
 
     Attributes:
         done: bool [N], which images an interrupted run has left. The others are to be written in order.
@@ -64,11 +68,13 @@ class Output:
             self.folder / ".lock",
             f"Another process is writing {path}; wait for it, or choose another --out.",
         )
+        self.state = self.folder / ".unfinished"
         if not packed:
             self._refuse_others(overwrite)
-        self.state = self.folder / ".unfinished"
+            if not overwrite:
+                self._refuse_to_replace()
         if not (self.state.is_file() and self.state.read_text() == identity):
-            for name in ["dataset.json", *self.names]:  # must not pass for this run's
+            for name in [LABELS, *self.names]:  # must not pass for this run's
                 (self.folder / name).unlink(missing_ok=True)
             files.write_text(self.state, identity)
         # An empty file is what a crash of the machine may leave.
@@ -79,8 +85,7 @@ class Output:
     def _refuse_others(self, overwrite: bool) -> None:
         """Raises UserError for images in the folder that an evaluation would count with this run's."""
         asked = {self.folder / name for name in self.names}
-        found = (path for path in self.folder.rglob("*") if path.suffix.lower() in IMAGES)
-        others = sorted(path for path in found if path not in asked)
+        others = sorted(path for path in _images_below(self.folder) if path not in asked)
         ours = [
             p for p in others if p.parent == self.folder and re.fullmatch(r"\d{6,10}\.png", p.name)
         ]
@@ -93,6 +98,17 @@ class Output:
             raise UserError(
                 f"{self.folder} holds {len(others)} images that this command does not write, such as "
                 f"{others[0].name}; they would count as samples of this run: {advice}."
+            )
+
+    def _refuse_to_replace(self) -> None:
+        """Raises UserError for files of this run's names that no earlier command wrote."""
+        if self.state.is_file() or _is_ours(self.folder / LABELS):
+            return
+        there = {entry.name for entry in os.scandir(self.folder)}
+        if found := [name for name in (*self.names, LABELS) if name in there]:
+            raise UserError(
+                f"{self.folder} holds {len(found)} files that this command would replace and that no earlier "
+                f"one wrote, such as {found[0]}: choose another --out, or add --overwrite to replace them."
             )
 
     def write(self, images: np.ndarray) -> None:
@@ -116,11 +132,39 @@ class Output:
             pairs = zip(self.names, self.labels.tolist(), strict=True)
             labels = [[name, label] for name, label in pairs if label != NO_LABEL]
             text = json.dumps({"labels": labels or None, "about": dict(about)})
-            files.write_text(self.folder / "dataset.json", text)
+            files.write_text(self.folder / LABELS, text)
         self.state.unlink()
         self.lock.release(remove=True)
         if self.path != self.folder:
             shutil.rmtree(self.folder)
+
+
+def _images_below(folder: Path) -> Iterator[Path]:
+    """What a data set of this folder would count or refuse: images by ending or content, not hidden."""
+    seen = set()
+    for parent, children, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(parent)) in seen:  # a link back
+            children.clear()
+            continue
+        seen.add(real)
+        children[:] = [child for child in children if not child.startswith(".")]
+        for path in (Path(parent, name) for name in names if not name.startswith(".")):
+            if path.suffix.lower() in IMAGES or (path.is_file() and format_of(_head(path))):
+                yield path
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(HEAD)
+
+
+def _is_ours(labels: Path) -> bool:
+    """Whether a dataset.json is one that `Output.finish` wrote."""
+    if not labels.is_file():
+        return False
+    with labels.open("rb") as file:  # millions of labels may stand before it
+        file.seek(max(0, labels.stat().st_size - _ABOUT_BYTES))
+        return bool(re.search(rb'[l\]], "about": \{.*\}\}\Z', file.read(_ABOUT_BYTES)))
 
 
 def grid(images: np.ndarray, columns: int, *, min_side: int = 48, gap: int = 4) -> np.ndarray:

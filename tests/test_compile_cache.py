@@ -3,7 +3,9 @@
 import os
 import subprocess
 import sys
+import tracemalloc
 import zlib
+from pathlib import Path
 
 import jax
 import pytest
@@ -66,6 +68,35 @@ def test_the_least_recently_used_entries_go_first(tmp_path):
     assert {p.name for p in tmp_path.glob("*")} == {"0-cache", "1-cache", "other", ".checked"}
 
 
+def test_an_entry_that_unpacks_without_end_is_removed(tmp_path, monkeypatch):
+    """Before JAX unpacks it, and without taking its memory here."""
+    monkeypatch.setattr(compile_cache, "MAX_UNPACKED", 8 << 20)
+    packer = zlib.compressobj()
+    bomb = b"".join(packer.compress(bytes(1 << 20)) for _ in range(64)) + packer.flush()
+    tracemalloc.start()
+    assert not compile_cache._is_whole(bomb)
+    assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    tracemalloc.stop()
+    exact = zlib.compress(bytes(8 << 20))
+    entries = {"bomb": bomb, "exact": exact, "short": exact[:-1], "empty": b"", "text": b"text"}
+    entries["noise"] = zlib.compress(os.urandom(3 << 20))
+    for name, data in entries.items():
+        (tmp_path / f"{name}-cache").write_bytes(data)
+    compile_cache.tidy(tmp_path, 1 << 30)
+    assert {p.name for p in tmp_path.glob("*-cache")} == {"exact-cache", "noise-cache"}
+
+
+def test_an_entry_packed_by_zstd_has_the_same_limit(monkeypatch):
+    module = compile_cache._zstd_module()
+    entry = b"\x28\xb5\x2f\xfd" + bytes(9)
+    if module is None:  # what JAX cannot read here may serve another environment
+        assert compile_cache._is_whole(entry)
+        return
+    monkeypatch.setattr(compile_cache, "MAX_UNPACKED", 8 << 20)
+    assert compile_cache._is_whole(module.compress(bytes(8 << 20)))
+    assert not compile_cache._is_whole(module.compress(bytes(9 << 20)))
+
+
 @pytest.mark.parametrize(
     ("environment", "place"),
     [
@@ -97,6 +128,46 @@ def test_a_folder_that_others_can_write_to_is_not_used(tmp_path, capsys, monkeyp
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
     if folder.stat().st_uid:
         assert "belongs to another user" in compile_cache.find_other_writer(folder)
+
+
+def test_a_folder_that_others_can_exchange_is_not_used(tmp_path, monkeypatch):
+    """By renaming what lies above it, or by a link of their own on the way."""
+    folder = tmp_path / "open" / "inner" / "cache"
+    folder.mkdir(parents=True)
+    assert compile_cache.find_other_writer(folder) == ""
+    modes = [
+        (0o777, True, True),
+        (0o775, False, True),
+        (0o775, True, False),
+        (0o1777, False, False),
+    ]
+    for mode, private, found in modes:
+        monkeypatch.setattr(compile_cache, "_is_private", lambda group, private=private: private)
+        (tmp_path / "open").chmod(mode)
+        for place in (folder, folder.parent / "not yet"):
+            words = f"lies below {tmp_path}/open, which can be written to by others (mode {mode:o})"
+            assert (words in compile_cache.find_other_writer(place)) == found
+    (tmp_path / "link").symlink_to("open")  # the way leads through here, whoever made it
+    ways = [tmp_path / "link" / "inner" / "cache", tmp_path / "link" / ".." / "open" / "inner"]
+    (tmp_path / "open").chmod(0o777)
+    assert all("written to by others" in compile_cache.find_other_writer(way) for way in ways)
+    (tmp_path / "open").chmod(0o700)
+    assert not any(map(compile_cache.find_other_writer, ways))
+    of_a_stranger = os.lstat(tmp_path / "link").st_ino
+    lstat = Path.lstat
+
+    def owned(path):
+        found = lstat(path)
+        uid = os.geteuid() + 1 if found.st_ino == of_a_stranger else found.st_uid
+        return os.stat_result([*found[:4], uid, *found[5:]])
+
+    monkeypatch.setattr(Path, "lstat", owned)
+    for way in ways:
+        words = f"lies below {tmp_path}/link, which belongs to another user"
+        assert words in compile_cache.find_other_writer(way)
+    assert compile_cache.find_other_writer(folder) == ""
+    (tmp_path / "ring").symlink_to("ring")
+    assert compile_cache.find_other_writer(tmp_path / "ring" / "cache") == ""
 
 
 def test_the_stamp_is_not_written_through_a_link(tmp_path):

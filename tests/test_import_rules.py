@@ -29,7 +29,7 @@ ALLOWED = {
     "data": {"processes"},
     "default_config": {"diffusion"},
     "generate": {"diffusion", "processes"},
-    "outputs": {"generate"},
+    "outputs": {"generate", "data"},
     "training": {"processes"},
     "evaluation": {"readers", "processes"},
     "factory": BELOW_FACTORY - {"outputs", "evaluation", "readers"},

@@ -3,13 +3,14 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from lora_diffusion_jax.errors import UserError
-from lora_diffusion_jax.outputs import Output, grid
+from lora_diffusion_jax.outputs import Output, grid, write_png
 
 SEEDS = np.array([4, 1, 9, 3, 11])
 LABELS = np.array([0, 7, 2, 2, 5], np.int32)
@@ -17,8 +18,8 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 1), np.uint8)
 ABOUT = {"weights": "ema"}
 
 
-def save(path, identity="one"):
-    output = Output(path, SEEDS, LABELS, identity)
+def save(path, identity="one", *, overwrite=False):
+    output = Output(path, SEEDS, LABELS, identity, overwrite=overwrite)
     output.write(IMAGES)
     output.finish(ABOUT)
 
@@ -87,6 +88,38 @@ def test_images_that_would_be_counted_with_the_new_ones_are_refused(tmp_path):
     Output(tmp_path / "deep" / "x.npz", *few, "few")  # a file holds its own images alone
 
 
+@pytest.mark.parametrize("name", ["000004.png", "dataset.json"])
+@pytest.mark.parametrize("text", ["precious", '{"labels": null}', "{}", "[" * 10**5])
+def test_files_that_no_earlier_command_wrote_are_replaced_only_if_asked(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=f"1 files .* such as {name}: choose .* --overwrite"):
+        save(tmp_path)
+    assert (tmp_path / name).read_text() == text
+    assert {p.name for p in tmp_path.iterdir()} <= {name, ".lock"}
+    save(tmp_path, overwrite=True)
+    assert len(list(tmp_path.glob("*.png"))) == len(SEEDS)
+    save(tmp_path, "another")  # these are an earlier command's
+
+
+def test_images_count_by_content_as_in_an_evaluation(tmp_path):
+    stranger = tmp_path / "elsewhere" / "old"
+    write_png(stranger, IMAGES[0])
+    for n, place in enumerate(["portrait", "old.jfif", "deep/x.dat", "linked/old"]):
+        out = tmp_path / str(n)
+        (out / place).parent.mkdir(parents=True)
+        if place.startswith("linked"):
+            (out / "linked").rmdir()
+            (out / "linked").symlink_to(stranger.parent)
+            (stranger.parent / "back").symlink_to(stranger.parent)
+        else:
+            (out / place).write_bytes(stranger.read_bytes())
+        (out / ".000001.png.0123abcd.tmp").write_bytes(stranger.read_bytes())  # of a kill
+        with pytest.raises(UserError, match=f"1 images .* such as {Path(place).name};"):
+            save(out)
+        (out / place).unlink()
+        save(out)
+
+
 @pytest.mark.parametrize("name", [".lock", ".unfinished", "000004.png", "dataset.json"])
 def test_links_in_the_folder_are_not_followed(tmp_path, name):
     (tmp_path / "precious").write_text("precious")
@@ -96,7 +129,7 @@ def test_links_in_the_folder_are_not_followed(tmp_path, name):
         with pytest.raises(UserError, match=".lock is a link"):
             save(tmp_path / "out")
     else:
-        save(tmp_path / "out")
+        save(tmp_path / "out", overwrite=True)
     assert (tmp_path / "precious").read_text() == "precious"
     (tmp_path / "x.npz.unfinished").symlink_to(tmp_path / "out")
     with pytest.raises(UserError, match="x.npz.unfinished is a link"):

@@ -15,6 +15,10 @@ import numpy as np
 
 from lora_diffusion_jax.errors import UserError
 
+MAX_STEPS = 10_000  # of a sampling run, whose plan is written row by row
+_SQUARABLE = (1e-18, 1e18)  # noise levels whose squares float32 holds
+_MAX_LEVELS = 1_000_000  # of iDDPM's discretization, which is computed level by level
+
 
 class Schedule(NamedTuple):
     """sigma(t), its derivative and its inverse."""
@@ -81,26 +85,38 @@ def ramp(num_steps: int, sigma_min: float, sigma_max: float) -> np.ndarray:
 
 
 def check_grid(num_steps: int, sigma_min: float, sigma_max: float) -> None:
-    """Raises UserError for fewer than 2 steps, or an empty range of noise levels."""
-    if not isinstance(num_steps, (int, np.integer)) or num_steps < 2:
+    """Raises UserError for fewer than 2 steps or too many, or an empty range of noise levels."""
+    if not isinstance(num_steps, (int, np.integer)) or not 2 <= num_steps <= MAX_STEPS:
         raise UserError(
             f"num_steps is {num_steps!r}; the sampler needs at least 2 steps, since the grid runs "
-            "from sigma_max to sigma_min."
+            f"from sigma_max to sigma_min, and takes at most {MAX_STEPS:,}."
         )
-    if not 0 < sigma_min < sigma_max < float("inf"):
+    low, high = _SQUARABLE
+    if not low <= sigma_min < sigma_max <= high:
         raise UserError(
             f"sigma_min is {sigma_min:g} and sigma_max {sigma_max:g}, within what the network "
-            "supports; 0 < sigma_min < sigma_max < infinity is required."
+            f"supports; {low:g} <= sigma_min < sigma_max <= {high:g} is required."
         )
 
 
 def edm_grid(num_steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> np.ndarray:
     """sigma_i = (smax^(1/rho) + i/(N-1) (smin^(1/rho) - smax^(1/rho)))^rho, [N] (EDM eq. 5)."""
-    if not rho > 0:
-        raise UserError(f"rho is {rho:g}; it must be positive.")
+    if not 0 < rho < float("inf"):
+        raise UserError(f"rho is {rho:g}; it must be positive and finite.")
     steps = ramp(num_steps, sigma_min, sigma_max)
-    high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
-    return (high + steps * (low - high)) ** rho
+    try:
+        high, low = float(sigma_max) ** (1 / rho), float(sigma_min) ** (1 / rho)
+    except OverflowError:
+        high, low = float("inf"), 0.0
+    with np.errstate(all="ignore"):
+        sigmas = (high + steps * (low - high)) ** rho
+        held = sigmas.astype(np.float32)
+    if not (np.isfinite(held).all() and (held >= np.finfo(np.float32).tiny).all()):
+        raise UserError(
+            f"sigma_min {sigma_min:g}, sigma_max {sigma_max:g} and rho {rho:g} give noise levels that "
+            "float32 cannot hold; choose a rho nearer to 7, or a narrower range."
+        )
+    return sigmas
 
 
 def vp_grid(num_steps: int, sigma_min: float, sigma_max: float, epsilon: float) -> np.ndarray:
@@ -121,7 +137,20 @@ def iddpm_levels(c_1: float, c_2: float, num_levels: int, dtype: type = np.float
     The reference computes abar in float32, which moves u by 5e-4, and sums up in float32 for its network
     and in float64 for its sampler. Networks were trained on those levels, so this does the same; the
     sine of another library leaves a difference of 1.3e-5 (relative) to the reference's own tables.
+
+    Raises:
+        UserError: constants that define no such levels, or too many levels.
     """
+    if not isinstance(num_levels, (int, np.integer)) or not 1 <= num_levels <= _MAX_LEVELS:
+        raise UserError(
+            f"The number of iDDPM's levels is {num_levels!r}; it must be a whole number from 1 to "
+            f"{_MAX_LEVELS:,}."
+        )
+    if not (0 < c_1 < 1 and 0 <= c_2 < float("inf")):
+        raise UserError(
+            f"iDDPM's constants are c_1 = {c_1:g} and c_2 = {c_2:g}; expected 0 < c_1 < 1 and "
+            "c_2 >= 0."
+        )
     f32 = np.float32
     j = np.arange(num_levels + 1, dtype=f32)
     abar = np.sin(f32(0.5 * np.pi) * j / f32(num_levels) / f32(c_2 + 1)) ** 2

@@ -13,6 +13,7 @@ from lora_diffusion_jax.data import augment as augmentation
 from lora_diffusion_jax.diffusion import samplers
 from lora_diffusion_jax.diffusion.discrete import SCHEDULES
 from lora_diffusion_jax.diffusion.precond import DDPM_LOSSES, PRECONDS
+from lora_diffusion_jax.diffusion.schedules import MAX_STEPS
 from lora_diffusion_jax.errors import UserError, choose, printable
 from lora_diffusion_jax.models import NETWORKS
 from lora_diffusion_jax.models.blocks import REMAT
@@ -47,7 +48,8 @@ _RANGES = {  # fields -> their range; upper bounds keep a damaged file from aski
     ("lora.rank", "lora.bases"): (1, 4096),
     ("train.batch_size", "train.total_images", "sampler.batch_size"): (1, math.inf),
     ("train.microbatch", "eval.num_samples", "eval.final_num_samples"): (0, math.inf),
-    ("eval.num_steps", "train.new_classes"): (0, math.inf),
+    ("train.new_classes", "train.max_nonfinite"): (0, math.inf),
+    ("sampler.num_steps", "eval.num_steps"): (0, MAX_STEPS),
     ("train.learning_rate", "train.ema_halflife_images", "train.ema_rampup_ratio"): (0, math.inf),
     ("train.rampup_images", "data.memory_limit_gib"): (0, math.inf),
     ("data.workers",): (0, 1024),
@@ -203,6 +205,6 @@ def check_sites(pattern: str) -> None:
 
 
 def _get(config: ConfigDict, field: str) -> Any:
-    """The value of a field: `model.channels`, or `dtype`."""
+    """The value of a field, `model.channels` or `dtype`; None if this sampler does not have it."""
     group, _, name = field.rpartition(".")
-    return config[group][name] if group else config[name]
+    return config[group].get(name) if group else config[name]

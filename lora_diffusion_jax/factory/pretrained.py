@@ -21,6 +21,7 @@ from lora_diffusion_jax.factory.networks import (
     is_class_pair,
     num_classes,
     resolved,
+    variable_shapes,
 )
 from lora_diffusion_jax.models.song_unet import SongUNet
 from lora_diffusion_jax.paths import is_adapter
@@ -73,7 +74,7 @@ def load_workdir(
         at_step: the checkpoint's step; None: the newest.
 
     Raises:
-        UserError: this is not a run, or it has no such checkpoint.
+        UserError: this is not a run, it has no such checkpoint, or its config does not fit the weights.
     """
     path = files.expand(path)
     config = config_from_dict(workdir.read_config(path))
@@ -83,7 +84,17 @@ def load_workdir(
     # iDDPM's noise levels, which older versions kept beside the weights, follow from the config.
     variables.get("buffers", {}).pop("u", None)
     check_finite(variables, f"{path}, step {step_read}")
-    return Pretrained(build_denoiser(config), variables, config, step_read)
+    denoiser = build_denoiser(config)
+    found, wanted = (
+        {name: tuple(v.shape) for name, v in flatten_dict(tree, sep="/").items()}
+        for tree in (variables, variable_shapes(config, denoiser))
+    )
+    if problem := mismatch(found, wanted):
+        raise UserError(
+            f"{path}: the weights of step {step_read} do not fit the network of {workdir.CONFIG}; {problem}. "
+            "Restore the file as the run wrote it."
+        )
+    return Pretrained(denoiser, variables, config, step_read)
 
 
 def check_finite(variables: Variables, origin: str) -> None:

@@ -162,6 +162,10 @@ class UCLoRA(LowRankAdapter):
     def validate(self) -> None:
         """Raises UserError unless all sizes are positive integers that a group norm can split."""
         super().validate()
+        if not isinstance(self.widths, Sequence) or isinstance(self.widths, str):
+            raise UserError(
+                f"LoRA widths are {self.widths!r}; expected a tuple of hidden widths, such as (128, 64)."
+            )
         if any(not isinstance(w, int) or w < 1 for w in self.widths):
             raise UserError(
                 f"LoRA widths are {tuple(self.widths)}; hidden widths must be positive integers."
@@ -214,8 +218,14 @@ class SumOfAdapters(nn.Module):
     adapters: Mapping[str, LowRankAdapter]
 
     def validate(self) -> None:
-        """Raises UserError if an adapter's sizes are invalid."""
-        for adapter in self.adapters.values():
+        """Raises UserError for other things than adapters by name, or invalid sizes."""
+        given = self.adapters.values() if isinstance(self.adapters, Mapping) else [None]
+        if not given or not all(isinstance(adapter, LowRankAdapter) for adapter in given):
+            raise UserError(
+                "SumOfAdapters has other things than adapters by name; expected such as "
+                "{'time': TimeLoRA(), 'class': ClassLoRA()}."
+            )
+        for adapter in given:
             adapter.validate()
 
     @nn.compact

@@ -179,9 +179,27 @@ def attach(
             or a function of the call's arguments that returns it, [B, E] for UC-LoRA.
 
     Raises:
-        UserError: sizes or patterns are invalid; at the first call: no layer matches (the error
-            lists the candidates), a matching layer cannot be adapted, or no condition was tapped.
+        UserError: arguments of other types, or invalid sizes or patterns; at the first call: no layer
+            matches (the error lists the candidates), a matching layer cannot be adapted, or no condition
+            was tapped.
     """
+    for name, value in (("module", module), ("adapter", adapter)):
+        if not isinstance(value, nn.Module):
+            made = "; call it to make one" if isinstance(value, type) else ""
+            raise UserError(
+                f"The {name} that lora.attach got is {_kind(value)}; expected an instance of a linen "
+                f"module{made}."
+            )
+    if not isinstance(sites, str):
+        raise UserError(
+            f"The argument sites of lora.attach is {_kind(sites)}; expected one regular expression for the "
+            "layers' paths, such as '.*/(qkv|proj)'."
+        )
+    if not isinstance(condition, str) and not callable(condition):
+        raise UserError(
+            f"The condition that lora.attach got is {_kind(condition)}; expected a regular expression for "
+            "the path of a submodule, or a function of the call's arguments."
+        )
     if isinstance(module, Adapted):
         raise UserError(
             f"This module has adapters already, at {module.sites!r}. Attach to the base (its field "
@@ -198,6 +216,13 @@ def attach(
     if hasattr(adapter, "validate"):
         adapter.validate()
     return Adapted(module, sites=sites, template=Template(adapter), condition=condition)
+
+
+def _kind(value: Any) -> str:
+    """What something is, for a message: `the class UCLoRA`, `of type list`."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    return f"of type {type(value).__name__}"
 
 
 def composition_weights(

@@ -33,6 +33,8 @@ def import_checkpoint(
     """
     if has_checkpoint(directory):
         raise UserError(f"{directory} already holds a run; choose another workdir.")
+    for name, path in (("source", source), ("base", base)):
+        _check_path(name, path)
     loaded = interop.load_pretrained(source, base, config)
     params = loaded.variables["params"]
     weights = checkpoint.SavedWeights(
@@ -41,6 +43,20 @@ def import_checkpoint(
     with workdir.open_workdir(directory, loaded.config.to_dict()) as path, files.disk_errors(path):
         checkpoint.save_weights(path, weights)
     return lora.count(params)
+
+
+def _check_path(name: str, path: str | os.PathLike | None) -> None:
+    """Raises UserError for a path where there is nothing, or a folder that is no run."""
+    expected = "a .pkl snapshot, a .pt state dict, a .safetensors file, or the workdir of a run"
+    if path is None:
+        return
+    found = Path(files.expand(path, f"--{name}"))
+    if not found.exists():
+        raise UserError(f"--{name}={path} does not exist; give {expected}.")
+    if found.is_dir() and not (found / workdir.CONFIG).exists():
+        raise UserError(
+            f"--{name}={path} is a folder without {workdir.CONFIG}, so it is no run; give {expected}."
+        )
 
 
 def has_checkpoint(directory: str | os.PathLike) -> bool:

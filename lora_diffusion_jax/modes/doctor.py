@@ -129,7 +129,14 @@ def run(directory: Path, may_be_new: bool) -> Iterator[str]:
     yield f"run: {len(steps)} checkpoints, {seen:,} of {train.total_images:,} images"
     if problems := list(damaged(directory)):
         raise UserError("; ".join(problems) + ".")
-    yield "checksums: no damage in checkpoints, config.json, metrics and results"
+    folder = directory / checkpoint.FOLDER
+    unverified = [str(s) for s in steps if not checkpoint.is_verified(folder / str(s))]
+    if unverified:
+        yield (
+            f"not verified: checkpoint {', '.join(unverified)}, without checksums (of an older version, or "
+            "saved just before a kill)"
+        )
+    yield "checksums: no damage in what has some of checkpoints, config.json, metrics and results"
 
 
 def damaged(directory: Path) -> Iterator[str]:

@@ -15,6 +15,7 @@ from lora_diffusion_jax.factory.networks import (
     ignored_inputs,
     variable_shapes,
 )
+from lora_diffusion_jax.factory.objectives import build_sampler
 
 
 def describe(config: ConfigDict, *, needs_data: bool = False) -> str:
@@ -40,6 +41,7 @@ def describe(config: ConfigDict, *, needs_data: bool = False) -> str:
         config, data = complete(config, source), summarize(source)
     check_attention(config)
     denoiser = build_denoiser(config)
+    build_sampler(config, denoiser)
     params = variable_shapes(config, denoiser)["params"]
     base, adapters = lora.split(params)
     sites = lora.list_sites(params)

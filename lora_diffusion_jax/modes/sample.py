@@ -18,6 +18,7 @@ from lora_diffusion_jax.factory.objectives import sampler_settings
 from lora_diffusion_jax.factory.pretrained import Pretrained
 from lora_diffusion_jax.factory.training import build_generator, build_mesh
 from lora_diffusion_jax.processes.interrupts import pause_point
+from lora_diffusion_jax.training import checkpoint, workdir
 from lora_diffusion_jax.training.writers import log
 
 FINISH_LIMIT = 3600.0  # seconds that other processes wait while process 0 compresses an .npz
@@ -167,6 +168,20 @@ def check_out(out: Path, seeds: np.ndarray, rows: int) -> None:
         seeds: of all images.
         rows: of a grid with one row per class; 0 for any other.
     """
+    whole = Path(os.path.realpath(out))
+    for folder in (whole, *whole.parents):
+        in_checkpoints = folder.name == checkpoint.FOLDER and folder.parent / workdir.CONFIG
+        if (folder == whole and (folder / workdir.CONFIG).exists()) or (
+            in_checkpoints and in_checkpoints.exists()
+        ):
+            raise UserError(
+                f"--out={out} is a run or lies among its checkpoints, which are its own; choose another "
+                f"folder, such as {folder.parent / 'out'}."
+            )
+    if out.suffix in outputs.FILES and out.is_dir():
+        raise UserError(
+            f"--out={out} is a folder, but {out.suffix} names a file; remove it or choose another --out."
+        )
     if out.suffix not in outputs.FILES:
         if out.suffix.lower() in (*NOT_WRITTEN, *outputs.FILES):
             raise UserError(

@@ -6,6 +6,7 @@ import os
 import socket
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,6 +28,7 @@ def join(
     detect: bool | None = None,
     limit: float = session.limit,
     heartbeat_timeout_seconds: float = session.heartbeat,
+    folder: str | os.PathLike | None = None,
 ) -> None:
     """Makes this process one of several, or does nothing if it is alone. Call it before other JAX.
 
@@ -38,6 +40,7 @@ def join(
             inside a Slurm step or an Open MPI job of more than one process.
         limit: seconds that processes wait for one another, here and later.
         heartbeat_timeout_seconds: a process that JAX has not heard for so long is dead, and ends all.
+        folder: the workdir, which all processes share: a secret in it keeps strangers out of the start.
 
     Raises:
         UserError: an argument is missing or invalid, or other processes did not come.
@@ -60,7 +63,7 @@ def join(
     if detect:
         _initialize(limit)
     elif not missing and given["num_processes"] != 1:
-        _join_explicitly(given, limit)
+        _join_explicitly(given, limit, Path(folder).absolute() if folder else None)
     elif len(missing) in (1, 2):
         raise UserError(
             f"Missing {' and '.join(missing)}: several processes need --coordinator_address=HOST:PORT "
@@ -79,7 +82,7 @@ def _integer(variable: str) -> int | None:
     return text and int(text)
 
 
-def _join_explicitly(given: dict[str, Any], limit: float) -> None:
+def _join_explicitly(given: dict[str, Any], limit: float, folder: Path | None) -> None:
     address, count, index = given.values()
     if not 0 <= index < count:
         raise UserError(
@@ -87,7 +90,7 @@ def _join_explicitly(given: dict[str, Any], limit: float) -> None:
         )
     deadline = time.monotonic() + limit
     if index > 0:
-        asyncio.run(check_in.call(*_split(address), count, index, limit))
+        asyncio.run(check_in.call(*_split(address), count, index, limit, folder))
     else:
         # One interface is enough; by default JAX listens on all of them.
         host, port = _split(os.environ.get("JAX_COORDINATOR_BIND_ADDRESS") or address)
@@ -95,7 +98,7 @@ def _join_explicitly(given: dict[str, Any], limit: float) -> None:
             host = str(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4][0])
         except OSError as error:
             raise UserError(f"Process 0 cannot resolve {host!r}: {error.strerror}.") from error
-        asyncio.run(check_in.lead(host, port, count, limit))
+        asyncio.run(check_in.lead(host, port, count, limit, folder))
         given["coordinator_bind_address"] = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     # All are there, so that the rest takes a second.
     left = max(deadline - time.monotonic(), 10.0)

@@ -8,6 +8,7 @@ aside, and the one before it is used.
 import functools
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -30,6 +31,7 @@ from lora_diffusion_jax.untrusted import read_json
 FOLDER = "checkpoints"
 # Parts of a checkpoint, restored one by one: sampling reads the weights alone.
 PARTS = ("weights", "optimizer", "interval")
+_STEP = re.compile("0|[1-9][0-9]{0,11}")  # the name of a complete checkpoint
 WEIGHTS = ("params", "frozen", "buffers", "ema")
 # Seconds that processes wait for each other's reading. If one cannot read its share, orbax's own
 # barrier holds the others first, and gives up after 300 s.
@@ -80,6 +82,11 @@ class Checkpoints:
                     if path.is_symlink():  # orbax would write or delete what it points to
                         raise UserError(
                             f"{path} is a link; a run writes its checkpoints into its own workdir. Remove it."
+                        )
+                    # orbax might take it for a later step, and save nothing more
+                    if path.name.isnumeric() and not _STEP.fullmatch(path.name):
+                        raise UserError(
+                            f"{path} is named like a checkpoint, but no run writes that number. Remove it."
                         )
 
         processes.from_leader("creating the folder of checkpoints", create_folder)
@@ -263,6 +270,11 @@ def find_damage(folder: Path, parts: Sequence[str] = PARTS) -> str:
     return damage or ""
 
 
+def is_verified(folder: Path) -> bool:
+    """Whether a checkpoint has checksums, so that `find_damage` compared them."""
+    return (folder / files.SUMS).exists()
+
+
 @functools.cache
 def _tell_unverified(directory: Path) -> None:
     log(
@@ -318,12 +330,15 @@ def _set_aside(directory: Path, unreadable: Sequence[int]) -> None:
 
 
 def saved_steps(workdir: str | os.PathLike) -> list[int]:
-    """The steps with a checkpoint, ascending; none before a run has saved anything."""
+    """The steps with a checkpoint, ascending; none before a run has saved anything.
+
+    Other names, such as 003, are no checkpoints: opened by its number, each would be another folder.
+    """
     directory = Path(workdir).absolute() / FOLDER
     if not directory.is_dir():
         return []
     # One that is not complete has a name beside its number.
-    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal())
+    return sorted(int(path.name) for path in directory.iterdir() if _STEP.fullmatch(path.name))
 
 
 def open_for_reading(

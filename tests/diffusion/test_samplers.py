@@ -304,10 +304,24 @@ def test_rounding_to_few_levels_leaves_the_multistep_sampler_finite(latents):
     np.testing.assert_allclose(got, exact(latents, 80.0), atol=0.3)
 
 
+CHURN = ("s_churn", "s_min", "s_max", "s_noise")
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
         ({"num_steps": 1}, "num_steps is 1"),
+        ({"num_steps": 10**8}, "num_steps is 100000000.* at most 10,000"),
+        ({"sigma_max": 1e300, "rho": 1e-3}, r"sigma_max 1e\+300, .*required"),
+        ({"sigma_max": 1e17, "rho": 1e-3}, r"sigma_max 1e\+17 and rho 0.001 give noise levels"),
+        ({"sigma_min": 1e-300}, "sigma_min is 1e-300 and"),
+        ({"sigma_min": 1e-18, "rho": 1.0}, "sigma_min 1e-18, .*float32"),  # 80 - 80 in float64
+        ({"rho": 1e-320}, "rho .*float32"),
+        ({"rho": np.inf}, "rho is inf"),
+        ({"rho": np.nan}, "rho is nan"),
+        *(({name: -1.0}, f"{name} is -1;") for name in CHURN),
+        *(({name: np.nan}, f"{name} is nan;") for name in CHURN),
+        *(({name: np.inf}, f"{name} is inf;") for name in CHURN if name != "s_max"),
         ({"sigma_min": 81.0}, "sigma_min is 81"),
         ({"sigma_min": 0.0}, "sigma_min is 0"),
         ({"rho": -1.0}, "rho is -1"),
@@ -328,10 +342,23 @@ def test_settings_without_a_grid_are_refused(latents, settings, words):
         {"discretization": "x"},
         {"scaling": "ve"},
         {"alpha": 0.0},
+        {"alpha": np.nan},
+        {"epsilon_s": 0.0},
+        {"epsilon_s": 1.0},
+        {"s_noise": np.nan},
+        {"c_1": 0.0, "c_2": 0.0, "discretization": "iddpm"},
+        {"c_1": np.nan, "discretization": "iddpm"},
+        {"c_2": -1.0, "discretization": "iddpm"},
+        {"m": 0, "discretization": "iddpm"},
+        {"m": 10**9, "discretization": "iddpm"},
+        {"sigma_max": 1e300, "schedule": "ve", "solver": "euler"},
+        {"sigma_max": 1e300, "scaling": "vp", "discretization": "ve"},
     ],
 )
 def test_unknown_choices_are_refused(latents, settings):
-    with pytest.raises(UserError, match=next(iter(settings))):
+    match = {"m": "levels is", "c_2": "c_2 = -1", "c_1": "c_1 = "}
+    name = next(iter(settings))
+    with pytest.raises(UserError, match=match.get(name, name)):
         ablation_sampler(gaussian, latents, **settings)
 
 

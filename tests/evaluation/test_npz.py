@@ -35,6 +35,13 @@ def test_arrays_are_read_as_numpy_does(tmp_path, save):
     assert list(read_npz(tmp_path / "x.npz", "scalar".__eq__, "x")[1]) == ["scalar"]
 
 
+@pytest.mark.parametrize("shape", [(3, 0, 4, 3), (3, 4, 0, 3), (0, 4, 4, 3), (3, 4, 4, 0)])
+def test_images_without_pixels_are_refused(tmp_path, shape):
+    np.savez(tmp_path / "x.npz", images=np.zeros(shape, np.uint8))
+    with pytest.raises(UserError, match=r"of shape \(.*; expected uint8 \[N, height"):
+        open_npz(tmp_path / "x.npz")
+
+
 def npy(shape, data, dtype="|u1", version=(1, 0)):
     file = io.BytesIO()
     header = {"descr": dtype, "fortran_order": False, "shape": shape}

@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from lora_diffusion_jax.default_config import sampler
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.factory.checks import check, check_sites
 from tests.small import small_config
@@ -55,6 +56,25 @@ def test_the_slowest_accepted_patterns_are_fast(pattern):
     start = time.process_time()
     assert not re.fullmatch(pattern, PATH)
     assert time.process_time() - start < 1  # a network has some hundred layers
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("sampler.num_steps", 10**8),
+        ("eval.num_steps", 10**8),
+        ("sampler.num_steps", -1),
+        ("train.max_nonfinite", -1),
+    ],
+)
+def test_numbers_out_of_range_are_refused(field, value):
+    group, name = field.split(".")
+    with pytest.raises(UserError, match=rf"^{field} is {value}; it must be"):
+        check(small_config(**{f"{group}__{name}": value}))
+    config = small_config()
+    config.sampler = sampler("euler")
+    del config.sampler["num_steps"]  # a sampler of one's own may have no such field
+    check(config)
 
 
 @pytest.mark.parametrize("names", [("a", 1), ("a", "b")])

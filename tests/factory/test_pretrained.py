@@ -22,6 +22,7 @@ from lora_diffusion_jax.factory.pretrained import (
     Pretrained,
     check_adapters,
     config_from_dict,
+    load_workdir,
     network_fields,
     overlay,
     start_from,
@@ -31,7 +32,7 @@ from lora_diffusion_jax.factory.pretrained import (
 from lora_diffusion_jax.factory.training import build_optimizer, trainable
 from lora_diffusion_jax.modes.train import OPEN_AFTER_IMPORT, RESUMABLE_CHANGES
 from lora_diffusion_jax.paths import split
-from lora_diffusion_jax.training import workdir
+from lora_diffusion_jax.training import checkpoint, workdir
 from tests.small import fast_jit, random_variables, small_config
 
 
@@ -57,6 +58,26 @@ def test_config_survives_json():
 def test_saved_configs_that_do_not_fit_are_named(saved, words):
     with pytest.raises(UserError, match=words):
         config_from_dict(saved)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"lora__bases": 4}, "other shapes: .*/lora/"),
+        ({"lora__mode": "baseline"}, "left over: .*/lora/"),
+        ({"model__num_blocks": 2}, "it lacks: .*block1"),
+    ],
+)
+def test_a_config_that_does_not_fit_the_weights_is_named(tmp_path, changes, words):
+    config = small_config()
+    params = filled(config, 0.1)["params"]
+    weights = checkpoint.SavedWeights(params=params, frozen={}, buffers={}, ema=params)
+    with workdir.open_workdir(tmp_path, config.to_dict()) as path:
+        checkpoint.save_weights(path, weights)
+    assert load_workdir(tmp_path).step == 0
+    (tmp_path / "config.json").write_text(json.dumps(small_config(**changes).to_dict()))
+    with pytest.raises(UserError, match=f"weights of step 0 do not fit .*config.json; .*{words}"):
+        load_workdir(tmp_path)
 
 
 def test_overlay_puts_a_base_under_new_adapters():

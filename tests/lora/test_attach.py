@@ -33,6 +33,34 @@ def variables(inputs):
     return random_variables(adapted(), *inputs, scale=0.4)
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"module": ConditionedNet}, "module .* the class ConditionedNet; .* call it to make one"),
+        (
+            {"module": lambda x: x},
+            "module .* of type function; expected an instance of a linen module",
+        ),
+        ({"adapter": lora.UCLoRA}, "adapter .* the class UCLoRA; .* call it to make one"),
+        ({"adapter": None}, "adapter .* of type NoneType"),
+        ({"adapter": lora.UCLoRA(widths=4)}, "widths are 4; expected a tuple"),
+        ({"adapter": lora.UCLoRA(widths="48")}, "widths are '48'; expected a tuple"),
+        ({"adapter": lora.SumOfAdapters({})}, "SumOfAdapters has other things"),
+        ({"adapter": lora.SumOfAdapters(ADAPTER)}, "SumOfAdapters has other things"),
+        ({"adapter": lora.SumOfAdapters({"a": lora.UCLoRA})}, "SumOfAdapters has other things"),
+        ({"sites": None}, "sites .* of type NoneType; expected one regular expression"),
+        ({"sites": ["qkv"]}, "sites .* of type list"),
+        ({"condition": 3}, "condition .* of type int; expected a regular expression"),
+        ({"condition": None}, "condition .* of type NoneType"),
+    ],
+)
+def test_arguments_of_another_kind_are_one_sentence(changes, words):
+    good = {"module": ConditionedNet(), "sites": SITES, "adapter": ADAPTER, "condition": "map"}
+    lora.attach(**good)
+    with pytest.raises(UserError, match=words):
+        lora.attach(**{**good, **changes})
+
+
 def shapes_of(module, *args):
     """The variables' shapes; nothing is compiled or run."""
     return jax.eval_shape(module.init, jax.random.key(0), *args)

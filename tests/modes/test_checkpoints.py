@@ -9,8 +9,10 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file
 
 from lora_diffusion_jax import cli, lora
+from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.factory.networks import build_denoiser
 from lora_diffusion_jax.factory.pretrained import load_workdir
+from lora_diffusion_jax.modes.checkpoints import import_checkpoint
 from lora_diffusion_jax.modes.train import initial_state
 from lora_diffusion_jax.training import checkpoint
 from lora_diffusion_jax.training import workdir as workdir_files
@@ -52,6 +54,17 @@ def test_adapters_train_alone_on_an_exported_base(workdir, data_dir, tmp_path):
     before = load_workdir(base).variables["params"]
     after = lora.split(load_workdir(tuned).variables["params"])[0]
     jax.tree.map(np.testing.assert_array_equal, before, after)
+
+
+@pytest.mark.parametrize("name", ["source", "base"])
+def test_a_path_that_is_no_network_is_named(tmp_path, name):
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "good").touch()
+    for path, words in (("nope", "does not exist; give a .pkl"), ("plain", "no run; give a .pkl")):
+        given = {"source": tmp_path / "good", name: tmp_path / path}
+        with pytest.raises(UserError, match=f"^--{name}=.*/{path} .*{words}"):
+            import_checkpoint(directory=tmp_path / "new", **given)
+    assert not (tmp_path / "new").exists()
 
 
 # The network of the state dict in `openai.case("shift")`.

@@ -8,6 +8,7 @@ import pytest
 
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.modes import doctor
+from lora_diffusion_jax.training.checkpoint import saved_steps
 from tests.modes.running import run
 
 CPU = {"count": 1, "platform": "cpu", "memory": 0}
@@ -92,6 +93,16 @@ def test_all_damage_in_a_run_is_listed(workdir, tmp_path):
         found, ("config.json", "weights/_METADATA", "no optimizer", "1 damaged lines"), strict=True
     ):
         assert words in text
+
+
+def test_checkpoints_without_checksums_are_named(workdir, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(workdir, run_dir)
+    assert not any("not verified" in line for line in doctor.run(run_dir, may_be_new=False))
+    step = saved_steps(run_dir)[0]
+    (run_dir / "checkpoints" / str(step) / "SHA256SUMS").unlink()
+    (line,) = (x for x in doctor.run(run_dir, may_be_new=False) if "not verified" in x)
+    assert f"checkpoint {step}, without checksums" in line
 
 
 def test_the_command_counts_problems(tmp_path, data_dir):

@@ -75,7 +75,9 @@ def test_the_evaluation_knows_class_folders_and_backgrounds(pictures, tmp_path, 
     said = run(*command, "--background=white", status=2, program=evaluate.main)
     assert "enough" in said
     assert opened[0].class_names == ("ant 10", "cat")
-    assert "Set their background: --background=white" in run(*command, status=2, program=evaluate.main)
+    assert "Set their background: --background=white" in run(
+        *command, status=2, program=evaluate.main
+    )
 
 
 def test_a_disk_too_small_for_the_checkpoints_is_an_error_at_the_start(tmp_path, monkeypatch):

@@ -106,3 +106,22 @@ def test_images_that_are_not_finite_are_counted():
     )
     (batch,) = generator.batches({}, [5, 6, 7])
     assert batch.not_finite() == [6]
+
+
+@pytest.mark.parametrize(
+    "out", ["run", "run/checkpoints", "run/checkpoints/5/new", "run/checkpoints/x.npz", "link"]
+)
+def test_a_run_and_its_checkpoints_are_no_place_for_samples(tmp_path, out):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "config.json").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "run" / "checkpoints")
+    with pytest.raises(UserError, match=f"--out=.*{out} is a run or lies among its checkpoints"):
+        sample.check_out(tmp_path / out, np.arange(2), 0)
+    sample.check_out(tmp_path / "run" / "samples" / "new", np.arange(2), 0)
+
+
+@pytest.mark.parametrize("name", ["x.npz", "x.png"])
+def test_a_folder_with_the_name_of_a_file_is_noticed_before_sampling(tmp_path, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match=f"{name} is a folder, but .{name[2:]} names a file"):
+        sample.check_out(tmp_path / name, np.arange(2), 0)

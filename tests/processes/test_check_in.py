@@ -27,7 +27,8 @@ def free_port():
 class Meeting:
     """Processes of a job that check in, in threads; afterwards `errors` has the error of each or ''."""
 
-    def __init__(self, *calls, port=None, limit=LIMIT):
+    def __init__(self, *calls, port=None, limit=LIMIT, folder=None):
+        self.folder = folder
         self.port = port or free_port()
         self.errors = [""] * len(calls)
         arguments = [(place, limit, *call) for place, call in enumerate(calls)]
@@ -38,9 +39,9 @@ class Meeting:
     def _call(self, place, limit, count, index):
         try:
             if index == 0:
-                asyncio.run(check_in.lead(HOST, self.port, count, limit))
+                asyncio.run(check_in.lead(HOST, self.port, count, limit, self.folder))
             else:
-                asyncio.run(check_in.call(HOST, self.port, count, index, limit))
+                asyncio.run(check_in.call(HOST, self.port, count, index, limit, self.folder))
         except UserError as error:
             self.errors[place] = str(error)
 
@@ -151,6 +152,28 @@ def test_a_caller_without_the_token_is_dropped(monkeypatch):
         stranger.sendall(f"lora_diffusion_jax 1 2 {OF_NO_TOKEN} me\n".encode())
         assert stranger.recv(1) == b""
     assert Meeting((2, 1), port=job.port).end() == job.end() == [""]
+
+
+def test_without_a_token_a_file_in_the_workdir_keeps_strangers_out(tmp_path):
+    """One that calls first does not take a process's place; nothing is left behind."""
+    folder = tmp_path / "new" / "workdir"
+    job = Meeting((2, 0), folder=folder)
+    with job.connect() as stranger:
+        stranger.sendall(f"lora_diffusion_jax 1 2 {OF_NO_TOKEN} stranger\n".encode())
+        assert stranger.recv(1) == b""
+    assert (folder / check_in.TOKEN_FILE).stat().st_mode & 0o777 == 0o600
+    assert Meeting((2, 1), port=job.port, folder=folder).end() == job.end() == [""]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "10.0.0.1"])
+def test_an_address_that_others_reach_without_any_token_is_one_warning(host, tmp_path, capsys):
+    (tmp_path / "file").touch()  # so that the folder cannot be made
+    with check_in._offered_token(tmp_path / "file" / "workdir", host) as token:
+        assert token == OF_NO_TOKEN
+    expected = f"whoever reaches {host} .* set the same secret {check_in.TOKEN}"
+    found = re.findall(expected, capsys.readouterr().err)
+    assert len(found) == (host == "10.0.0.1")
 
 
 def test_process_0_needs_its_address():

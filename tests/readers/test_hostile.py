@@ -367,7 +367,11 @@ def test_storages_that_do_not_match_their_declaration_are_refused():
     refuse(p.torch_zip({"w": tensor}, {}), reader=read, says="is missing")
     refuse(p.torch_zip({"w": tensor}, {"0": b"1234"}), reader=read, says="has 4 bytes")
     refuse(p.legacy_file({"w": tensor}, []), reader=read, says="a storage is missing")
-    refuse(p.legacy_file({"w": tensor}, [("0", 3, bytes(12))]), reader=read, says="size is not the declared one")
+    refuse(
+        p.legacy_file({"w": tensor}, [("0", 3, bytes(12))]),
+        reader=read,
+        says="size is not the declared one",
+    )
     refuse(p.legacy_file({"w": tensor}, [("1", 2, bytes(8))]), reader=read, says="no tensor has")
     huge = ("storage", p.Global("torch", "FloatStorage"), "0", "cpu", 1 << 60)
     refuse(p.legacy_file({"w": p.Persistent(huge)}, [("0", 1 << 60, b"")]), reader=read)

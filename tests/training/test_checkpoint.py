@@ -193,6 +193,20 @@ def test_a_checkpoint_without_checksums_is_read_and_reported(tmp_path, capsys):
     assert capsys.readouterr().out.count("without checksums") == 1
 
 
+@pytest.mark.parametrize("name", ["99999999999999999999", "003", "\u0663", "1000000000000"])
+def test_other_names_of_digits_are_no_checkpoints(tmp_path, name):
+    save(tmp_path, 1, 2)
+    stray = tmp_path / "checkpoints" / name
+    shutil.copytree(tmp_path / "checkpoints" / "2", stray)
+    assert saved_steps(tmp_path) == [1, 2]
+    assert open_for_reading(tmp_path)[0] == 2
+    with pytest.raises(UserError, match=f"{name} is named like a checkpoint"):
+        Checkpoints(tmp_path)
+    stray.rename(stray.with_name("old"))
+    save(tmp_path, 10**9)
+    assert saved_steps(tmp_path) == [1, 2, 10**9]
+
+
 def test_weights_are_read_though_the_optimizer_is_damaged(tmp_path):
     save(tmp_path, 1, 2)
     DAMAGE["one bit of the optimizer"](tmp_path / "checkpoints" / "2")

@@ -98,8 +98,16 @@ def run_plan(
         Images [B, H, W, C], approximately in [-1, 1].
 
     Raises:
-        UserError: a plan that adds noise, without key and noise; or noise of the wrong shape.
+        UserError: a plan that adds noise, without key and noise; noise of the wrong shape; or a plan
+            that float32 cannot hold.
     """
+    with np.errstate(over="ignore"):
+        table = jax.tree.map(lambda c: c.astype(np.float32) if c.dtype == np.float64 else c, plan)
+    if not all(np.isfinite(column).all() for column in table):
+        raise UserError(
+            "These settings of the sampler give noise levels or coefficients that float32 cannot hold; "
+            "choose sigma_min and sigma_max nearer to 0.002 and 80, and the others nearer to their defaults."
+        )
     latents = jnp.asarray(latents, jnp.float32)
     stochastic = bool(np.any(plan.churn > 0))
     if stochastic and key is None and noise is None:
@@ -118,7 +126,6 @@ def run_plan(
         y = base + row.dt * (row.now * d + row.before * d_before)
         return (y, base, d), None
 
-    table = jax.tree.map(lambda c: c.astype(np.float32) if c.dtype == np.float64 else c, plan)
     (y, _, _), _ = jax.lax.scan(body, (latents, latents, jnp.zeros_like(latents)), table)
     return y
 

@@ -9,6 +9,7 @@ from lora_diffusion_jax.diffusion import schedules
 from lora_diffusion_jax.diffusion.precond import ALL_LEVELS, Precond
 from lora_diffusion_jax.diffusion.samplers.plan import Plan, stack
 from lora_diffusion_jax.diffusion.schedules import Scaling, Schedule
+from lora_diffusion_jax.errors import UserError
 
 
 class Churn(NamedTuple):
@@ -24,6 +25,13 @@ class Churn(NamedTuple):
         if not self.s_min <= sigma <= self.s_max:
             return 0.0
         return min(self.s_churn / num_steps, np.sqrt(2) - 1)
+
+    def check(self) -> None:
+        """Raises UserError for values below 0, NaN, and infinity but for s_max."""
+        for name, value in self._asdict().items():
+            if not 0 <= value < float("inf") and not (name == "s_max" and value > 0):
+                finite = "" if name == "s_max" else "finite and "
+                raise UserError(f"{name} is {value:g}; it must be {finite}at least 0.")
 
 
 NO_CHURN = Churn()
@@ -62,7 +70,11 @@ def make_plan(
         alpha: where the second evaluation lies: t + alpha h; 1 is Heun's method, 1/2 the midpoint's.
         churn: stochasticity; s_churn = 0 gives the deterministic sampler.
         precond: of the network, whose known noise levels are used.
+
+    Raises:
+        UserError: churn of values that make no sense.
     """
+    churn.check()
     times = np.append(schedule.time(precond.round_sigma(sigmas)), 0.0)
     # The latents have unit variance; the first state x_0 has standard deviation sigma(t_0) s(t_0).
     start = float(schedule.sigma(times[0]) * scaling.scale(times[0]))

@@ -106,6 +106,8 @@ def ablation_sampler(
     """
     if not 0 < alpha <= 1:
         raise UserError(f"alpha is {alpha:g}; it must lie in (0, 1].")
+    if not 0 < epsilon_s < 1:
+        raise UserError(f"epsilon_s is {epsilon_s:g}; it must lie between 0 and 1.")
     vp, ve = VP(epsilon_t=epsilon_s), VE()
     grids = {
         "edm": (0.002, 80.0, functools.partial(schedules.edm_grid, rho=rho)),

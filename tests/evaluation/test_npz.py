@@ -91,13 +91,6 @@ def test_what_packing_may_add_is_bounded(tmp_path, monkeypatch):
         open_npz(tmp_path / "much.npz")
 
 
-def test_images_without_pixels_are_refused(tmp_path):
-    for shape in ((3, 0, 4, 3), (0, 4, 4, 3), (3, 4, 0), (3, 4, 4, 0), ()):
-        np.savez(tmp_path / "x.npz", images=np.zeros(shape, np.uint8))
-        with pytest.raises(UserError, match="holds uint8 images of shape .*; expected uint8"):
-            open_npz(tmp_path / "x.npz")
-
-
 @pytest.mark.parametrize(("count", "rows"), [(None, 0), (None, 1), (5, 0), (5, 4), (5, 6)])
 def test_a_reference_has_a_row_per_image(tmp_path, count, rows):
     def save(rows):

@@ -159,7 +159,7 @@ def test_wrong_weights_are_plain_errors(weights, tmp_path):
     less = {k: v for k, v in weights.items() if k != "fc.bias"}
     save_file(less, tmp_path / "less.safetensors")
     wrong(
-        r"another network .*: fc.bias is missing, expected \(1008,\)\. ",
+        r"does not hold the weights .*: fc.bias is missing, expected \(1008,\)\. ",
         tmp_path / "less.safetensors",
     )
     torchvisions = weights | {"fc.weight": np.zeros((1000, 2048), np.float32)}

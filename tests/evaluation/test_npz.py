@@ -87,7 +87,7 @@ def test_what_packing_may_add_is_bounded(tmp_path, monkeypatch):
     assert len(open_npz(tmp_path / "much.npz")) == 7
     monkeypatch.setattr(npz_module, "ADDED", 3 << 20)
     assert len(open_npz(tmp_path / "fine.npz")) == 5
-    with pytest.raises(UserError, match=r"unpacks to 7,34.,... bytes, far more than it holds"):
+    with pytest.raises(UserError, match=r"unpacks to 7,34.,... bytes, far more than its own size"):
         open_npz(tmp_path / "much.npz")
 
 

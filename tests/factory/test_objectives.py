@@ -52,6 +52,7 @@ def test_losses_that_a_network_cannot_have_are_refused():
         build_objective(config, denoiser)
 
 
+@pytest.mark.slow
 def test_frozen_base_has_no_dropout():
     frozen, free = (
         objective_value(small_config(model__dropout=0.5, train__freeze_base=f), moved=0.05)[0]

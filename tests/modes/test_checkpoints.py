@@ -42,6 +42,7 @@ def test_export_and_import_keep_every_bit(workdir, tmp_path):
     np.testing.assert_array_equal(images[2], images[0])
 
 
+@pytest.mark.slow
 def test_adapters_train_alone_on_an_exported_base(workdir, data_dir, tmp_path):
     """A baseline run, then its base frozen under adapters: the base does not move."""
     base = tmp_path / "base"

@@ -98,6 +98,7 @@ def test_likelihoods_of_a_discrete_network_by_both_routes(discrete):
     assert 2 < flow["bpd_ode"] < 100
 
 
+@pytest.mark.slow
 def test_likelihood_of_a_continuous_network(workdir):
     command = ["--mode=likelihood", f"--workdir={workdir}", "--num=2"]
     found = result(run(*command))

@@ -29,6 +29,7 @@ def pictures(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_own_classes_are_trained_kept_and_sampled_by_name(pictures, tmp_path):
     own = [*TINY, *OPEN_SIZES, f"--config.data.path={pictures}", "--config.data.class_folders=True"]
     own += ["--config.data.num_classes=0", "--config.train.total_images=32"]

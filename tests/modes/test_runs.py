@@ -5,6 +5,7 @@ import signal
 import time
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from lora_diffusion_jax.modes import evaluate
@@ -79,6 +80,7 @@ def test_info_counts_the_paper_row():
     assert "LoRA sites (only_lora): 30" in text
 
 
+@pytest.mark.slow
 def test_a_reference_judges_during_training(data_dir, tmp_path):
     """Quick on the way, more samples at the end, both named by their number; resumed without doubling."""
     reference = tmp_path / "ref.npz"

@@ -70,6 +70,7 @@ def main():
     print(json.dumps([of_one, of_eight, max(jax.tree.leaves(gaps)), layouts]))
 
 
+@pytest.mark.slow
 def test_eight_devices_train_like_one():
     done = subprocess.run(
         [sys.executable, "-c", "from tests.training import test_discrete_step as t; t.main()"],

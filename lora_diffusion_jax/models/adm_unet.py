@@ -12,8 +12,8 @@ from lora_diffusion_jax.models.embeddings import drop_labels, positional_embeddi
 from lora_diffusion_jax.models.layers import GroupNorm, Init, conv3x3, dense
 from lora_diffusion_jax.models.unet import Decoder, Encoder, UNet
 
-_INIT = Init("kaiming_uniform", weight=(1 / 3) ** 0.5, bias=(1 / 3) ** 0.5)
-_INIT_ZERO = Init("kaiming_uniform", weight=0.0)
+INIT = Init("kaiming_uniform", weight=(1 / 3) ** 0.5, bias=(1 / 3) ** 0.5)
+INIT_ZERO = Init("kaiming_uniform", weight=0.0)
 CHANNELS_PER_HEAD = 64
 
 
@@ -42,10 +42,10 @@ class ADMMapping(nn.Module):
             if augment_labels is None:
                 augment_labels = jnp.zeros((1, self.augment_dim))
             emb = emb + dense(
-                augment_labels, self.noise_channels, _INIT_ZERO, name="augment", use_bias=False
+                augment_labels, self.noise_channels, INIT_ZERO, name="augment", use_bias=False
             )
-        emb = silu_dense(emb, self.emb_channels, _INIT, name="layer0")
-        emb = dense(emb, self.emb_channels, _INIT, name="layer1")
+        emb = silu_dense(emb, self.emb_channels, INIT, name="layer0")
+        emb = dense(emb, self.emb_channels, INIT, name="layer1")
         if self.num_classes:
             labels = drop_labels(class_labels, self.num_classes, self.label_dropout, train)
             init = Init("kaiming_normal", weight=self.num_classes**0.5)
@@ -74,26 +74,18 @@ class ADMUNet(UNet):
         train: bool = False,
     ) -> Float[Array, "B H W out_channels"]:
         self.check_input(x)
-        emb = None
-        if self.use_map:
-            emb = ADMMapping(
-                self.channels,
-                self.channels * self.channel_mult_emb,
-                self.num_classes,
-                self.augment_dim,
-                self.label_dropout,
-                name="map",
-            )(noise_labels, class_labels, augment_labels, train)
+        mapping = functools.partial(ADMMapping, self.channels)
+        emb = self.embed(mapping, noise_labels, class_labels, augment_labels, train)
         block = functools.partial(
             rematerialised(self.remat),
             dropout=self.dropout,
             use_affine=self.use_affine,
-            layer_init=_INIT,
-            zero_init=_INIT_ZERO,
+            layer_init=INIT,
+            zero_init=INIT_ZERO,
             dtype=self.dtype,
         )
         levels = self.levels(block, num_heads=lambda channels: channels // CHANNELS_PER_HEAD)
-        skips = Encoder(levels, _INIT, first_width_mult=True, name="enc")(x, emb, train)
-        x = Decoder(levels, False, None, _INIT_ZERO, name="dec")(skips, emb, train)
+        skips = Encoder(levels, INIT, first_width_mult=True, name="enc")(x, emb, train)
+        x = Decoder(levels, False, None, INIT_ZERO, name="dec")(skips, emb, train)
         x = nn.silu(GroupNorm(dtype=self.dtype, name="out_norm")(x))
-        return conv3x3(x, self.out_channels, _INIT_ZERO, name="out_conv", dtype=self.dtype)
+        return conv3x3(x, self.out_channels, INIT_ZERO, name="out_conv", dtype=self.dtype)

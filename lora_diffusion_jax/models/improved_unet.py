@@ -10,14 +10,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from lora_diffusion_jax.errors import UserError
-from lora_diffusion_jax.models.adm_unet import ADMMapping
+from lora_diffusion_jax.models.adm_unet import INIT, INIT_ZERO, ADMMapping
 from lora_diffusion_jax.models.blocks import UNetBlock, rematerialised
-from lora_diffusion_jax.models.layers import GroupNorm, Init, conv3x3
+from lora_diffusion_jax.models.layers import GroupNorm, conv3x3
 from lora_diffusion_jax.models.resample import upsample
 from lora_diffusion_jax.models.unet import Decoder, Encoder, UNet
 
-_INIT = Init("kaiming_uniform", weight=(1 / 3) ** 0.5, bias=(1 / 3) ** 0.5)
-_INIT_ZERO = Init("kaiming_uniform", weight=0.0)
 GROUPS = 32  # of every group norm
 
 
@@ -42,7 +40,7 @@ class ResampleConv(nn.Module):
     ) -> Float[Array, "B H2 W2 features"]:
         stride = 1 if self.up else 2
         x = upsample(x) if self.up else x
-        return conv3x3(x, self.features, _INIT, name="conv", stride=stride, dtype=self.dtype)
+        return conv3x3(x, self.features, INIT, name="conv", stride=stride, dtype=self.dtype)
 
 
 class ImprovedUNet(UNet):
@@ -75,16 +73,8 @@ class ImprovedUNet(UNet):
         train: bool = False,
     ) -> Float[Array, "B H W out_channels"]:
         self.check_input(x)
-        emb = None
-        if self.use_map:
-            emb = ADMMapping(
-                self.channels,
-                self.channels * self.channel_mult_emb,
-                self.num_classes,
-                self.augment_dim,
-                self.label_dropout,
-                name="map",
-            )(noise_labels, class_labels, augment_labels, train)
+        mapping = functools.partial(ADMMapping, self.channels)
+        emb = self.embed(mapping, noise_labels, class_labels, augment_labels, train)
         residual = functools.partial(
             rematerialised(self.remat),
             dropout=self.dropout,
@@ -92,18 +82,18 @@ class ImprovedUNet(UNet):
             adaptive_scale=self.use_scale_shift_norm,
             use_affine=self.use_affine,
             qkv_last=False,
-            layer_init=_INIT,
-            zero_init=_INIT_ZERO,
+            layer_init=INIT,
+            zero_init=INIT_ZERO,
             dtype=self.dtype,
         )
         block = functools.partial(_residual_or_resample, residual, self.dtype)
         levels = self.levels(block, functools.partial(_shared_by, self.num_heads))
-        skips = Encoder(levels, _INIT, name="enc")(x, emb, train)
+        skips = Encoder(levels, INIT, name="enc")(x, emb, train)
         heads = self.num_heads if self.num_heads_upsample == -1 else self.num_heads_upsample
         heads = functools.partial(_shared_by, heads)
-        x = Decoder(levels, False, None, _INIT_ZERO, heads, name="dec")(skips, emb, train)
+        x = Decoder(levels, False, None, INIT_ZERO, heads, name="dec")(skips, emb, train)
         x = nn.silu(GroupNorm(dtype=self.dtype, groups=GROUPS, name="out_norm")(x))
-        return conv3x3(x, self.out_channels, _INIT_ZERO, name="out_conv", dtype=self.dtype)
+        return conv3x3(x, self.out_channels, INIT_ZERO, name="out_conv", dtype=self.dtype)
 
 
 def _residual_or_resample(

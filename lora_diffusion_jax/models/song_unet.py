@@ -96,17 +96,9 @@ class SongUNet(UNet):
         train: bool = False,
     ) -> Float[Array, "B H W out_channels"]:
         self.check_input(x)
-        emb = None
-        if self.use_map:
-            emb = SongMapping(
-                self.embedding,
-                self.channels * self.channel_mult_noise,
-                self.channels * self.channel_mult_emb,
-                self.num_classes,
-                self.augment_dim,
-                self.label_dropout,
-                name="map",
-            )(noise_labels, class_labels, augment_labels, train)
+        width = self.channels * self.channel_mult_noise
+        mapping = functools.partial(SongMapping, self.embedding, width)
+        emb = self.embed(mapping, noise_labels, class_labels, augment_labels, train)
         block = functools.partial(
             rematerialised(self.remat),
             dropout=self.dropout,

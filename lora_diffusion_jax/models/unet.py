@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -66,6 +67,25 @@ class UNet(nn.Module):
                 f"{name} was built for {self.in_channels} channels, but the images have {x.shape[3]}."
             )
         check_image_size(x.shape[1], x.shape[2], len(self.channel_mult))
+
+    def embed(
+        self, mapping: Callable[..., nn.Module], *inputs: Any
+    ) -> Float[Array, "B emb_channels"] | None:
+        """The output of the mapping network `map`, or None without one.
+
+        Args:
+            mapping: makes it from emb_channels, num_classes, augment_dim and label_dropout.
+            inputs: noise, class and augmentation labels, and whether the network trains.
+        """
+        if not self.use_map:
+            return None
+        return mapping(
+            emb_channels=self.channels * self.channel_mult_emb,
+            num_classes=self.num_classes,
+            augment_dim=self.augment_dim,
+            label_dropout=self.label_dropout,
+            name="map",
+        )(*inputs)
 
     def levels(self, block: BlockFactory, num_heads: Callable[[int], int]) -> "Levels":
         """The plan of the network's levels, for its encoder and its decoder."""

@@ -13,7 +13,7 @@ from lora_diffusion_jax.diffusion.precond import DDPM, Precond
 from lora_diffusion_jax.diffusion.samplers.plan import BoundDenoiser, noise_source, precond_of
 from lora_diffusion_jax.errors import UserError
 
-LEVEL = 1 / 127.5  # distance between two gray levels in [-1, 1]
+LEVEL = 2 * discrete.BIN  # distance between two gray levels in [-1, 1]
 
 
 def variational_bound(
@@ -49,10 +49,9 @@ def variational_bound(
             "The variational bound needs a network of a discrete process (precond.name=ddpm), bound "
             "with samplers.bind; --route=ode takes any network."
         )
-    if key is None and noise is None:
-        raise UserError("The bound draws noise: pass key=jax.random.key(seed) or noise.")
     process = precond.process.respace(respacing)
-    last, draw = len(process) - 1, noise_source(key, noise, (len(process), *images.shape))
+    last = len(process) - 1
+    draw = noise_source("The bound", key, noise, (len(process), *images.shape))
     levels = jnp.asarray(process.sigmas, jnp.float32)
     scales = jnp.asarray(process.sqrt_alphas_cumprod, jnp.float32)
 

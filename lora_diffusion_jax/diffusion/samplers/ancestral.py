@@ -21,7 +21,7 @@ from lora_diffusion_jax.diffusion.discrete import (
     process_of_levels,
 )
 from lora_diffusion_jax.diffusion.precond import DDPM
-from lora_diffusion_jax.diffusion.samplers.plan import noise_source, precond_of
+from lora_diffusion_jax.diffusion.samplers.plan import noise_source, precond_of, to_float32
 from lora_diffusion_jax.errors import UserError
 
 DEFAULT_RANGE = (0.002, 80.0)  # of networks without a discrete process: EDM's sampler
@@ -106,9 +106,8 @@ def run_steps(
     """
     latents = jnp.asarray(latents, jnp.float32)
     stochastic = bool(np.any((steps.fixed > -np.inf) & ~steps.last))
-    if stochastic and key is None and noise is None:
-        raise UserError("This sampler draws noise: pass key=jax.random.key(seed) or noise.")
-    draw = noise_source(key, noise, (len(steps.sigma), *latents.shape))
+    who = "This sampler" if stochastic else ""
+    draw = noise_source(who, key, noise, (len(steps.sigma), *latents.shape))
     raw_of = getattr(denoise, "raw", None) if learned else None
 
     def body(x: Images, row: Steps) -> tuple[Images, None]:
@@ -126,8 +125,7 @@ def run_steps(
             x += jnp.where(row.last, 0, jnp.exp(0.5 * log_variance)) * draw(row.number)
         return x, None
 
-    table = jax.tree.map(lambda c: c.astype(np.float32) if c.dtype == np.float64 else c, steps)
-    return jax.lax.scan(body, latents, table)[0]
+    return jax.lax.scan(body, latents, to_float32(steps))[0]
 
 
 def ddpm_sampler(
@@ -167,10 +165,11 @@ def ddpm_sampler(
             "sampler.name=ddpm needs a network of a discrete process (precond.name=ddpm), bound with "
             "samplers.bind; use sampler.name=edm, or ddim, which takes any network."
         )
-    check_steps(num_steps, respacing, usual="")
     process = choose_process(denoise, num_steps, respacing, sigma_min, sigma_max)
     return run_steps(
-        *(denoise, latents, ancestral_steps(process)),
+        denoise,
+        latents,
+        ancestral_steps(process),
         learned=True,
         clip_denoised=clip_denoised,
         key=key,
@@ -209,10 +208,13 @@ def ddim_sampler(
     Raises:
         UserError: there are no such steps, eta is out of range, or noise is missing.
     """
-    check_steps(num_steps, respacing, usual=DDIM_RESPACING)
-    process = choose_process(denoise, num_steps, respacing, sigma_min, sigma_max)
+    process = choose_process(
+        denoise, num_steps, respacing, sigma_min, sigma_max, usual=DDIM_RESPACING
+    )
     return run_steps(
-        *(denoise, latents, ddim_steps(process, eta)),
+        denoise,
+        latents,
+        ddim_steps(process, eta),
         learned=False,
         clip_denoised=clip_denoised,
         key=key,
@@ -239,12 +241,19 @@ def choose_process(
     respacing: str,
     sigma_min: float | None = None,
     sigma_max: float | None = None,
+    usual: str = "",
 ) -> Process:
     """The steps to visit of a network's own process, or of the default one; see `ddim_sampler`.
 
+    Args:
+        denoise, num_steps, respacing, sigma_min, sigma_max: of the sampler.
+        usual: the sampler's default respacing, beside which num_steps may stand.
+
     Raises:
-        UserError: num_steps or respacing ask for steps that the range does not have.
+        UserError: num_steps and respacing contradict each other, or ask for steps that the range does
+            not have.
     """
+    check_steps(num_steps, respacing, usual)
     precond = precond_of(denoise)
     if isinstance(precond, DDPM):
         process, (low, high) = precond.process, (0.0, float("inf"))

@@ -5,7 +5,7 @@ Heun's method calls it at two places, and gives it a scalar noise level shared b
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,8 @@ import numpy as np
 from lora_diffusion_jax.array_types import Denoise, Images, Key, Labels, Sigma, Variables
 from lora_diffusion_jax.diffusion.precond import ALL_LEVELS, Denoiser, Precond
 from lora_diffusion_jax.errors import UserError
+
+Table = TypeVar("Table")  # a tuple of columns
 
 
 class BoundDenoiser(NamedTuple):
@@ -101,8 +103,7 @@ def run_plan(
         UserError: a plan that adds noise, without key and noise; noise of the wrong shape; or a plan
             that float32 cannot hold.
     """
-    with np.errstate(over="ignore"):
-        table = jax.tree.map(lambda c: c.astype(np.float32) if c.dtype == np.float64 else c, plan)
+    table = to_float32(plan)
     if not all(np.isfinite(column).all() for column in table):
         raise UserError(
             "These settings of the sampler give noise levels or coefficients that float32 cannot hold; "
@@ -110,11 +111,8 @@ def run_plan(
         )
     latents = jnp.asarray(latents, jnp.float32)
     stochastic = bool(np.any(plan.churn > 0))
-    if stochastic and key is None and noise is None:
-        raise UserError(
-            "A sampler with s_churn > 0 draws noise: pass key=jax.random.key(seed) or noise."
-        )
-    draw = noise_source(key, noise, (int(plan.step[-1]) + 1, *latents.shape))
+    who = "A sampler with s_churn > 0" if stochastic else ""
+    draw = noise_source(who, key, noise, (int(plan.step[-1]) + 1, *latents.shape))
 
     def body(carry: tuple, row: Plan) -> tuple[tuple, None]:
         y, base, d_before = carry
@@ -130,19 +128,28 @@ def run_plan(
     return y
 
 
+def to_float32(table: Table) -> Table:
+    """A table written in float64 as the scan runs it."""
+    with np.errstate(over="ignore"):  # what becomes infinite is for the caller to see
+        return jax.tree.map(lambda c: c.astype(np.float32) if c.dtype == np.float64 else c, table)
+
+
 def noise_source(
-    key: Key | None, noise: jax.Array | None, shape: tuple[int, ...]
+    who: str, key: Key | None, noise: jax.Array | None, shape: tuple[int, ...]
 ) -> Callable[[jax.Array], Images]:
     """The unit normal noise of a step [B, H, W, C], by its number: drawn with the key, or replayed.
 
     Args:
+        who: what needs the noise, for the error; "" if nothing does, and there may be neither.
         key: one key, or one per image [B]; step i draws with fold_in(key, i).
         noise: replaces the draws.
         shape: what `noise` must have: [steps, B, H, W, C].
 
     Raises:
-        UserError: noise has another shape.
+        UserError: there is neither key nor noise, or noise has another shape.
     """
+    if who and key is None and noise is None:
+        raise UserError(f"{who} draws noise: pass key=jax.random.key(seed) or noise.")
 
     def draw(step: jax.Array) -> Images:
         assert key is not None

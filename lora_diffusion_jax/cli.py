@@ -56,7 +56,9 @@ def run(work: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> 
     sys.unraisablehook = _quiet_loops
     # Python's resource tracker removes the shared memory of workers that an error ended, and says so.
     quiet = "ignore:resource_tracker:UserWarning"
-    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), quiet]))
+    filters = list(filter(None, os.environ.get("PYTHONWARNINGS", "").split(",")))
+    if quiet not in filters:
+        os.environ["PYTHONWARNINGS"] = ",".join([*filters, quiet])
     try:
         status = work([a for a in arguments if a != "--debug"])
     except Exception as error:

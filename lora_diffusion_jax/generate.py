@@ -145,11 +145,10 @@ class Generator:
                 bar.update(len(seeds[part]))
 
     def _run(self, variables: Variables, seeds: np.ndarray, labels: np.ndarray) -> Batch:
-        # The last row is repeated to fill a short batch.
-        fill = np.minimum(np.arange(self.call_size), len(seeds) - 1)
         one_hot = np.eye(max(self.num_classes, 1), dtype=np.float32)[np.maximum(labels, 0)]
         spread = NamedSharding(self.mesh, P(self.mesh.axis_names))
-        inputs = (processes.place(a[fill], spread) for a in (seeds.astype(np.uint32), one_hot))
+        arrays = (seeds.astype(np.uint32), one_hot)
+        inputs = (processes.place_rows(array, self.call_size, spread) for array in arrays)
         images, finite = map(processes.fetch, self.compiled(variables, *inputs))
         return Batch(images[: len(seeds)], seeds, labels, finite[: len(seeds)])
 

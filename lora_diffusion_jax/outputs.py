@@ -12,12 +12,11 @@ import numpy as np
 from PIL import Image
 
 from lora_diffusion_jax import files
-from lora_diffusion_jax.data.decode import HEAD, format_of
+from lora_diffusion_jax.data.decode import HEAD, SUFFIXES, format_of
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.generate import NO_LABEL
 
 FILES = (".npz", ".png")  # any other --out is a folder
-IMAGES = (".png", ".jpg", ".jpeg")  # images by their ending; others show by their content
 LABELS = "dataset.json"
 _ABOUT_BYTES = 10_000  # its end, in which `about` stands
 
@@ -149,7 +148,7 @@ def _images_below(folder: Path) -> Iterator[Path]:
         seen.add(real)
         children[:] = [child for child in children if not child.startswith(".")]
         for path in (Path(parent, name) for name in names if not name.startswith(".")):
-            if path.suffix.lower() in IMAGES or (path.is_file() and format_of(_head(path))):
+            if path.suffix.lower() in SUFFIXES or (path.is_file() and format_of(_head(path))):
                 yield path
 
 

@@ -14,6 +14,7 @@ from lora_diffusion_jax.untrusted import reason
 Shape = tuple[int, int, int]  # (height, width, channels); channels is 1 or 3
 
 _FORMATS = ("PNG", "JPEG")
+SUFFIXES = (".png", ".jpg", ".jpeg")  # of these; other files show what they are by their content
 MAX_BYTES = 2**26  # of an encoded image; noise of MAX_PIXELS in colour takes that as PNG
 MAX_PIXELS = 2**24
 # Pillow's mode -> channels of the array. Whether an alpha channel is opaque, and can be dropped, shows

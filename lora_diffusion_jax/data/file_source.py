@@ -15,7 +15,15 @@ from typing import IO, Any
 import numpy as np
 from tqdm import tqdm
 
-from lora_diffusion_jax.data.decode import HEAD, MAX_BYTES, Shape, colour, format_of, read_shape
+from lora_diffusion_jax.data.decode import (
+    HEAD,
+    MAX_BYTES,
+    SUFFIXES,
+    Shape,
+    colour,
+    format_of,
+    read_shape,
+)
 from lora_diffusion_jax.data.image_source import (
     EncodedImage,
     ImageSource,
@@ -26,7 +34,6 @@ from lora_diffusion_jax.errors import NotThereError, UserError, printable
 from lora_diffusion_jax.files import cannot_use, expand
 from lora_diffusion_jax.untrusted import is_text, open_entry, parse_json, refusing
 
-_SUFFIXES = (".png", ".jpg", ".jpeg")
 _FOREIGN = (
     *(".bmp", ".gif", ".webp", ".tif", ".tiff", ".npy", ".heic", ".ppm", ".pgm", ".jp2", ".avif"),
     ".jxl",
@@ -319,8 +326,8 @@ def _image_names(files: _Files) -> tuple[list[str], int]:
     names, foreign, others = [], [], []
     for name in tqdm(files.sizes, desc=f"looking at {files.path}", unit="file", delay=2):
         suffix = PurePosixPath(name).suffix.lower()
-        kind = "" if suffix in _SUFFIXES else format_of(files.head(name))
-        if suffix in _SUFFIXES or kind in ("PNG", "JPEG"):
+        kind = "" if suffix in SUFFIXES else format_of(files.head(name))
+        if suffix in SUFFIXES or kind in ("PNG", "JPEG"):
             names.append(name)
         elif kind or suffix in _FOREIGN:  # some of these have no first bytes of their own
             foreign.append(name)

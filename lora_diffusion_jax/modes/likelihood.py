@@ -63,10 +63,13 @@ def measure(run: Pretrained, num: int | None = None, route: str | None = None) -
         Interrupted: by a signal, inside `with Interrupts()`.
     """
     precond = run.denoiser.precond
-    discrete = isinstance(precond, DDPM)
-    route = route or ("vlb" if discrete else "ode")
+    route = route or ("vlb" if isinstance(precond, DDPM) else "ode")
     function = choose("--route", route, ROUTES)
-    if route == "vlb" and not discrete:
+    if route == "ode":
+        evaluations = 2 * (len(flow_levels(precond)) - 1)
+    elif isinstance(precond, DDPM):
+        evaluations = precond.num_steps
+    else:
         raise UserError(
             f"--route=vlb needs a network of a discrete process (precond.name=ddpm), and this one has "
             f"precond.name={run.config.precond.name}; use --route=ode."
@@ -79,10 +82,6 @@ def measure(run: Pretrained, num: int | None = None, route: str | None = None) -
         )
     chosen = np.arange(num) * len(source) // num
     bits = bits_of(run, function, source, chosen)
-    if isinstance(precond, DDPM) and route == "vlb":
-        evaluations = precond.num_steps
-    else:
-        evaluations = 2 * (len(flow_levels(precond)) - 1)
     return {
         f"bpd_{route}": float(bits.mean()),
         "standard_error": float(bits.std(ddof=1) / np.sqrt(num)),
@@ -146,10 +145,8 @@ def bits_of(
             pause_point()
             part = chosen[start : start + size]
             batch = source.read(part.tolist())
-            # The last row is repeated to fill a short batch.
-            fill = np.minimum(np.arange(size), len(part) - 1)
             arrays = (batch["image"], batch["label"], part.astype(np.uint32))
-            inputs = (processes.place(array[fill], spread) for array in arrays)
+            inputs = (processes.place_rows(array, size, spread) for array in arrays)
             found.append(processes.fetch(program(variables, *inputs))[: len(part)])
             bar.update(len(part))
     return np.concatenate(found).astype(np.float64)

@@ -10,7 +10,7 @@ from lora_diffusion_jax.processes.agreement import (
     is_leader,
     session,
 )
-from lora_diffusion_jax.processes.arrays import fetch, place
+from lora_diffusion_jax.processes.arrays import fetch, place, place_rows
 from lora_diffusion_jax.processes.ending import ending_together
 from lora_diffusion_jax.processes.interrupts import SIGNALS, Interrupted, Interrupts, pause_point
 from lora_diffusion_jax.processes.joining import check_joined, join
@@ -32,5 +32,6 @@ __all__ = [
     "join",
     "pause_point",
     "place",
+    "place_rows",
     "session",
 ]

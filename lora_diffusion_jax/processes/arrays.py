@@ -13,6 +13,11 @@ def place(array: np.ndarray, sharding: Sharding) -> jax.Array:
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
+def place_rows(array: np.ndarray, size: int, sharding: Sharding) -> jax.Array:
+    """The rows of a host array as `place` has them, the last one repeated so that there are `size`."""
+    return place(array[np.minimum(np.arange(size), len(array) - 1)], sharding)
+
+
 def fetch(array: jax.Array) -> np.ndarray:
     """A global array with any sharding -> the whole array on the host of every process."""
     while not array.is_ready():  # type: ignore[attr-defined]  # Python handles no signal while it waits inside JAX

@@ -53,7 +53,7 @@ def step(config: ConfigDict, batch: int) -> Callable[[], jax.Array]:
 
     def loss(variables: dict, key: jax.Array) -> jax.Array:
         draws = objective.draw(key, images.shape)
-        return objective.loss(variables, images, labels, draws, True)[0].sum()
+        return objective.loss(variables, images, labels, draws, True)["loss"].sum()
 
     call = jax.jit(jax.grad(loss))
     return lambda: call(variables, jax.random.key(1))

@@ -50,7 +50,7 @@ def training_loss(config: ConfigDict, batch: int = 2) -> tuple[Callable, Any]:
 
     def loss(variables: Any) -> jax.Array:
         draws = objective.draw(jax.random.key(7), images.shape)
-        return objective.loss(variables, images, labels, draws, True).sum()
+        return objective.loss(variables, images, labels, draws, True)["loss"].sum()
 
     return loss, variables
 

@@ -5,6 +5,7 @@ Draws are separate from losses, so that a loss can be replayed. `edm_loss`, `vp_
 """
 
 import functools
+import operator
 from collections.abc import Callable
 
 import jax
@@ -49,7 +50,18 @@ def ddpm_loss(
     sigma: Float[Array, " B"],
     noise: Images,
 ) -> Float[Array, "B H W C"]:
-    """`precond.loss` per pixel (Nichol & Dhariwal 2021, sections 2 and 3).
+    """`precond.loss` per pixel, the sum of `ddpm_terms`."""
+    return jax.tree.reduce(operator.add, ddpm_terms(precond, denoise, images, sigma, noise))
+
+
+def ddpm_terms(
+    precond: DDPM,
+    denoise: Callable[[Images, Sigma], tuple[Images, Array]],
+    images: Images,
+    sigma: Float[Array, " B"],
+    noise: Images,
+) -> dict[str, Float[Array, "B H W C"]]:
+    """`precond.loss` per pixel by its terms (Nichol & Dhariwal 2021, sections 2 and 3).
 
     simple: the squared error of the predicted noise. vlb: T times the term of the variational bound, in
     bits. hybrid: simple + T/1000 times that term (equation 16, with the T/1000 of the reference, where
@@ -62,6 +74,9 @@ def ddpm_loss(
         sigma: noise levels [B] of the process.
         noise: unit normal noise of the images' shape.
 
+    Returns:
+        {'mse', 'vb'} of the hybrid loss, {'loss'} of the others.
+
     Raises:
         UserError: hybrid for a network without variances.
     """
@@ -70,7 +85,7 @@ def ddpm_loss(
     denoised, raw = denoise(x, sigma)
     simple = jnp.square(noise - raw[..., :channels].astype(jnp.float32))
     if precond.loss == "simple":
-        return simple
+        return {"loss": simple}
     if precond.loss == "hybrid":
         check_loss(precond, learned=raw.shape[-1] > channels)
         denoised = jax.lax.stop_gradient(denoised)
@@ -79,8 +94,8 @@ def ddpm_loss(
     log_variance = discrete.log_variance(process, t, raw, channels)
     term = discrete.bound_term(process, t, images, noisy, denoised, log_variance)
     if precond.loss == "vlb":
-        return len(process) * term
-    return simple + len(process) / 1000 * term
+        return {"loss": len(process) * term}
+    return {"mse": simple, "vb": len(process) / 1000 * term}
 
 
 edm_loss = functools.partial(weighted_loss, EDM())

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 
 from lora_diffusion_jax.array_types import AugmentLabels, Images, Key, Labels, PyTree, Variables
-from lora_diffusion_jax.diffusion.losses import ddpm_loss, weighted_loss
+from lora_diffusion_jax.diffusion.losses import ddpm_terms, weighted_loss
 from lora_diffusion_jax.diffusion.precond import DDPM, Denoiser
 
 
@@ -63,8 +63,8 @@ class Objective(NamedTuple):
         labels: Labels | None,
         draws: PyTree,
         train: bool,
-    ) -> Images:
-        """The loss per pixel [B, H, W, C].
+    ) -> dict[str, Images]:
+        """The loss per pixel [B, H, W, C], by the terms that it is the sum of: {'loss'}, or {'mse', 'vb'}.
 
         Args:
             variables: of the denoiser.
@@ -87,5 +87,5 @@ class Objective(NamedTuple):
         )
         if isinstance(precond, DDPM):
             denoise = functools.partial(denoise, with_raw=True)
-            return ddpm_loss(precond, denoise, images, sigma, noise)
-        return weighted_loss(precond, denoise, images, sigma, noise)
+            return ddpm_terms(precond, denoise, images, sigma, noise)
+        return {"loss": weighted_loss(precond, denoise, images, sigma, noise)}

@@ -64,8 +64,10 @@ def build_step(config: ConfigDict, denoiser: precond.Denoiser, mesh: Mesh) -> st
 
 def metrics_type(denoiser: precond.Denoiser) -> type[Collection]:
     """What the training step of a network measures."""
-    discrete = isinstance(denoiser.precond, precond.DDPM)
-    return metrics.DiscreteMetrics if discrete else metrics.TrainMetrics
+    if not isinstance(denoiser.precond, precond.DDPM):
+        return metrics.TrainMetrics
+    hybrid = denoiser.precond.loss == "hybrid"
+    return metrics.HybridMetrics if hybrid else metrics.DiscreteMetrics
 
 
 def build_cadence(config: ConfigDict) -> loop.Cadence:

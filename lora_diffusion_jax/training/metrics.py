@@ -19,6 +19,10 @@ VOCABULARY = {
     # Bin i holds i - 5 <= ln sigma < i - 4; 0 and 9 also all below and above.
     "train/loss_sigma_[0-9]": "the same for the images of one noise level",
     "train/loss_q[0-3]": "mean loss per quarter of the timesteps of a discrete process",
+    "train/mse": "of the hybrid loss: the squared error of the predicted noise",
+    "train/vb": "and the rest, T/1000 times the term of the variational bound, in bits",
+    "train/mse_q[0-3]": "the former per quarter of the timesteps",
+    "train/vb_q[0-3]": "and the latter",
     "train/grad_norm": "global norm of the gradient of (sum or mean over pixels, mean over batch)",
     "train/lora_grad_norm": "its part in the adapters, if adapters are trained",
     "train/param_norm": "global norm of the trained parameters after the last step",
@@ -50,6 +54,7 @@ class SigmaAverage(metrics.Metric):
     count: Float[Array, " bins"]
 
     num_bins: ClassVar[int] = len(SIGMA_EDGES) + 1
+    term: ClassVar[str] = "loss"  # which of the losses of each image [B]
 
     @classmethod
     def bins(cls, outputs: Mapping[str, Array]) -> Int[Array, " B"]:
@@ -63,10 +68,10 @@ class SigmaAverage(metrics.Metric):
 
     @classmethod
     def from_model_output(
-        cls, *, image_loss: Float[Array, " B"], mask: Bool[Array, "1"], **outputs: Any
+        cls, *, image_losses: Mapping[str, Array], mask: Bool[Array, "1"], **outputs: Any
     ) -> Self:
         member = jax.nn.one_hot(cls.bins(outputs), cls.num_bins) * mask  # [B, bins]
-        loss = jnp.where(mask, image_loss, 0)  # NaN times 0 is NaN
+        loss = jnp.where(mask, image_losses[cls.term], 0)  # NaN times 0 is NaN
         return cls(total=loss @ member, count=member.sum(axis=0))
 
     def merge(self, other: Self) -> Self:
@@ -90,6 +95,20 @@ class QuartileAverage(SigmaAverage):
 
 
 @flax.struct.dataclass
+class MseQuartiles(QuartileAverage):
+    """The same of the hybrid loss's squared error."""
+
+    term: ClassVar[str] = "mse"
+
+
+@flax.struct.dataclass
+class BoundQuartiles(QuartileAverage):
+    """The same of the hybrid loss's term of the bound."""
+
+    term: ClassVar[str] = "vb"
+
+
+@flax.struct.dataclass
 class TrainMetrics(metrics.Collection):
     """Sums over steps; scalars come as [1] beside a mask [1] that is False in skipped steps."""
 
@@ -105,16 +124,25 @@ class TrainMetrics(metrics.Collection):
 # What the runs of a discrete process measure: the loss by quartile besides.
 DiscreteMetrics = metrics.Collection.create(**TrainMetrics.__annotations__, loss_q=QuartileAverage)
 
+# And with the hybrid loss its two terms.
+HybridMetrics = metrics.Collection.create(
+    **DiscreteMetrics.__annotations__,
+    mse=metrics.Average.from_output("mse"),
+    vb=metrics.Average.from_output("vb"),
+    mse_q=MseQuartiles,
+    vb_q=BoundQuartiles,
+)
+
 
 def to_scalars(collection: metrics.Collection) -> dict[str, float]:
     """{'train/loss': ...} of metrics on the host; values without data are left out."""
     with np.errstate(divide="ignore", invalid="ignore"):
         values = {name: np.asarray(value) for name, value in collection.compute().items()}
     scalars = {}
-    for name, separator in (("loss_sigma", "_"), ("loss_q", "")):
-        for i, value in enumerate(values.pop(name, ())):
-            scalars[f"train/{name}{separator}{i}"] = float(value)
-    scalars |= {f"train/{name}": float(value) for name, value in values.items()}
+    for name, value in values.items():
+        prefix = f"train/{name}{'_' if name == 'loss_sigma' else ''}"
+        for i, entry in enumerate(np.atleast_1d(value)):
+            scalars[f"{prefix}{i if value.ndim else ''}"] = float(entry)
     return {name: value for name, value in scalars.items() if not np.isnan(value)}
 
 

@@ -1,6 +1,7 @@
 """One training step as a pure function of state, batch and key."""
 
 import dataclasses
+import operator
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
@@ -22,7 +23,7 @@ from lora_diffusion_jax.array_types import (
 )
 from lora_diffusion_jax.paths import is_adapter, split
 from lora_diffusion_jax.training.ema import Ema
-from lora_diffusion_jax.training.metrics import DiscreteMetrics, TrainMetrics
+from lora_diffusion_jax.training.metrics import DiscreteMetrics, HybridMetrics, TrainMetrics
 from lora_diffusion_jax.training.optimizer import Optimizer
 from lora_diffusion_jax.training.sharding import check_batch_size, gathered
 from lora_diffusion_jax.training.state import TrainState, assemble
@@ -30,8 +31,9 @@ from lora_diffusion_jax.training.state import TrainState, assemble
 Batch = Mapping[str, Array]  # 'image' uint8 or [-1, 1] float [B, H, W, C]; 'label' ids or float
 StepFn = Callable[[TrainState, Batch, Key], tuple[TrainState, Collection]]
 NORMS = ("grad_norm", "lora_grad_norm", "update_norm", "param_norm")
-# (params, part of a batch) -> (gradient, loss per image)
-Gradient = Callable[[PyTree, PyTree], tuple[PyTree, Float[Array, " b"]]]
+ImageLosses = dict[str, Float[Array, " B"]]  # 'loss', and its terms if it has several
+# (params, part of a batch) -> (gradient, losses per image)
+Gradient = Callable[[PyTree, PyTree], tuple[PyTree, ImageLosses]]
 
 
 class Objective(Protocol):
@@ -51,8 +53,11 @@ class Objective(Protocol):
         labels: Labels | None,
         draws: Mapping[str, PyTree],
         train: bool,
-    ) -> Float[Array, "B H W C"]:
-        """The loss per pixel of images in [-1, 1]."""
+    ) -> dict[str, Float[Array, "B H W C"]]:
+        """The loss per pixel of images in [-1, 1], by the terms that it is the sum of.
+
+        A single one is called 'loss'; 'mse' and 'vb' are logged by themselves.
+        """
         ...
 
 
@@ -100,11 +105,15 @@ def make_train_step(
         labels = to_labels(batch.get("label"), num_classes)
         draws = objective.draw(key, images.shape)
 
-        def loss(params: PyTree, part: PyTree) -> tuple[Float[Array, ""], Float[Array, " B"]]:
+        def loss(params: PyTree, part: PyTree) -> tuple[Float[Array, ""], ImageLosses]:
             variables = gathered(assemble(params, state.frozen, state.buffers), mesh)
             images, labels, draws = part
-            pixels = objective.loss(variables, images, labels, draws, True)
-            per_image = pixels.mean(axis=(1, 2, 3), dtype=jnp.float32)
+            terms = objective.loss(variables, images, labels, draws, True)
+            pixels = jax.tree.reduce(operator.add, terms)
+            per_image = {
+                name: value.mean(axis=(1, 2, 3), dtype=jnp.float32)
+                for name, value in {**terms, "loss": pixels}.items()
+            }
             # Of the whole batch also in a part, so that the parts' gradients add up.
             count = batch_size * (pixels[0].size if mean_over_pixels else 1)
             return pixels.astype(jnp.float32).sum() / count, per_image
@@ -113,10 +122,11 @@ def make_train_step(
         # change what is learned.
         gradient, whole = jax.grad(loss, has_aux=True), (images, labels, draws)
         if chunks == 1:
-            grads, image_loss = gradient(state.params, whole)
+            grads, losses = gradient(state.params, whole)
         else:
-            grads, image_loss = accumulate(gradient, state.params, whole, chunks, unroll)
-        good = jnp.isfinite(image_loss.mean()) & ~state.halted
+            grads, losses = accumulate(gradient, state.params, whole, chunks, unroll)
+        means = {name: value.mean() for name, value in losses.items()}
+        good = jnp.isfinite(means["loss"]) & ~state.halted
 
         def update() -> tuple[tuple, dict[str, Array], Array]:
             finite = clean(grads)
@@ -133,11 +143,11 @@ def make_train_step(
         (params, opt_state, average), measured, replaced = jax.lax.cond(good, update, skip)
         # Once halted it stays as it is: the loop reports it some steps later.
         bad_in_row = jnp.where(good, 0, state.bad_in_row + ~state.halted)
-        scalars = {**measured, "loss": image_loss.mean(), "learning_rate": optimizer.rate(seen)}
+        scalars = {**measured, **means, "learning_rate": optimizer.rate(seen)}
         kind = DiscreteMetrics if "quartile" in draws else TrainMetrics
-        metrics = kind.single_from_model_output(
+        metrics = (HybridMetrics if "vb" in losses else kind).single_from_model_output(
             mask=good[None],
-            image_loss=image_loss,
+            image_losses=losses,
             sigma=draws["sigma"],
             quartile=draws.get("quartile"),
             **{name: value[None] for name, value in scalars.items()},
@@ -176,14 +186,14 @@ def to_labels(labels: LabelIds | Labels | None, num_classes: int) -> Labels | No
 
 def accumulate(
     gradient: Gradient, params: PyTree, whole: PyTree, chunks: int, unroll: bool
-) -> tuple[PyTree, Float[Array, " B"]]:
+) -> tuple[PyTree, ImageLosses]:
     """Adds up the gradients of equal parts of a batch.
 
     Part i takes rows i, i + chunks, ...: every device then finds its share of each part among its
     own rows.
 
     Args:
-        gradient: (params, part) -> (gradient, loss per image of the part).
+        gradient: (params, part) -> (gradient, losses per image of the part).
         params: the parameters.
         whole: arrays with a row per image, which are cut, and keys, which are folded with the part's
             number.
@@ -191,7 +201,7 @@ def accumulate(
         unroll: whether to repeat the program instead of looping in it.
 
     Returns:
-        The sum of the gradients, and the loss per image in the order of the batch.
+        The sum of the gradients, and the losses per image in the order of the batch.
     """
 
     def cut(leaf: Array) -> Array:  # [B, ...] -> [chunks, B / chunks, ...]; a key -> chunks keys
@@ -199,14 +209,15 @@ def accumulate(
             return jax.vmap(jax.random.fold_in, (None, 0))(leaf, jnp.arange(chunks))
         return jnp.moveaxis(leaf.reshape(-1, chunks, *leaf.shape[1:]), 1, 0)
 
-    def body(total: PyTree, part: PyTree) -> tuple[PyTree, Float[Array, " b"]]:
-        grads, image_loss = gradient(params, part)
-        return jax.tree.map(jnp.add, total, grads), image_loss
+    def body(total: PyTree, part: PyTree) -> tuple[PyTree, ImageLosses]:
+        grads, losses = gradient(params, part)
+        return jax.tree.map(jnp.add, total, grads), losses
 
     zeros = jax.tree.map(jnp.zeros_like, params)
     parts = jax.tree.map(cut, whole)
-    grads, image_loss = jax.lax.scan(body, zeros, parts, unroll=chunks if unroll else 1)
-    return grads, image_loss.T.reshape(-1)  # [chunks, b]: row i of part k is image i chunks + k
+    grads, losses = jax.lax.scan(body, zeros, parts, unroll=chunks if unroll else 1)
+    # [chunks, b]: row i of part k is image i chunks + k
+    return grads, jax.tree.map(lambda rows: rows.T.reshape(-1), losses)
 
 
 def clean(grads: PyTree) -> PyTree:

@@ -148,7 +148,7 @@ def value(objective, train):
     @fast_jit
     def run(key):
         draws = objective.draw(key, IMAGES.shape)
-        return draws, objective.loss({}, IMAGES, None, draws, train)
+        return draws, objective.loss({}, IMAGES, None, draws, train)["loss"]
 
     return run(jax.random.key(0))
 

@@ -91,7 +91,7 @@ class Objective:
     def loss(self, variables, images, labels, draws, train):
         sigma = draws["sigma"]
         noisy = images + sigma[:, None, None, None] * draws["noise"]
-        return jnp.square(Net().apply(variables, noisy, sigma, labels) - images)
+        return {"loss": jnp.square(Net().apply(variables, noisy, sigma, labels) - images)}
 
 
 def make_data(count=64):

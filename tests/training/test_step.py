@@ -48,7 +48,7 @@ def test_gradient_is_of_the_sum_over_pixels_divided_by_the_batch(variables):
     draws = Objective().draw(key, images.shape)
 
     def mean_loss(params):
-        return Objective().loss({"params": params}, images, labels, draws, True).mean()
+        return Objective().loss({"params": params}, images, labels, draws, True)["loss"].mean()
 
     pixels = np.prod(images.shape[1:])
     value, grads = jax.jit(jax.value_and_grad(mean_loss))(state.params)
@@ -71,8 +71,8 @@ class NanAt(Objective):
         return {**super().draw(key, shape), "bad": jnp.full(shape[0], bad)}
 
     def loss(self, variables, images, labels, draws, train):
-        pixels = super().loss(variables, images, labels, draws, train)
-        return jnp.where(draws["bad"][:, None, None, None], self.value, pixels)
+        pixels = super().loss(variables, images, labels, draws, train)["loss"]
+        return {"loss": jnp.where(draws["bad"][:, None, None, None], self.value, pixels)}
 
 
 def test_steps_equal_a_plain_loop_in_float64(variables):
@@ -85,8 +85,8 @@ def test_steps_equal_a_plain_loop_in_float64(variables):
     def gradient(params, data, key):
         images, labels = to_float(data["image"]), to_labels(data["label"], CLASSES)
         draws = Objective().draw(key, images.shape)
-        pixels = lambda p: Objective().loss({"params": p}, images, labels, draws, True)  # noqa: E731
-        return jax.grad(lambda p: pixels(p).sum() / BATCH)(params)
+        terms = lambda p: Objective().loss({"params": p}, images, labels, draws, True)  # noqa: E731
+        return jax.grad(lambda p: terms(p)["loss"].sum() / BATCH)(params)
 
     def flat(tree):
         return {path_of(k): np.float64(v) for k, v in jax.tree_util.tree_leaves_with_path(tree)}
@@ -158,14 +158,15 @@ def test_parts_of_a_batch_add_up(unroll):
 
     def gradient(params, part):
         x, key = part
-        return {"w": (params["w"] * x).sum(), "drawn": jax.random.uniform(key)}, 2 * x
+        grads = {"w": (params["w"] * x).sum(), "drawn": jax.random.uniform(key)}
+        return grads, {"loss": 2 * x}
 
     params = {"w": jnp.float32(0.5), "drawn": jnp.float32(0)}
-    grads, image_loss = accumulate(gradient, params, (rows, key), 3, unroll)
+    grads, losses = accumulate(gradient, params, (rows, key), 3, unroll)
     drawn = [jax.random.uniform(jax.random.fold_in(key, part)) for part in range(3)]
     np.testing.assert_allclose(grads["w"], 33)
     np.testing.assert_allclose(grads["drawn"], sum(drawn), rtol=1e-6)
-    np.testing.assert_array_equal(image_loss, 2 * rows)
+    np.testing.assert_array_equal(losses["loss"], 2 * rows)
 
 
 @pytest.mark.parametrize("microbatch", [-1, 3, 32])
@@ -238,7 +239,7 @@ def test_nonfinite_gradients_are_replaced_and_counted():
         def loss(self, variables, images, labels, draws, train):
             bias = variables["params"]["out"]["bias"]  # zeros here
             nan = bias[0] * jnp.where(bias[0] == 0, jnp.sqrt(bias[0]) * 0, 1)
-            return jnp.square(images) * 0 + bias[1] + jnp.sqrt(bias[2]) + nan
+            return {"loss": jnp.square(images) * 0 + bias[1] + jnp.sqrt(bias[2]) + nan}
 
     optimizer = adam(1.0)
     step = fast_jit(make_step(optimizer, Roots(), ema=Ema(10.0)))

@@ -2,9 +2,10 @@
 undisturbed run: every bit of parameters, moments, EMA and counters, and metrics.jsonl.
 
 python -m benchmarks.survival [--kills=20] [--processes=1|2] [--steps=200] [--seed=0]
+    [--config=digits_iddpm --config.model.channels=32 ...]
 
-The run is `main.py --mode=train` of a small network on the digits, with a checkpoint every 3 steps, so
-that most kills hit a save. A kill is a kill -9 at a random moment of the start or of training; with
+The run is `main.py --mode=train` of a config for the digits, made small; further flags are main.py's. It
+saves a checkpoint every 3 steps, so that most kills hit a save. A kill is a kill -9 at a random moment of the start or of training; with
 several processes it hits all of them or one, and the others then have to exit by themselves. Prints one
 line per kill and one JSON line at the end; the exit status is 1 if the results differ.
 """
@@ -59,13 +60,14 @@ class Run:
     home: Path  # of the data set and the compiled programs
     processes: int
     steps: int
+    flags: list[str]  # of main.py, which replace those of CONFIG
 
     def start(self) -> list[subprocess.Popen]:
         """Starts all processes of the run; their output goes to log-I beside the workdir."""
         fields = {**CONFIG, "train.total_images": self.steps * BATCH, "data.data_dir": self.home}
-        command = [sys.executable, "main.py", "--mode=train", "--config=configs/digits.py"]
-        command += [f"--workdir={self.workdir}"]
+        command = [sys.executable, "main.py", "--mode=train", f"--workdir={self.workdir}"]
         command += [f"--config.{name}={value}" for name, value in fields.items()]
+        command += self.flags  # a field given twice takes the last value
         environment = {
             **os.environ,
             "JAX_PLATFORMS": "cpu",
@@ -201,14 +203,16 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    parser.add_argument("--config", default="digits")
+    args, flags = parser.parse_known_args()
+    flags.append(f"--config={args.config}")
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax misses a file that it does not need
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
-        alone = Run(home / "alone", home, args.processes, args.steps)
+        alone = Run(home / "alone", home, args.processes, args.steps, flags)
         finish(alone, alone.start())
-        disturbed = Run(home / "disturbed", home, args.processes, args.steps)
+        disturbed = Run(home / "disturbed", home, args.processes, args.steps, flags)
         rng, kills = random.Random(args.seed), []
         while len(kills) < args.kills:
             one = kill(disturbed, rng, len(kills), args.steps // EVERY // args.kills)
@@ -223,6 +227,7 @@ def main() -> None:
     different = [pair for pair in itertools.zip_longest(*lines) if pair[0] != pair[1]]
     result = {
         "benchmark": "survival",
+        "config": args.config,
         "processes": args.processes,
         "steps": args.steps,
         "kills": len(kills),

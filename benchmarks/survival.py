@@ -5,9 +5,10 @@ python -m benchmarks.survival [--kills=20] [--processes=1|2] [--steps=200] [--se
     [--config=digits_iddpm --config.model.channels=32 ...]
 
 The run is `main.py --mode=train` of a config for the digits, made small; further flags are main.py's. It
-saves a checkpoint every 3 steps, so that most kills hit a save. A kill is a kill -9 at a random moment of the start or of training; with
-several processes it hits all of them or one, and the others then have to exit by themselves. Prints one
-line per kill and one JSON line at the end; the exit status is 1 if the results differ.
+saves a checkpoint every 3 steps, so that most kills hit a save. A kill is a kill -9 at a random moment of
+the start or of training; with several processes it hits all of them or one, and the others then have to
+exit by themselves. Prints one line per kill and one JSON line at the end; the exit status is 1 if the
+results differ.
 """
 
 import argparse
@@ -48,7 +49,7 @@ CONFIG = {
 }
 # A kill comes at most so many seconds after the start, or after some checkpoint of training.
 START_SECONDS, TRAIN_SECONDS = 5.0, 0.5
-PATIENCE = 300.0  # seconds until a process that should make progress or exit is given up
+PATIENCE = 900.0  # seconds until a process that should make progress or exit is given up
 CLOCKED = ("time", "callback/seconds")  # fields of metrics.jsonl that differ in any two runs
 
 
@@ -117,6 +118,8 @@ def wait_for(run: Run, started: list[subprocess.Popen], checkpoints: int) -> Non
         if compiled and run.newest() - began >= EVERY * checkpoints:
             return
         if time.monotonic() > deadline:
+            for process in started:
+                process.kill()
             raise SystemExit(f"No progress within {PATIENCE} s:\n{run.output()}")
         time.sleep(0.01)
 

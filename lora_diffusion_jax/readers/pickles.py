@@ -7,7 +7,7 @@ is not needed.
 import contextlib
 import dataclasses
 import mmap
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -182,13 +182,13 @@ def _tensors(value: Any, key: str | None, budget: Budget) -> dict[str, np.ndarra
         if type(value.get(key)) is not dict:
             raise Refused(f"has no dict named {key!r}, but {_names(value)}")
         value = value[key]
-    others = [name for name, item in value.items() if type(item) is not Tensor]
-    if others or not all(type(name) is str for name in value):
-        raise Refused(f"holds more than tensors: {_names(value)}")
+    others = [k for k, item in value.items() if type(k) is not str or type(item) is not Tensor]
+    if others:
+        raise Refused(f"holds more than tensors by name: {_names(others)}")
     return {name: tensor.array(budget) for name, tensor in value.items()}
 
 
-def _names(value: dict) -> str:
+def _names(value: Collection) -> str:
     names = [printable(name) for name in list(value)[:6]]
     return ", ".join(names) + (", ..." if len(value) > 6 else "") if names else "nothing"
 

@@ -1,6 +1,7 @@
-"""Networks that are formulas: that of the golden file, and the ideal one of Gaussian data."""
+"""Networks that are formulas: that of the golden file, and the ideal ones of Gaussian data."""
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -8,6 +9,7 @@ from lora_diffusion_jax.diffusion.precond import DDPM, Denoiser
 from lora_diffusion_jax.diffusion.samplers import BoundDenoiser, bind
 
 MEAN, STD = 0.1, 0.25  # of the Gaussian data
+LEVELS = np.arange(256) / 127.5 - 1  # the gray levels of 8 bits
 
 
 class Formula(nn.Module):
@@ -58,6 +60,34 @@ def ideal(precond):
         return denoised, jnp.concatenate([(x - denoised) / sigma, chosen], axis=-1)
 
     return BoundDenoiser(gaussian, precond, raw)
+
+
+def ideal_of_levels(precond, chances, variance):
+    """The ideal denoiser of gray pixels with these chances of the levels, for a discrete process.
+
+    Args:
+        precond: with the process.
+        chances: of the levels, [256].
+        variance: "low" or "high", the ends of the range; "exact", that of p(x_{t-1} | x_t) within it.
+    """
+    process = precond.process
+    low, high = (jnp.asarray(table, jnp.float32) for table in process.log_variances)
+    of_start = jnp.asarray(process.mean_coefficients[0], jnp.float32)
+    posterior = jnp.asarray(process.posterior_variance, jnp.float32)
+    levels = LEVELS.astype(np.float32)
+
+    def raw(x, sigma):
+        logits = np.log(chances) - 0.5 * jnp.square((x - levels) / sigma)  # [B, H, W, 256]
+        weights = jax.nn.softmax(logits.astype(jnp.float32))
+        denoised = jnp.sum(weights * levels, axis=-1, keepdims=True)
+        spread = jnp.sum(weights * jnp.square(levels - denoised), axis=-1, keepdims=True)
+        t = precond.nearest(sigma)
+        exact = jnp.log(posterior[t] + jnp.square(of_start[t]) * spread)
+        inside = jnp.clip(2 * (exact - low[t]) / (high[t] - low[t]) - 1, -1, 1)
+        part = {"low": -jnp.ones_like(x), "high": jnp.ones_like(x), "exact": inside}[variance]
+        return denoised, jnp.concatenate([(x - denoised) / sigma, part], axis=-1)
+
+    return BoundDenoiser(lambda x, sigma: raw(x, sigma)[0], precond, raw)
 
 
 class PixelNet(nn.Module):

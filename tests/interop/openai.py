@@ -13,6 +13,10 @@ from tests.golden.make_checkpoints import values
 from tests.readers import pickling
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "openai_unet.npz"
+STORAGES = {  # name of a dtype -> of torch's storage
+    **{"float32": "Float", "float16": "Half", "float64": "Double"},
+    **{"int64": "Long", "bool": "Bool"},
+}
 CASES = ("scale_shift", "shift")
 
 
@@ -66,7 +70,7 @@ def write(path: Path, state_dict: dict[str, np.ndarray]) -> Path:
     tensors, storages = {}, {}
     for key, (name, array) in enumerate(state_dict.items()):
         strides = tuple(s // array.itemsize for s in array.strides)
-        kind = pickling.Global("torch", "FloatStorage")
+        kind = pickling.Global("torch", f"{STORAGES[array.dtype.name]}Storage")
         storage = pickling.Persistent(("storage", kind, str(key), "cpu", array.size))
         arguments = (storage, 0, array.shape, strides, False, pickling.ordered_dict())
         rebuild = pickling.Global("torch._utils", "_rebuild_tensor_v2")

@@ -156,6 +156,26 @@ def test_hostile_files_are_refused_and_nothing_runs(tmp_path, monkeypatch):
     assert not (tmp_path / "EXECUTED").exists()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "value", "says"),
+    [
+        (np.int64, 1, "has the type int64; expected float32 or a half precision"),
+        (np.bool_, 1, "has the type bool"),
+        (np.float64, 1, "has the type float64"),
+        (np.float32, np.nan, "holds NaN or infinity"),
+        (np.float16, np.inf, "holds NaN or infinity"),
+    ],
+)
+def test_weights_of_other_types_are_refused(tmp_path, dtype, value, says):
+    known = case("shift")
+    name = "time_embed.0.bias"
+    changed = {name: np.full(known.state_dict[name].shape, value, dtype)}
+    path = write(tmp_path / "net.pt", known.state_dict | changed)
+    with pytest.raises(UserError, match=says) as caught:
+        load_pretrained(path, config=known.config)
+    assert "\n" not in str(caught.value)
+
+
 def test_self_describing_files_must_agree_with_a_config(network, tmp_path):
     known, loaded = network
     path = tmp_path / "net.safetensors"

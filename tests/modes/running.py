@@ -38,13 +38,10 @@ def start(*arguments):
     )
 
 
+def train_command(path, data_dir, images, *more):
+    flags = config_flags(data__data_dir=data_dir, train__total_images=images)
+    return ["--mode=train", *TINY, f"--workdir={path}", *flags, *more]
+
+
 def train(path, data_dir, images, *more, status=0):
-    return run(
-        "--mode=train",
-        *TINY,
-        f"--workdir={path}",
-        f"--config.data.data_dir={data_dir}",
-        f"--config.train.total_images={images}",
-        *more,
-        status=status,
-    )
+    return run(*train_command(path, data_dir, images, *more), status=status)

@@ -1,11 +1,15 @@
 """A run of a discrete process from the command line, and likelihoods of both kinds of network."""
 
 import json
+import signal
+from time import monotonic, sleep
 
 import numpy as np
 import pytest
 
-from tests.modes.running import run, train
+from benchmarks import survival
+from lora_diffusion_jax.training.checkpoint import saved_steps
+from tests.modes.running import run, start, train, train_command
 from tests.small import config_flags
 
 PROCESS = config_flags(
@@ -39,24 +43,33 @@ def test_the_loss_is_logged_by_quarter_of_the_timesteps(discrete, workdir):
     assert [line["images"] for line in lines] == [32, 64, 96]
     assert lines[0]["train/learning_rate"] == pytest.approx(1e-3)  # no ramp-up
     for line in lines:
-        quarters = [line[f"train/loss_q{i}"] for i in range(4)]
-        assert np.isfinite(quarters).all()
-        assert min(quarters) <= line["train/loss"] <= max(quarters)
+        for name in ("loss", "mse", "vb"):
+            quarters = [line[f"train/{name}_q{i}"] for i in range(4)]
+            assert np.isfinite(quarters).all()
+            assert min(quarters) <= line[f"train/{name}"] <= max(quarters)
+        assert line["train/mse"] + line["train/vb"] == pytest.approx(line["train/loss"], rel=1e-5)
     assert "train/loss_q" not in (workdir / "metrics.jsonl").read_text()
     table = (discrete / "parameters.txt").read_text()
     assert "(21, 3)" in table  # T follows the process
 
 
 @pytest.mark.slow
-def test_a_run_of_a_discrete_process_goes_on_where_it_was(discrete, data_dir, tmp_path):
-    train(tmp_path / "cut", data_dir, 48, *PROCESS)
-    train(tmp_path / "cut", data_dir, 96, *PROCESS)
-
-    def last(path):
-        line = json.loads((path / "metrics.jsonl").read_text().splitlines()[-1])
-        return {k: v for k, v in line.items() if k.startswith("train/loss")}
-
-    assert last(tmp_path / "cut") == last(discrete)
+def test_a_killed_run_of_a_discrete_process_ends_with_the_same_bits(data_dir, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    images, steps = 16 * 40, 40
+    train(whole, data_dir, images, *PROCESS)
+    process, deadline = start(*train_command(killed, data_dir, images, *PROCESS)), monotonic() + 600
+    while not saved_steps(killed) and process.poll() is None and monotonic() < deadline:
+        sleep(0.01)
+    process.kill()
+    output = process.communicate()[0]
+    assert process.returncode == -signal.SIGKILL, output
+    assert 0 < max(saved_steps(killed)) < steps
+    assert "resuming from the checkpoint of step " in train(killed, data_dir, images, *PROCESS)
+    assert survival.state_of(killed, steps) == survival.state_of(whole, steps)
+    lines = survival.metrics_of(whole)
+    assert survival.metrics_of(killed) == lines
+    assert "train/vb_q3" in lines[0]
 
 
 def test_a_discrete_run_is_sampled_in_steps_of_its_process_or_of_edm(discrete, tmp_path):

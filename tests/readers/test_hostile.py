@@ -377,6 +377,65 @@ def test_storages_that_do_not_match_their_declaration_are_refused():
     refuse(p.legacy_file({"w": p.Persistent(huge)}, [("0", 1 << 60, b"")]), reader=read)
 
 
+def _zip(value, storages: dict[str, bytes]) -> bytes:
+    return p.torch_zip(value, storages)
+
+
+def _legacy(value, storages: dict[str, bytes]) -> bytes:
+    return p.legacy_file(value, [(key, len(data) // 4, data) for key, data in storages.items()])
+
+
+def _view(shape: tuple, strides: tuple, offset: int = 0, kind: str = "Float", hooks=()) -> p.Call:
+    """A tensor in the storage "0" of 4 elements."""
+    storage = p.Persistent(("storage", p.Global("torch", f"{kind}Storage"), "0", "cpu", 4))
+    arguments = (storage, offset, shape, strides, False, dict(hooks))
+    return p.Call(p.Global("torch._utils", "_rebuild_tensor_v2"), arguments)
+
+
+STATE_DICTS = {  # what stands in the file, and the words of its refusal
+    "repeated": (_view((1 << 30, 1 << 30), (0, 0)), "more tensors"),
+    "empty but huge": (_view((0, 1 << 39, 1 << 39), (0, 0, 0)), "more tensors"),
+    "many views": ([_view((1 << 10, 1 << 10), (0, 0))] * 30, "more tensors"),
+    "too long": (_view((5,), (1,)), "beyond its storage"),
+    "too far": (_view((2,), (1,), offset=3), "beyond its storage"),
+    "backwards": (_view((2,), (-1,)), "impossible shape"),
+    "before": (_view((2,), (1,), offset=-1), "impossible shape"),
+    "hooks": (_view((2,), (1,), hooks={"hook": 1}), "tensor with hooks"),
+    "complex": (_view((2,), (1,), kind="ComplexFloat"), "refers to torch.ComplexFloatStorage"),
+    "quantised": (_view((2,), (1,), kind="QInt8"), "refers to torch.QInt8Storage"),
+    "two types": ([_view((2,), (1,)), _view((2,), (1,), kind="Int")], "declared in two ways"),
+    "sparse": (p.Call(p.Global("torch._utils", "_rebuild_sparse_tensor"), (0,)), "_rebuild_sparse"),
+    "a number": ([_view((2,), (1,)), 5], "more than tensors by name: w1. "),
+    "nested": ({"w": _view((2,), (1,))}, "more than tensors by name: w0. "),
+    "unfolding": ([_repeated_tuple(60), _view((2,), (1,))], "more than tensors by name: w0. "),
+    "deep": (
+        [p.Raw(b")" + b"\x85" * 300_000), _view((2,), (1,))],
+        "more than tensors by name: w0. ",
+    ),
+    "work": (p.Raw(b"(" + b"}" * 2_000_000 + b"t"), "more work"),
+    "colliding": ({i * ((1 << 61) - 1): None for i in range(1, 5_000)}, "as a dictionary key"),
+    **{name: (p.Raw(opcodes), "") for name, opcodes in DECLARED.items()},
+}
+
+
+@pytest.mark.parametrize("write", [_zip, _legacy])
+@pytest.mark.parametrize(("values", "says"), STATE_DICTS.values(), ids=STATE_DICTS)
+def test_state_dicts_meet_the_limits_of_snapshots(write, values, says):
+    values = values if type(values) is list else [values]
+    tensors = {f"w{i}": value for i, value in enumerate(values)}
+    refuse(write(tensors, {"0": bytes(16)}), reader=read_torch_state_dict, says=says)
+
+
+def test_state_dicts_are_flat_and_named():
+    tensor, storages = _view((2,), (1,)), {"0": bytes(16)}
+    for value, says in (
+        ([tensor], "holds a list, not a dict"),
+        (tensor, "holds a Tensor, not a dict"),
+        ({1: tensor}, "more than tensors by name: 1. "),
+    ):
+        refuse(p.torch_zip(value, storages), reader=read_torch_state_dict, says=says)
+
+
 LIMITED = """
 import resource, sys
 from lora_diffusion_jax.errors import UserError

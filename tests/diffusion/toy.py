@@ -52,7 +52,7 @@ def ideal(precond):
     left = (STD * process.sigmas) ** 2 / (STD**2 + process.sigmas**2)
     variance = process.posterior_variance + process.mean_coefficients[0] ** 2 * left
     low, high = process.log_variances
-    part = (np.log(variance) - low) / np.maximum(high - low, 1e-12)  # at t = 0 both are equal
+    part = (np.log(variance) - low) / np.maximum(high - low, 1e-12)
 
     def raw(x, sigma):
         denoised, t = gaussian(x, sigma), precond.nearest(sigma)
@@ -83,7 +83,7 @@ def ideal_of_levels(precond, chances, variance):
         spread = jnp.sum(weights * jnp.square(levels - denoised), axis=-1, keepdims=True)
         t = precond.nearest(sigma)
         exact = jnp.log(posterior[t] + jnp.square(of_start[t]) * spread)
-        inside = jnp.clip(2 * (exact - low[t]) / (high[t] - low[t]) - 1, -1, 1)
+        inside = jnp.clip(2 * (exact - low[t]) / jnp.maximum(high - low, 1e-12)[t] - 1, -1, 1)
         part = {"low": -jnp.ones_like(x), "high": jnp.ones_like(x), "exact": inside}[variance]
         return denoised, jnp.concatenate([(x - denoised) / sigma, part], axis=-1)
 

@@ -43,10 +43,10 @@ def refuse(data: bytes, *, reader=read_snapshot, says: str = "") -> str:
     """Reads a file of these bytes, which must end in one line that names it."""
     path = Path("file.pkl")
     path.write_bytes(data)
-    started = time.monotonic()
+    started = time.process_time()
     with nothing_runs(), pytest.raises(UserError) as caught:
         reader(path)
-    assert time.monotonic() - started < 10
+    assert time.process_time() - started < 10
     message = str(caught.value)
     assert message.startswith("file.pkl")
     assert "\n" not in message

@@ -56,7 +56,7 @@ def test_the_loss_is_logged_by_quarter_of_the_timesteps(discrete, workdir):
 @pytest.mark.slow
 def test_a_killed_run_of_a_discrete_process_ends_with_the_same_bits(data_dir, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    images, steps = 16 * 40, 40
+    images, steps = 16 * 18, 18
     train(whole, data_dir, images, *PROCESS)
     process, deadline = start(*train_command(killed, data_dir, images, *PROCESS)), monotonic() + 600
     while not saved_steps(killed) and process.poll() is None and monotonic() < deadline:

@@ -50,7 +50,8 @@ CONFIG = {
 # A kill comes at most so many seconds after the start, or after some checkpoint of training.
 START_SECONDS, TRAIN_SECONDS = 5.0, 0.5
 PATIENCE = 900.0  # seconds until a process that should make progress or exit is given up
-CLOCKED = ("time", "callback/seconds")  # fields of metrics.jsonl that differ in any two runs
+# Fields of metrics.jsonl that differ in any two runs: the clock, and the checksum of a line with it.
+CLOCKED = ("time", "callback/seconds", "crc32")
 
 
 @dataclasses.dataclass

@@ -14,7 +14,6 @@ from lora_diffusion_jax.diffusion import schedules
 from lora_diffusion_jax.diffusion.precond import EDM, IDDPM, PRECONDS, VE, Denoiser
 from lora_diffusion_jax.diffusion.samplers import (
     SAMPLERS,
-    BoundDenoiser,
     Churn,
     Plan,
     ablation_sampler,

@@ -1,6 +1,5 @@
 """Settings found on trajectories of the network: a grid of noise levels, and where Heun's method pays."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -54,7 +53,7 @@ def searched_grid(
             "fine_steps."
         )
     plan = make_plan(fine, precond=precond)
-    states, slopes = jax.jit(lambda z: trace_plan(denoise, z, plan))(latents)
+    states, slopes = trace_plan(denoise, latents, plan)
     first = np.flatnonzero(plan.first)
     costs = _step_costs(fine, np.asarray(states[first]), np.asarray(slopes[first]))
     return fine[cheapest_path(costs, count - 1, DISCOUNT)]
@@ -117,7 +116,7 @@ def find_euler_steps(
         tolerance: relative change of the slope.
     """
     plan = make_plan(sigmas, precond=precond_of(denoise))
-    _, slopes = jax.jit(lambda z: trace_plan(denoise, z, plan))(latents)
+    _, slopes = trace_plan(denoise, latents, plan)
     size = np.asarray(jnp.sqrt(jnp.mean(slopes**2, axis=(1, 2, 3, 4))))
     change = np.asarray(jnp.sqrt(jnp.mean(jnp.diff(slopes, axis=0) ** 2, axis=(1, 2, 3, 4))))
     first = np.flatnonzero(plan.first)[:-1]  # the last step has a single slope

@@ -12,6 +12,7 @@ from lora_diffusion_jax.factory.checks import check
 from lora_diffusion_jax.factory.guidance import build_bind
 from lora_diffusion_jax.factory.networks import build_denoiser
 from lora_diffusion_jax.factory.objectives import build_sampler, count_evaluations
+from lora_diffusion_jax.paths import path_of
 from tests.small import fast_jit, random_variables, small_config
 
 X = np.random.default_rng(0).normal(size=(2, 8, 8, 1)).astype(np.float32)
@@ -25,9 +26,14 @@ def config_of(**changes):
 
 @pytest.fixture(scope="module")
 def network():
-    """A conditional network with UC-LoRA and random weights."""
+    """A conditional network with UC-LoRA and random weights, whose adapters matter."""
     denoiser = build_denoiser(config_of())
-    return denoiser, random_variables(denoiser, X, jnp.float32(1.0), LABELS)
+    variables = random_variables(denoiser, X, jnp.float32(1.0), LABELS)
+
+    def grown(path, value):
+        return 50 * value if "lora" in path_of(path) and "up" in path_of(path) else value
+
+    return denoiser, jax.tree_util.tree_map_with_path(grown, variables)
 
 
 def denoised(network, sigma=1.0, labels=LABELS, **changes):

@@ -67,16 +67,18 @@ def guide(
         strong, weak = pair(x, sigma)
         return weak + scale * (strong - weak)
 
+    def alone(x: Images, sigma: Sigma) -> Images:
+        return denoise(x, sigma)
+
     def guided(x: Images, sigma: Sigma) -> Images:
         if tuple(interval) == ALL_SIGMA:
             return led(x, sigma)
         inside = is_inside(sigma, interval)
         if not inside.ndim:
-            return jax.lax.cond(inside, led, denoise, x, sigma)
+            return jax.lax.cond(inside, led, alone, x, sigma)
         return jnp.where(inside[:, None, None, None], led(x, sigma), denoise(x, sigma))
 
-    function = denoise if scale == 1 else guided
-    return BoundDenoiser(lambda x, sigma: function(x, sigma), precond_of(denoise))
+    return BoundDenoiser(alone if scale == 1 else guided, precond_of(denoise))
 
 
 def is_inside(sigma: Sigma | np.float32, interval: Interval) -> jax.Array:

@@ -17,7 +17,10 @@ from tests.small import fast_jit, random_variables, small_config
 
 X = np.random.default_rng(0).normal(size=(2, 8, 8, 1)).astype(np.float32)
 LABELS = jnp.eye(3)[jnp.array([0, 2])]
-CONDITIONAL = {"class_conditional": True, "data__num_classes": 3, "model__label_dropout": 0.1}
+CONDITIONAL = {
+    **{"class_conditional": True, "data__num_classes": 3, "model__label_dropout": 0.1},
+    **{"model__channel_mult": (1,), "model__attn_resolutions": (8,)},
+}
 
 
 def config_of(**changes):
@@ -70,7 +73,10 @@ def test_adapters_act_inside_their_interval(network):
 def test_a_scale_is_a_factor_of_what_an_adapter_adds():
     """On one layer, where the output is linear in it; a pattern chooses adapters."""
     net = lora.attach(
-        Single(), sites="layer", adapter=lora.time_class_lora(2, 3, 10, 4), condition=two_conditions
+        Single(),
+        sites="layer",
+        adapter=lora.ADAPTERS["time_class"](2, 3, 10, 4),
+        condition=two_conditions,
     )
     x, args = jnp.ones((2, 5)), (jnp.array([3.0, 7.0]), jnp.array([1, 2]))
     variables = random_variables(net, x, *args)

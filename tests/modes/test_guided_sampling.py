@@ -18,7 +18,9 @@ def sample(workdir, tmp_path_factory):
     def sample(**settings):
         out = folder / f"{next(calls)}.npz"
         flags = config_flags(**{"sampler__num_steps": 4, **settings})
-        printed = run("--mode=sample", f"--workdir={workdir}", "--seeds=0-3", f"--out={out}", *flags)
+        printed = run(
+            "--mode=sample", f"--workdir={workdir}", "--seeds=0-3", f"--out={out}", *flags
+        )
         return np.load(out)["images"].astype(int), json.loads(printed.splitlines()[-1])
 
     return sample

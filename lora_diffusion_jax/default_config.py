@@ -64,6 +64,10 @@ def base() -> ConfigDict:
     config.lora.widths = (128, 64)  # uc: hidden widths of the composition MLP
     config.lora.num_timesteps = 0  # time: T, the table has T + 1 rows; 0: that of ddpm, else 4000
     config.lora.sites = r".*/(qkv|proj)"
+    # In sampling alone: a factor of what the adapters add, and the noise levels at which they do.
+    config.lora.scale = 1.0
+    config.lora.interval = ()  # (low, high); (): all
+    config.lora.scaled = ".*"  # of which adapters: a pattern for their paths, such as .*/class
 
     config.data = ConfigDict()
     config.data.name = ""  # a TFDS data set
@@ -107,6 +111,14 @@ def base() -> ConfigDict:
     config.train.max_nonfinite = 20  # steps in a row with a loss that is not finite
 
     config.sampler = sampler("edm")
+
+    config.guidance = ConfigDict()  # D' + scale (D - D'), of a weaker D'
+    config.guidance.name = "none"  # none | classifier_free | autoguidance | adapters
+    config.guidance.scale = 1.0  # 1: D itself
+    config.guidance.interval = ()  # (low, high) of the noise levels that are guided; (): all
+    config.guidance.workdir = ""  # autoguidance: the run that D' comes from
+    config.guidance.step = config_dict.placeholder(int)  # and its checkpoint; None: the newest
+    config.guidance.lora_scale = 0.0  # adapters: lora.scale of D'
 
     config.eval = ConfigDict()
     config.eval.num_samples = 1_000  # of the evaluation during training; 0 leaves it out

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from lora_diffusion_jax import processes
-from lora_diffusion_jax.array_types import Images, Labels, Variables
+from lora_diffusion_jax.array_types import Denoise, Images, Labels, Variables
 from lora_diffusion_jax.diffusion.precond import Denoiser
 from lora_diffusion_jax.diffusion.samplers import bind, to_uint8
 from lora_diffusion_jax.errors import UserError
@@ -25,6 +25,7 @@ MAX_SEEDS = 10_000_000  # in one range on the command line, which is expanded in
 NO_LABEL = -1  # the label of an image from an unconditional network, in files and batches
 
 Sampler = Callable[..., Images]  # (denoise, latents, *, key) -> images in [-1, 1]
+Bind = Callable[[Denoiser, Variables, Labels | None], Denoise]
 
 
 class NotFiniteError(UserError):
@@ -65,6 +66,7 @@ class Generator:
         num_classes: 0 for an unconditional network.
         mesh: devices; a batch is spread over all of them.
         batch_size: images a call; rounded up to a multiple of the devices.
+        bind: makes the D(x; sigma) that is sampled from, with guidance for example.
     """
 
     denoiser: Denoiser
@@ -73,6 +75,7 @@ class Generator:
     num_classes: int
     mesh: Mesh
     batch_size: int = 64
+    bind: Bind = bind
 
     @property
     def call_size(self) -> int:
@@ -92,17 +95,26 @@ class Generator:
         spread = NamedSharding(self.mesh, P(self.mesh.axis_names))
         return jax.jit(self._sample, in_shardings=(None, spread, spread), out_shardings=spread)
 
-    def _sample(
-        self, variables: Variables, seeds: jax.Array, labels: Labels
-    ) -> tuple[jax.Array, jax.Array]:
+    def latents(self, seeds: jax.Array) -> Images:
+        """Unit normal noise [B, H, W, C], each image's from its seed."""
+
         def latent(seed: jax.Array) -> jax.Array:
             return jax.random.normal(purpose_key(seed, LATENT), self.image_shape)
 
+        return jax.vmap(latent)(seeds)
+
+    def one_hot(self, labels: np.ndarray) -> np.ndarray:
+        """Labels of `choose_labels` as rows, [B, num_classes] float32; [B, 1] without classes."""
+        return np.eye(max(self.num_classes, 1), dtype=np.float32)[np.maximum(labels, 0)]
+
+    def _sample(
+        self, variables: Variables, seeds: jax.Array, labels: Labels
+    ) -> tuple[jax.Array, jax.Array]:
         churn = jax.vmap(functools.partial(purpose_key, purpose=CHURN))(seeds)
         # Weights that training splits (`training.sharding.gathered` says why) are used whole.
         variables = jax.lax.with_sharding_constraint(variables, NamedSharding(self.mesh, P()))
-        denoise = bind(self.denoiser, variables, labels if self.num_classes else None)
-        images = self.sampler(denoise, jax.vmap(latent)(seeds), key=churn)
+        denoise = self.bind(self.denoiser, variables, labels if self.num_classes else None)
+        images = self.sampler(denoise, self.latents(seeds), key=churn)
         return to_uint8(images), jnp.isfinite(images).all(axis=(1, 2, 3))
 
     def batches(
@@ -145,9 +157,8 @@ class Generator:
                 bar.update(len(seeds[part]))
 
     def _run(self, variables: Variables, seeds: np.ndarray, labels: np.ndarray) -> Batch:
-        one_hot = np.eye(max(self.num_classes, 1), dtype=np.float32)[np.maximum(labels, 0)]
         spread = NamedSharding(self.mesh, P(self.mesh.axis_names))
-        arrays = (seeds.astype(np.uint32), one_hot)
+        arrays = (seeds.astype(np.uint32), self.one_hot(labels))
         inputs = (processes.place_rows(array, self.call_size, spread) for array in arrays)
         images, finite = map(processes.fetch, self.compiled(variables, *inputs))
         return Batch(images[: len(seeds)], seeds, labels, finite[: len(seeds)])

@@ -8,6 +8,7 @@ from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.factory.pretrained import config_from_dict
 
 COMMON = {"name", "num_steps", "sigma_min", "sigma_max", "batch_size"}
+GRID = {"grid", "rho", "sigmas", "to_zero", "afs"}
 
 
 @pytest.mark.parametrize(
@@ -19,9 +20,13 @@ COMMON = {"name", "num_steps", "sigma_min", "sigma_max", "batch_size"}
             {"rho", "s_churn", "s_min", "s_max", "s_noise", "solver", "discretization"}
             | {"schedule", "scaling", "alpha", "epsilon_s", "c_1", "c_2", "m"},
         ),
-        ("euler", {"rho"}),
-        ("heun", {"rho"}),
-        ("dpmpp_2m", {"rho"}),
+        ("euler", GRID),
+        ("heun", GRID | {"euler_steps"}),
+        ("dpmpp_2m", GRID),
+        ("dpmpp_3m", GRID),
+        ("unipc", GRID | {"order", "variant"}),
+        ("deis", GRID | {"order"}),
+        ("ipndm", GRID | {"order"}),
         ("ddpm", {"respacing", "clip_denoised"}),
         ("ddim", {"respacing", "clip_denoised", "eta"}),
     ],

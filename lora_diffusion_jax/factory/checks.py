@@ -12,6 +12,7 @@ from lora_diffusion_jax import lora
 from lora_diffusion_jax.data import augment as augmentation
 from lora_diffusion_jax.diffusion import samplers
 from lora_diffusion_jax.diffusion.discrete import SCHEDULES
+from lora_diffusion_jax.diffusion.guidance import check_interval
 from lora_diffusion_jax.diffusion.precond import DDPM_LOSSES, PRECONDS
 from lora_diffusion_jax.diffusion.schedules import MAX_STEPS
 from lora_diffusion_jax.errors import UserError, choose, printable
@@ -31,6 +32,7 @@ _CHOICES = {
     "lora.mode": ("baseline", "with_lora", "only_lora"),
     "lora.adapter": lora.ADAPTERS,
     "sampler.name": samplers.SAMPLERS,
+    "guidance.name": ("none", "classifier_free", "autoguidance", "adapters"),
     "dtype": DTYPES,
     "train.remat": REMAT,
 }
@@ -81,7 +83,9 @@ def check(config: ConfigDict) -> None:
     _check_finite(config)
     _check_choices(config)
     _check_ranges(config)
-    check_sites(config.lora.sites)
+    for field in ("sites", "scaled"):
+        check_sites(config.lora[field], f"lora.{field}")
+    _check_guidance(config)
     _check_training(config)
     _check_data(config)
 
@@ -151,6 +155,38 @@ def _check_training(config: ConfigDict) -> None:
         )
 
 
+def _check_guidance(config: ConfigDict) -> None:
+    """Guidance and the scale of adapters, as far as the config tells."""
+    for field in ("guidance.interval", "lora.interval"):
+        interval = _get(config, field)
+        if interval != ():
+            check_interval(field, interval)
+    guidance, scaled = config.guidance, config.lora.scale != 1 or config.lora.interval != ()
+    if guidance.name == "none" and guidance.scale != 1:
+        raise UserError(
+            f"guidance.scale is {guidance.scale:g}, but guidance.name=none; choose classifier_free, "
+            "autoguidance or adapters."
+        )
+    if config.lora.mode == "baseline" and (scaled or guidance.name == "adapters"):
+        raise UserError(
+            "lora.mode=baseline has no adapters to scale; leave out lora.scale, lora.interval and "
+            "guidance.name=adapters."
+        )
+    if guidance.name == "classifier_free" and not (
+        config.class_conditional and config.model.label_dropout
+    ):
+        raise UserError(
+            "guidance.name=classifier_free needs a network that was trained with and without class labels "
+            "(class_conditional=True, model.label_dropout=0.1); this one was not. Train one, or choose "
+            "autoguidance or adapters."
+        )
+    if guidance.name == "autoguidance" and not guidance.workdir:
+        raise UserError(
+            "guidance.name=autoguidance needs guidance.workdir, the run of the weaker network, and "
+            "guidance.step where it is an early checkpoint."
+        )
+
+
 def _check_data(config: ConfigDict) -> None:
     names = config.data.class_names
     if not all(isinstance(name, str) for name in names):
@@ -167,22 +203,22 @@ def _check_data(config: ConfigDict) -> None:
         )
 
 
-def check_sites(pattern: str) -> None:
-    """Raises UserError for a pattern of sites that could take forever to match.
+def check_sites(pattern: str, field: str = "lora.sites") -> None:
+    """Raises UserError for a pattern of layers that could take forever to match.
 
     Its parts can share out a path in at most so many ways: n + k over k for k repetitions and n
     characters, times the alternatives of each group. A repeated group would multiply them with itself.
     """
     if len(pattern) > _SITES_LENGTH:
         raise UserError(
-            f"lora.sites has {len(pattern):,} characters; expected at most {_SITES_LENGTH}. List layers by "
+            f"{field} has {len(pattern):,} characters; expected at most {_SITES_LENGTH}. List layers by "
             "what their paths share, such as '.*/(qkv|proj)'."
         )
     repeats, groups, ways, before = 0, [1], 1, ""  # groups: alternatives of those that are open
     for token in _TOKENS.findall(pattern):
         if token in ("{", "(?") or (token in ("*", "+", "?") and before == ")"):
             raise UserError(
-                f"lora.sites is {printable(pattern, _SITES_LENGTH)!r}, which repeats a group, counts, or "
+                f"{field} is {printable(pattern, _SITES_LENGTH)!r}, which repeats a group, counts, or "
                 "looks around; expected a pattern of names, '.', '*', '+', '?', [...], and (a|b)."
             )
         if token in ("*", "+"):
@@ -199,7 +235,7 @@ def check_sites(pattern: str) -> None:
     ways *= math.prod(groups) * math.comb(_PATH_LENGTH + repeats, repeats)
     if ways > _SITES_WAYS:
         raise UserError(
-            f"lora.sites is {printable(pattern, _SITES_LENGTH)!r}, which can fit a path in {ways:,} ways or "
+            f"{field} is {printable(pattern, _SITES_LENGTH)!r}, which can fit a path in {ways:,} ways or "
             f"more; expected at most {_SITES_WAYS:,}. Use fewer '*', '+', '?' and '|'."
         )
 

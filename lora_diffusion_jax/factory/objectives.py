@@ -6,11 +6,13 @@ from typing import Any
 
 import jax
 import jax.extend
+import numpy as np
 from ml_collections import ConfigDict
 
 from lora_diffusion_jax import default_config
 from lora_diffusion_jax.array_types import AugmentLabels, Images, PyTree
 from lora_diffusion_jax.data import augment as augmentation
+from lora_diffusion_jax.diffusion.guidance import ALL_SIGMA, is_inside
 from lora_diffusion_jax.diffusion.losses import check_loss
 from lora_diffusion_jax.diffusion.objective import Augmentation, Objective
 from lora_diffusion_jax.diffusion.precond import DDPM, Denoiser
@@ -66,16 +68,47 @@ def build_sampler(config: ConfigDict, denoiser: Denoiser) -> Callable[..., Image
             f"{', '.join(sorted(known))}. Write config.sampler = default_config.sampler({name!r}) "
             "in a config file to choose a sampler with its settings."
         )
-    settings = sampler_settings(config)
-    del settings["name"]
+    settings = {k: v for k, v in config.sampler.items() if k not in ("name", "batch_size")}
     sampler = functools.partial(SAMPLERS[name], **settings)
     evaluations(sampler, denoiser)
     return sampler
 
 
 def sampler_settings(config: ConfigDict) -> dict[str, Any]:
-    """The fields of `config.sampler` that decide what the samples are: all but the batch size."""
-    return {k: v for k, v in config.sampler.items() if k != "batch_size"}
+    """The settings that decide what the samples are: of the sampler, and of guidance and adapters if set."""
+    settings = {k: v for k, v in config.sampler.items() if k != "batch_size"}
+    if config.guidance.name != "none":
+        settings["guidance"] = config.guidance.to_dict()
+    adapters = {k: config.lora[k] for k in ("scale", "interval", "scaled")}
+    if adapters["scale"] != 1 or adapters["interval"]:
+        settings["adapters"] = adapters
+    return settings
+
+
+def count_evaluations(
+    config: ConfigDict, sampler: Callable[..., Images], denoiser: Denoiser
+) -> int:
+    """How many evaluations of a network an image takes, those of guidance included."""
+    if config.guidance.name == "none" or config.guidance.scale == 1:
+        return evaluations(sampler, denoiser)
+    interval = config.guidance.interval or ALL_SIGMA
+    levels = visited_levels(sampler, denoiser)
+    return len(levels) + sum(bool(is_inside(level, interval)) for level in levels)
+
+
+def visited_levels(sampler: Callable[..., Images], denoiser: Denoiser) -> list[np.float32]:
+    """The noise levels of a sampling run's evaluations, in no certain order; runs it on a single number."""
+    levels: list[np.float32] = []
+
+    def denoise(x: Images, sigma: jax.Array) -> Images:
+        jax.debug.callback(lambda level: levels.append(np.float32(level)), sigma)
+        return x
+
+    bound = BoundDenoiser(denoise, denoiser.precond)
+    latents = np.zeros((1, 1, 1, 1), np.float32)
+    jax.block_until_ready(jax.jit(lambda x: sampler(bound, x, key=jax.random.key(0)))(latents))
+    jax.effects_barrier()
+    return levels
 
 
 def evaluations(sampler: Callable[..., Images], denoiser: Denoiser) -> int:

@@ -45,12 +45,21 @@ class Pretrained:
         variables: {'params', optional 'buffers'}, float32.
         config: the ConfigDict that describes the network.
         step: of the checkpoint, if it comes from a workdir.
+        weaker: the network that guides it in sampling (`sampling.prepare`), if there is one.
     """
 
     denoiser: Denoiser
     variables: Variables
     config: ConfigDict
     step: int | None = None
+    weaker: "Pretrained | None" = None
+
+    @property
+    def sampled_variables(self) -> Variables:
+        """What its generator takes: its variables, with those of the weaker network if there is one."""
+        if not self.weaker:
+            return self.variables
+        return {"network": self.variables, "weaker": self.weaker.variables}
 
     @property
     def network(self) -> RawNetwork:
@@ -133,7 +142,8 @@ def with_config(loaded: Pretrained, config: ConfigDict) -> Pretrained:
         listed = ", ".join(f"{k} {old[k]!r}, now {new[k]!r}" for k in changed)
         raise UserError(
             f"The config describes another network than the one these weights belong to: {listed}. Remove "
-            "these overrides; only sampler, mesh and dtype can change, and lora.mode to baseline."
+            "these overrides; only sampler, guidance, mesh, dtype and lora.scale can change, and lora.mode "
+            "to baseline."
         )
     return dataclasses.replace(loaded, denoiser=build_denoiser(config), config=config)
 

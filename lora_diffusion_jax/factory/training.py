@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from lora_diffusion_jax import generate
 from lora_diffusion_jax.array_types import PyTree
 from lora_diffusion_jax.diffusion import precond
+from lora_diffusion_jax.factory.guidance import build_bind
 from lora_diffusion_jax.factory.networks import image_shape, is_class_pair, num_classes
 from lora_diffusion_jax.factory.objectives import build_objective, build_sampler
 from lora_diffusion_jax.paths import is_adapter, path_of
@@ -96,9 +97,12 @@ def trainable(config: ConfigDict) -> Callable[[str], bool]:
 
 
 def build_generator(
-    config: ConfigDict, denoiser: precond.Denoiser, mesh: Mesh
+    config: ConfigDict,
+    denoiser: precond.Denoiser,
+    mesh: Mesh,
+    weaker: precond.Denoiser | None = None,
 ) -> generate.Generator:
-    """The generator that samples a denoiser with `config.sampler`."""
+    """The generator that samples a denoiser with `config.sampler`, guided by a weaker one if it says so."""
     return generate.Generator(
         denoiser=denoiser,
         sampler=build_sampler(config, denoiser),
@@ -106,4 +110,5 @@ def build_generator(
         num_classes=num_classes(config),
         mesh=mesh,
         batch_size=config.sampler.batch_size,
+        bind=build_bind(config, weaker),
     )

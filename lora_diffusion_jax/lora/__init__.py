@@ -15,7 +15,7 @@ from lora_diffusion_jax.lora.adapter import (
     UCLoRA,
 )
 from lora_diffusion_jax.lora.attach import Adapted, attach, composition_weights
-from lora_diffusion_jax.lora.params import count, fold, list_sites, merge, select, split
+from lora_diffusion_jax.lora.params import count, fold, list_sites, merge, select, split, with_scale
 
 __all__ = [
     # Attaching
@@ -38,4 +38,5 @@ __all__ = [
     "select",
     "count",
     "fold",
+    "with_scale",
 ]

@@ -23,6 +23,7 @@ from lora_diffusion_jax.lora.composition import (
     norm_groups,
 )
 
+SCALES = "scales"  # collection of the factors of what adapters add
 LAYER_TYPES = (nn.Dense, nn.DenseGeneral, nn.Conv)
 
 
@@ -110,6 +111,8 @@ class LowRankAdapter(nn.Module):
     def __call__(self, layer: nn.Module, x: Array, condition: Any) -> Array:
         omega = self.compose(condition)  # [B or 1, m]
         self.sow("intermediates", "omega", omega)
+        if self.has_variable(SCALES, "scale"):  # of `params.with_scale`
+            omega = self.get_variable(SCALES, "scale").reshape(-1, 1) * omega
         if omega.ndim != 2:
             raise UserError(
                 f"compose returned weights of shape {omega.shape} at '{'/'.join(self.path)}'; it must "

@@ -1,5 +1,6 @@
 """Surgery on parameter trees that hold a base and its adapters."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +12,8 @@ from flax import traverse_util
 from lora_diffusion_jax import paths
 from lora_diffusion_jax.array_types import PyTree
 from lora_diffusion_jax.errors import UserError
-from lora_diffusion_jax.paths import is_adapter, list_sites
+from lora_diffusion_jax.lora.adapter import SCALES
+from lora_diffusion_jax.paths import ADAPTER, is_adapter, list_sites
 
 
 def split(params: PyTree) -> tuple[PyTree, PyTree]:
@@ -50,6 +52,28 @@ def select(params: PyTree, which: str = "adapters") -> PyTree:
 def count(params: PyTree) -> int:
     """Number of scalar parameters; takes arrays or shapes (jax.eval_shape)."""
     return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(params))
+
+
+def with_scale(variables: PyTree, scale: jax.Array, pattern: str = ".*") -> PyTree:
+    """Variables under which adapters add `scale` times as much; 0 switches them off.
+
+    Args:
+        variables: with `params` that hold adapters.
+        scale: a factor [], or one per sample [B].
+        pattern: regular expression for the whole paths of the adapters that are meant:
+            .../qkv/lora, or .../qkv/lora/time for one of several at a site.
+
+    Raises:
+        UserError: no adapter has such a path.
+    """
+    flat = traverse_util.flatten_dict(variables["params"])
+    adapters = {path[:-2] for path in flat if ADAPTER in path and path[-2:] == ("down", "kernel")}
+    chosen = {path: scale for path in adapters if re.fullmatch(pattern, "/".join(path))}
+    if not chosen:
+        known = ", ".join(sorted("/".join(path) for path in adapters))
+        raise UserError(f"The pattern {pattern!r} matches none of the adapters: {known or 'none'}.")
+    scales = {(*path, "scale"): value for path, value in chosen.items()}
+    return {**variables, SCALES: traverse_util.unflatten_dict(scales)}
 
 
 def fold(params: PyTree, omegas: Mapping[str, Any]) -> PyTree:

@@ -33,7 +33,7 @@ from lora_diffusion_jax.evaluation.references import make_reference, save_refere
 from lora_diffusion_jax.evaluation.results import Record
 from lora_diffusion_jax.factory.objectives import sampler_settings
 from lora_diffusion_jax.factory.pretrained import config_from_dict, load_workdir, with_config
-from lora_diffusion_jax.factory.training import build_generator, build_mesh
+from lora_diffusion_jax.factory.sampling import open_generator, prepare
 from lora_diffusion_jax.interop.export import read_export
 from lora_diffusion_jax.readers.safetensors import is_safetensors
 from lora_diffusion_jax.training import checkpoint, workdir
@@ -325,11 +325,12 @@ class SavedRun:
             loaded = load_workdir(self.where, weights=self.weights, at_step=step)
         config = cli.override(loaded.config, self.overrides)
         config.sampler.batch_size = self.batch_size or config.sampler.batch_size
-        loaded = with_config(loaded, config)
-        generator = build_generator(config, loaded.denoiser, build_mesh(config))
+        loaded = prepare(with_config(loaded, config))
         seen = None if step is None else step * config.train.batch_size
         labels = {**_settings(config, self.weights, step), "images_seen": seen}
-        return runs.Network(generator, loaded.variables, labels)
+        if levels := loaded.config.sampler.get("sigmas"):  # which a search may have found
+            labels["sigmas"] = list(levels)
+        return runs.Network(open_generator(loaded), loaded.sampled_variables, labels)
 
 
 def _settings(config: ConfigDict, weights: str, step: int | None) -> Record:

@@ -110,20 +110,21 @@ def train(args: argparse.Namespace, config: ConfigDict) -> int:
 def sample(args: argparse.Namespace, config: ConfigDict) -> int:
     """Writes samples, and prints what they are as a line of JSON."""
     from lora_diffusion_jax import generate
-    from lora_diffusion_jax.factory.objectives import build_sampler, evaluations
+    from lora_diffusion_jax.factory.objectives import build_sampler, count_evaluations
     from lora_diffusion_jax.factory.pretrained import load_workdir, with_config
+    from lora_diffusion_jax.factory.sampling import prepare
     from lora_diffusion_jax.modes.sample import describe, sample
     from lora_diffusion_jax.training.writers import log
 
     seeds = generate.parse_seeds(args.seeds)
     run = load_workdir(args.workdir, weights=args.weights, at_step=args.step)
-    run = with_config(run, config)
-    about = describe(config, args.weights, run.step)
+    run = prepare(with_config(run, config))
+    about = describe(run.config, args.weights, run.step)
     status = cli.cut_short(
         lambda: sample(run, seeds, args.class_id, args.out, about, overwrite=args.overwrite)
     )
     if status == 0:
-        nfe = evaluations(build_sampler(config, run.denoiser), run.denoiser)
+        nfe = count_evaluations(run.config, build_sampler(run.config, run.denoiser), run.denoiser)
         log(json.dumps({"images": len(seeds), "out": args.out, **about, "nfe": nfe}))
     return status
 

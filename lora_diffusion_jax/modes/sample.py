@@ -16,7 +16,7 @@ from lora_diffusion_jax.errors import UserError, printable
 from lora_diffusion_jax.evaluation.features import tree_hash
 from lora_diffusion_jax.factory.objectives import sampler_settings
 from lora_diffusion_jax.factory.pretrained import Pretrained
-from lora_diffusion_jax.factory.training import build_generator, build_mesh
+from lora_diffusion_jax.factory.sampling import open_generator
 from lora_diffusion_jax.processes.interrupts import pause_point
 from lora_diffusion_jax.training import checkpoint, workdir
 from lora_diffusion_jax.training.writers import log
@@ -38,7 +38,7 @@ def sample(
     """Writes the images of some seeds. After an interruption, the same call continues.
 
     Args:
-        run: the network, its weights and its config.
+        run: the network, its weights and its config, from `factory.sampling.prepare`.
         seeds: one per image.
         class_id: a class's number or name for all images, `all` for an even split in class order, or
             None to draw each image's class from its seed.
@@ -51,7 +51,7 @@ def sample(
             not finite.
         Interrupted: by a signal, inside `with Interrupts()`.
     """
-    generator = build_generator(run.config, run.denoiser, build_mesh(run.config))
+    generator = open_generator(run)
     names = tuple(run.config.data.class_names)
     classes = choose_classes(class_id, len(seeds), generator.num_classes, names)
     checked = generate.check_seeds(seeds)
@@ -60,7 +60,7 @@ def sample(
         log(f"class {', '.join(name_classes(np.unique(labels).tolist(), names))}")
     out, rows = Path(out), generator.num_classes if class_id == "all" else 0
     check_out(out, checked, rows)
-    identity = json.dumps({**about, "of": tree_hash((run.variables, checked, labels))})
+    identity = json.dumps({**about, "of": tree_hash((run.sampled_variables, checked, labels))})
     columns = len(seeds) // rows if rows else 0
     output, left = _open_output(
         lambda: outputs.Output(out, checked, labels, identity, columns, overwrite=overwrite),
@@ -75,7 +75,7 @@ def sample(
         batch_of = np.arange(len(seeds)) // generator.call_size
         sampled = np.flatnonzero(np.isin(batch_of, batch_of[left]))
         for batch in generator.batches(
-            run.variables,
+            run.sampled_variables,
             checked[sampled],
             labels[sampled],
             progress=processes.is_leader(),

@@ -49,6 +49,7 @@ from lora_diffusion_jax.training.writers import log
 RESUMABLE_CHANGES = (
     *("train.total_images", "train.*_every", "train.keep", "train.max_nonfinite"),
     *("train.microbatch", "train.remat", "mesh.*", "sampler.*", "eval.*", "init_from"),
+    *("guidance.*", "lora.scale", "lora.interval", "lora.scaled"),
     *("data.name", "data.data_dir", "data.path", "data.eval_*"),  # the fingerprint must agree
     *("data.workers", "data.memory_limit_gib", "data.class_names"),
 )
@@ -166,6 +167,11 @@ def callbacks(
     source: ImageSource,
 ) -> dict[str, loop.Callback]:
     """Grids of samples, and an evaluation that may be quicker on the way than at the end."""
+    if config.guidance.name == "autoguidance":
+        raise UserError(
+            "guidance.name=autoguidance is for finished runs; leave it out of the training's config and give "
+            "it to --mode=sample."
+        )
     generator = build_generator(config, denoiser, mesh)
     quick = generator
     if config.eval.num_steps:

@@ -14,7 +14,6 @@ from lora_diffusion_jax.diffusion import schedules
 from lora_diffusion_jax.diffusion.precond import EDM, IDDPM, PRECONDS, VE, Denoiser
 from lora_diffusion_jax.diffusion.samplers import (
     SAMPLERS,
-    BoundDenoiser,
     Churn,
     Plan,
     ablation_sampler,
@@ -89,14 +88,6 @@ def order_of(sample, latents):
     return np.log2(error[0] / error[1])
 
 
-@pytest.mark.parametrize(
-    ("name", "order"), [("euler", 1), ("heun", 2), ("edm", 2), ("dpmpp_2m", 2)]
-)
-def test_samplers_converge_with_their_order(latents, name, order):
-    got = order_of(lambda n: SAMPLERS[name](gaussian, latents, num_steps=n), latents)
-    assert order - 0.3 < got < order + 0.5
-
-
 def test_a_multistep_plan_with_carry_converges_with_second_order(latents):
     """DPM-Solver++(2M) with the state x itself, which each step first multiplies by s_{i+1} / s_i."""
 
@@ -116,8 +107,7 @@ def test_a_multistep_plan_with_carry_converges_with_second_order(latents):
                 pull=1.0 if i == last else -1.0,
                 dt=dt[i],
                 carry=carry[i],
-                now=1 + back[i],
-                before=-back[i],
+                weights=(1 + back[i], -back[i]),
                 step=i,
             )
             for i, sigma in enumerate(sigmas)
@@ -297,11 +287,6 @@ def test_samplers_keep_to_the_levels_of_the_network(monkeypatch, name):
     assert plan.sigma.max() == pytest.approx(100.0)
     plan = plan_of(monkeypatch, sample, bound(IDDPM()))
     assert np.isin(plan.sigma, IDDPM().levels()).all()
-
-
-def test_rounding_to_few_levels_leaves_the_multistep_sampler_finite(latents):
-    got = SAMPLERS["dpmpp_2m"](BoundDenoiser(gaussian, Whole()), latents, num_steps=40)
-    np.testing.assert_allclose(got, exact(latents, 80.0), atol=0.3)
 
 
 CHURN = ("s_churn", "s_min", "s_max", "s_noise")

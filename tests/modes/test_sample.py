@@ -39,9 +39,8 @@ class Generator:
 def test_a_resumed_run_begins_its_batches_where_an_undisturbed_one_does(tmp_path, monkeypatch):
     """An image's place in its batch can change a byte of it."""
     generator = Generator()
-    monkeypatch.setattr(sample, "build_generator", lambda *_: generator)
-    monkeypatch.setattr(sample, "build_mesh", lambda *_: None)
-    network = types.SimpleNamespace(config=small_config(), denoiser=None, variables={})
+    monkeypatch.setattr(sample, "open_generator", lambda *_: generator)
+    network = types.SimpleNamespace(config=small_config(), sampled_variables={})
     seeds = np.arange(10, 21)
     identity = json.dumps({"of": sample.tree_hash(({}, seeds, np.full(11, -1, np.int32)))})
     stopped = outputs.Output(tmp_path, seeds, np.full(11, -1), identity)
@@ -55,9 +54,8 @@ def test_a_resumed_run_begins_its_batches_where_an_undisturbed_one_does(tmp_path
 
 
 def test_an_image_that_is_not_finite_is_an_error_with_its_seed(tmp_path, monkeypatch):
-    monkeypatch.setattr(sample, "build_generator", lambda *_: Generator())
-    monkeypatch.setattr(sample, "build_mesh", lambda *_: None)
-    network = types.SimpleNamespace(config=small_config(), denoiser=None, variables={})
+    monkeypatch.setattr(sample, "open_generator", lambda *_: Generator())
+    network = types.SimpleNamespace(config=small_config(), sampled_variables={})
     with pytest.raises(UserError, match=r"1 of 3 images hold NaN or infinity \(seeds 99\)"):
         sample.sample(network, [98, 99, 100], None, tmp_path, {})
 

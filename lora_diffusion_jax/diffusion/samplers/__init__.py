@@ -1,6 +1,7 @@
 """Samplers: from unit normal noise to images through denoise(x, sigma) -> D."""
 
 from lora_diffusion_jax.diffusion.samplers.plan import BoundDenoiser, Plan, bind, run_plan
+from lora_diffusion_jax.diffusion.samplers.search import find_euler_steps, searched_grid
 from lora_diffusion_jax.diffusion.samplers.solvers import Churn, make_plan
 from lora_diffusion_jax.diffusion.samplers.table import (
     SAMPLERS,
@@ -17,7 +18,9 @@ __all__ = [
     "ablation_sampler",
     "bind",
     "edm_sampler",
+    "find_euler_steps",
     "make_plan",
     "run_plan",
+    "searched_grid",
     "to_uint8",
 ]

@@ -4,6 +4,9 @@ The table is written on the host in float64. One `lax.scan` over its rows traces
 Heun's method calls it at two places, and gives it a scalar noise level shared by all images.
 """
 
+import functools
+import itertools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -52,13 +55,14 @@ def precond_of(denoise: Denoise) -> Precond:
 
 
 class Plan(NamedTuple):
-    """The rows of a run, each field [E] for E evaluations (or one row, of scalars).
+    """The rows of a run, each field [E] or [E, K] for E evaluations (or one row, of scalars and tuples).
 
-    With y the state entering a row (unit normal latents at the first), z unit normal noise, d0 the slope of
-    the previous row and y0 the state at the last row that was a step's first:
-        y  <- carry y + churn z
-        d  =  drift y - pull D(y / scale; sigma)
-        y  <- base + dt (now d + before d0)             base = y in a step's first row, else y0
+    With y the state entering a row (unit normal latents at the first), z unit normal noise, y0 the base of
+    the row before, and d_0, d_1, ... the slopes of this row and of those before it:
+        y    <- carry y + churn z
+        d_0  =  drift y - pull D(y / scale; sigma)
+        base =  (y if first else y0) + sum_k correct_k d_k
+        y    <- base + dt sum_k weights_k d_k
     """
 
     sigma: Any  # noise level that the network is given
@@ -68,15 +72,27 @@ class Plan(NamedTuple):
     dt: Any
     carry: Any = 1.0
     churn: Any = 0.0
-    now: Any = 1.0
-    before: Any = 0.0
-    first: Any = True
+    weights: Any = (1.0,)
+    correct: Any = (0.0,)
+    first: Any = True  # of its step
+    analytic: Any = False  # D is `gaussian_denoised`, no evaluation; such rows come first
     step: Any = 0  # number of the step, of which each draws noise of its own
 
 
 def stack(rows: Sequence[Plan]) -> Plan:
-    """Rows of scalars as a plan of columns."""
-    return Plan(*(np.asarray(column) for column in zip(*rows, strict=True)))
+    """Rows of scalars and tuples as a plan of columns; the tuples are filled up with zeros."""
+
+    def column(values: tuple) -> np.ndarray:
+        if not isinstance(values[0], tuple):
+            return np.asarray(values)
+        return np.stack(list(itertools.zip_longest(*values, fillvalue=0.0)), axis=1)
+
+    return Plan(*map(column, zip(*rows, strict=True)))
+
+
+def gaussian_denoised(x: Images, sigma: Sigma, std: float = ALL_LEVELS.sigma_data) -> Images:
+    """The ideal D(x; sigma) of data N(0, std^2), which any data set's resembles at high noise levels."""
+    return std**2 / (std**2 + sigma**2) * x
 
 
 def run_plan(
@@ -92,7 +108,7 @@ def run_plan(
     Args:
         denoise: D(x; sigma), called with a scalar sigma.
         latents: unit normal noise [B, H, W, C].
-        plan: from `make_plan`, `dpmpp_2m_plan` or written by hand.
+        plan: from `make_plan`, `dpmpp_plan`, ... or written by hand.
         key: one key, or one per image [B]; step i draws its noise with fold_in(key, i).
         noise: unit normal noise [num_steps, B, H, W, C] to use instead.
 
@@ -103,6 +119,22 @@ def run_plan(
         UserError: a plan that adds noise, without key and noise; noise of the wrong shape; or a plan
             that float32 cannot hold.
     """
+    return _execute(denoise, latents, plan, key, noise, keep=False)[0]
+
+
+def trace_plan(denoise: Denoise, latents: Images, plan: Plan) -> tuple[Images, jax.Array]:
+    """The states that enter the rows of a plan without noise, and its slopes d_0: two of [E, B, H, W, C]."""
+    return _execute(denoise, latents, plan, None, None, keep=True)[1]
+
+
+def _execute(
+    denoise: Denoise,
+    latents: Images,
+    plan: Plan,
+    key: Key | None,
+    noise: jax.Array | None,
+    keep: bool,
+) -> tuple[Images, Any]:
     table = to_float32(plan)
     if not all(np.isfinite(column).all() for column in table):
         raise UserError(
@@ -113,19 +145,35 @@ def run_plan(
     stochastic = bool(np.any(plan.churn > 0))
     who = "A sampler with s_churn > 0" if stochastic else ""
     draw = noise_source(who, key, noise, (int(plan.step[-1]) + 1, *latents.shape))
+    corrects = bool(np.any(plan.correct))  # a plan that corrects nothing computes nothing for it
 
-    def body(carry: tuple, row: Plan) -> tuple[tuple, None]:
-        y, base, d_before = carry
+    def body(denoise: Denoise, carry: tuple, row: Plan) -> tuple[tuple, Any]:
+        y, base, before = carry
         y = row.carry * y
         if stochastic:  # a plan without noise draws none
             y += row.churn * draw(row.step)
-        d = row.drift * y - row.pull * denoise(y / row.scale, row.sigma)
+        entered = y
+        slopes = (row.drift * y - row.pull * denoise(y / row.scale, row.sigma), *before)
         base = jnp.where(row.first, y, base)
-        y = base + row.dt * (row.now * d + row.before * d_before)
-        return (y, base, d), None
+        if corrects:
+            base += _mix(row.correct, slopes)
+        y = base + row.dt * _mix(row.weights, slopes)
+        return (y, base, slopes[: len(before)]), (entered, slopes[0]) if keep else None
 
-    (y, _, _), _ = jax.lax.scan(body, (latents, latents, jnp.zeros_like(latents)), table)
-    return y
+    past = max(plan.weights.shape[1], plan.correct.shape[1]) - 1
+    carry = (latents, latents, (jnp.zeros_like(latents),) * past)
+    known = int(np.sum(plan.analytic))
+    for i in range(known):
+        carry, _ = body(gaussian_denoised, carry, jax.tree.map(lambda c: c[i], table))  # noqa: B023
+    rest = jax.tree.map(lambda c: c[known:], table)
+    (y, _, _), kept = jax.lax.scan(functools.partial(body, denoise), carry, rest)
+    return y, kept
+
+
+def _mix(weights: jax.Array, slopes: Sequence[Images]) -> Images:
+    """sum_k weights_k d_k."""
+    terms = [weight * d for weight, d in zip(weights, slopes, strict=False)]
+    return functools.reduce(operator.add, terms)
 
 
 def to_float32(table: Table) -> Table:

@@ -1,4 +1,4 @@
-"""Solvers of the probability flow ODE, each written down as a plan of network evaluations."""
+"""Euler's and Heun's methods for the probability flow ODE, written down as plans of network evaluations."""
 
 from itertools import pairwise
 from typing import NamedTuple
@@ -41,6 +41,8 @@ def make_plan(
     sigmas: np.ndarray,
     *,
     second_order: bool = True,
+    euler_steps: int = 0,
+    to_zero: bool = True,
     schedule: Schedule = schedules.LINEAR_SCHEDULE,
     scaling: Scaling = schedules.NO_SCALING,
     alpha: float = 1.0,
@@ -65,6 +67,8 @@ def make_plan(
     Args:
         sigmas: noise levels [N], decreasing; a final 0 is added.
         second_order: False leaves out the second evaluation of a step, which gives Euler's method.
+        euler_steps: so many steps at the start are Euler's in any case.
+        to_zero: False does not add the 0: the N - 1 steps end at the last level.
         schedule, scaling: sigma(t) and s(t) of the ODE dx = [(s'/s + sigma'/sigma) x
             - (sigma' s / sigma) D(x / s; sigma)] dt (EDM eq. 81).
         alpha: where the second evaluation lies: t + alpha h; 1 is Heun's method, 1/2 the midpoint's.
@@ -72,10 +76,13 @@ def make_plan(
         precond: of the network, whose known noise levels are used.
 
     Raises:
-        UserError: churn of values that make no sense.
+        UserError: churn or euler_steps of values that make no sense.
     """
     churn.check()
-    times = np.append(schedule.time(precond.round_sigma(sigmas)), 0.0)
+    if euler_steps < 0:
+        raise UserError(f"euler_steps is {euler_steps}; it must be at least 0.")
+    times = schedule.time(precond.round_sigma(sigmas))
+    times = np.append(times, 0.0) if to_zero else times
     # The latents have unit variance; the first state x_0 has standard deviation sigma(t_0) s(t_0).
     start = float(schedule.sigma(times[0]) * scaling.scale(times[0]))
     rows = []
@@ -90,48 +97,21 @@ def make_plan(
         added = np.sqrt(max(sigma_hat**2 - sigma**2, 0.0)) * scaling.scale(t_hat) * churn.s_noise
         carry = scaling.scale(t_hat) / scaling.scale(t) * (1.0 if i else start)
         h = t_next - t_hat
-        row = _slope(t_hat, schedule, scaling)._replace(carry=carry, churn=added, dt=h, step=i)
-        if second_order and t_next > 0:  # at sigma = 0 there is no slope
+        row = slope_row(t_hat, schedule, scaling)._replace(carry=carry, churn=added, dt=h, step=i)
+        if second_order and i >= euler_steps and t_next > 0:  # at sigma = 0 there is no slope
             weight = 1 / (2 * alpha)
-            second = _slope(t_hat + alpha * h, schedule, scaling)
+            second = slope_row(t_hat + alpha * h, schedule, scaling)
             rows.append(row._replace(dt=alpha * h))
-            rows.append(second._replace(dt=h, now=weight, before=1 - weight, first=False, step=i))
+            mean = (weight, 1 - weight)
+            rows.append(second._replace(dt=h, weights=mean, first=False, step=i))
         else:
             rows.append(row)
     return stack(rows)
 
 
-def _slope(t: float, schedule: Schedule, scaling: Scaling) -> Plan:
+def slope_row(t: float, schedule: Schedule, scaling: Scaling) -> Plan:
     """A row with the ODE's right-hand side at time t; its step is still to be filled in."""
     sigma, scale = float(schedule.sigma(t)), float(scaling.scale(t))
     relative = float(schedule.derivative(t)) / sigma
     drift = relative + float(scaling.derivative(t)) / scale
     return Plan(sigma, scale, drift, pull=relative * scale, dt=0.0)
-
-
-def dpmpp_2m_plan(sigmas: np.ndarray, *, precond: Precond = ALL_LEVELS) -> Plan:
-    """DPM-Solver++(2M), a second-order multistep method (Lu et al. 2022, algorithm 2), in terms of sigma.
-
-    With lambda_i = -ln sigma_i, h_i = lambda_{i+1} - lambda_i and r_i = h_{i-1} / h_i:
-
-        x_{i+1} = sigma_{i+1}/sigma_i x_i + (1 - sigma_{i+1}/sigma_i) D~_i
-        D~_i    = (1 + 1/(2 r_i)) D_i - 1/(2 r_i) D_{i-1},    D~_0 = D_0
-
-    and a last step to sigma = 0 of first order, x_N = D_{N-1}. The state here is y = x / sigma:
-    y_{i+1} = y_i + (1/sigma_{i+1} - 1/sigma_i) D~_i, so that the latents are y_0.
-
-    Args:
-        sigmas: noise levels [N], decreasing; a final 0 is added.
-        precond: of the network, whose known noise levels are used.
-    """
-    sigmas = precond.round_sigma(sigmas)
-    h = -np.diff(np.log(sigmas))
-    rows = []
-    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
-        # h is 0 where two levels were rounded to one; such a step has no slope to extrapolate.
-        before = -h[i] / (2 * h[i - 1]) if i and h[i - 1] else 0.0
-        dt = 1 / sigma_next - 1 / sigma
-        weights = {"now": 1 - before, "before": before}
-        rows.append(Plan(sigma, 1 / sigma, drift=0.0, pull=-1.0, dt=dt, step=i, **weights))
-    last = Plan(sigmas[-1], 1 / sigmas[-1], drift=1.0, pull=1.0, dt=-1.0, step=len(rows))  # y <- D
-    return stack([*rows, last])

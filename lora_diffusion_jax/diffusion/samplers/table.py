@@ -1,18 +1,26 @@
 """The samplers by name. Keyword arguments with defaults are the fields of the config group `sampler`."""
 
 import functools
-from collections.abc import Callable
-from typing import Literal
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lora_diffusion_jax.array_types import Denoise, Images, ImagesU8, Key
 from lora_diffusion_jax.diffusion import schedules
 from lora_diffusion_jax.diffusion.precond import VE, VP
 from lora_diffusion_jax.diffusion.samplers.ancestral import ddim_sampler, ddpm_sampler
+from lora_diffusion_jax.diffusion.samplers.multistep import (
+    deis_plan,
+    dpmpp_plan,
+    ipndm_plan,
+    unipc_plan,
+)
 from lora_diffusion_jax.diffusion.samplers.plan import Plan, precond_of, run_plan
-from lora_diffusion_jax.diffusion.samplers.solvers import Churn, dpmpp_2m_plan, make_plan
+from lora_diffusion_jax.diffusion.samplers.solvers import Churn, make_plan
 from lora_diffusion_jax.errors import UserError, choose
 
 
@@ -148,24 +156,103 @@ def _ode_sampler(
     num_steps: int = 18,
     sigma_min: float = 0.002,
     sigma_max: float = 80.0,
+    grid: str = "rho",
     rho: float = 7.0,
+    sigmas: Sequence[float] = (),
+    to_zero: bool = True,
+    afs: bool = False,
     key: Key | None = None,
+    **settings: Any,
 ) -> Images:
-    """A deterministic solver on EDM's grid; `make(sigmas, precond=...)` gives its plan.
+    """A deterministic solver; `make(sigmas, to_zero=..., precond=..., **settings)` gives its plan.
 
-    Arguments as in `edm_sampler`; the key is not used.
+    Args:
+        make: one of the plans of `solvers`.
+        denoise, latents, num_steps, sigma_min, sigma_max, rho: as in `edm_sampler`.
+        grid: rho as `edm_sampler`; log_snr, equal steps of ln sigma; uniform, equal steps of VP's time
+            from 1 to 0.001; searched, the levels of `sigmas`.
+        sigmas: with grid=searched, noise levels as from `searched_grid`.
+        to_zero: the last of the steps leads from sigma_min to 0. False: it leads to sigma_min, and no
+            evaluation is spent on what is left.
+        afs: analytic first step (Dockhorn et al. 2022): at sigma_max D is `gaussian_denoised`, which saves
+            an evaluation.
+        key: not used.
+        settings: the solver's own.
     """
     precond = precond_of(denoise)
-    sigmas = schedules.edm_grid(num_steps, *precond.clip(sigma_min, sigma_max), rho)
-    return run_plan(denoise, latents, make(sigmas, precond=precond))
+    ends = precond.clip(sigma_min, sigma_max)
+    levels = noise_levels(grid, num_steps + (not to_zero), *ends, rho, sigmas)
+    plan = make(levels, to_zero=to_zero, precond=precond, **settings)
+    if afs:
+        plan = plan._replace(analytic=np.arange(len(plan.sigma)) == 0)
+    return run_plan(denoise, latents, plan)
+
+
+def noise_levels(
+    grid: str,
+    count: int,
+    sigma_min: float,
+    sigma_max: float,
+    rho: float = 7.0,
+    sigmas: Sequence[float] = (),
+) -> np.ndarray:
+    """The levels of a grid by name, [count], decreasing; see `_ode_sampler`.
+
+    Raises:
+        UserError: there is no such grid, or it does not exist for these settings.
+    """
+    choose("grid", grid, GRIDS)
+    if len(sigmas) and grid != "searched":
+        raise UserError(f"sigmas are given beside grid={grid}; leave one of them out.")
+    if grid != "searched":
+        return GRIDS[grid](count, sigma_min, sigma_max, rho)
+    if not len(sigmas):
+        raise UserError(
+            "grid=searched has no sigmas yet: main.py --mode=sample and eval_fid.py gen search them for a "
+            "trained network, and `searched_grid` does from Python."
+        )
+    schedules.check_grid(count, sigma_min, sigma_max)
+    levels = np.asarray(sigmas, np.float64)
+    inside = (sigma_min * (1 - 1e-6) <= levels) & (levels <= sigma_max * (1 + 1e-6))
+    if len(levels) != count or not (np.diff(levels) < 0).all() or not inside.all():
+        raise UserError(
+            f"sigmas has {len(levels)} values; expected {count} for these steps, decreasing, from "
+            f"{sigma_max:g} to {sigma_min:g}."
+        )
+    return levels
+
+
+GRIDS: dict[str, Callable[[int, float, float, float], np.ndarray]] = {
+    "rho": schedules.edm_grid,
+    "log_snr": lambda count, low, high, rho: schedules.ve_grid(count, low, high),
+    "uniform": lambda count, low, high, rho: schedules.vp_grid(count, low, high, epsilon=1e-3),
+    "searched": schedules.edm_grid,  # of the fine grid that it chooses from
+}
+
+
+def _ode(make: Callable[..., Plan], **settings: Any) -> Callable[..., Images]:
+    """A sampler of `_ode_sampler` with its solver's own settings, by name and default, in its signature."""
+    sampler = functools.partial(_ode_sampler, make, **settings)
+    whole = inspect.signature(_ode_sampler).parameters
+    own = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
+        for name, default in settings.items()
+    ]
+    shared = [p for name, p in whole.items() if name not in ("make", "settings")]
+    sampler.__signature__ = inspect.Signature([*shared, *own])  # type: ignore[attr-defined]
+    return sampler
 
 
 SAMPLERS: dict[str, Callable[..., Images]] = {
     "edm": edm_sampler,
     "ablation": ablation_sampler,
-    "euler": functools.partial(_ode_sampler, functools.partial(make_plan, second_order=False)),
-    "heun": functools.partial(_ode_sampler, make_plan),
-    "dpmpp_2m": functools.partial(_ode_sampler, dpmpp_2m_plan),
+    "euler": _ode(functools.partial(make_plan, second_order=False)),
+    "heun": _ode(make_plan, euler_steps=0),
+    "dpmpp_2m": _ode(dpmpp_plan),
+    "dpmpp_3m": _ode(functools.partial(dpmpp_plan, order=3)),
+    "unipc": _ode(unipc_plan, order=3, variant="bh2"),
+    "deis": _ode(deis_plan, order=3),
+    "ipndm": _ode(ipndm_plan, order=4),
     "ddpm": ddpm_sampler,
     "ddim": ddim_sampler,
 }

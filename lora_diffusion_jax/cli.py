@@ -284,18 +284,26 @@ def load_config(name: str) -> tuple[ConfigDict, ModuleType]:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec  # None for a suffix that is not .py
     module = importlib.util.module_from_spec(spec)
-    try:
+    with config_errors(path):
         spec.loader.exec_module(module)  # type: ignore[union-attr]
         config = module.get_config() if hasattr(module, "get_config") else None
-    except Exception as error:  # whatever the code of a config raises
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"{path} has no function get_config() that returns a ConfigDict.")
+    return config, module
+
+
+@contextlib.contextmanager
+def config_errors(path: Path) -> Iterator[None]:
+    """Turns whatever the code of a config file raises into a UserError that names its line."""
+    try:
+        yield
+    except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == str(path)]
         line = lines[-1] if lines else getattr(error, "lineno", "unknown")
         text = " ".join(str(error).split())
-        raise UserError(f"{path}, line {line}: {type(error).__name__}: {text}") from error
-    if not isinstance(config, ConfigDict):
-        raise UserError(f"{path} has no function get_config() that returns a ConfigDict.")
-    return config, module
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        raise UserError(f"{path}, line {line}: {kind}{text}") from error
 
 
 def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:

@@ -4,6 +4,7 @@
     main.py --mode=sample --workdir=DIR --seeds=0-63 [--class_id=3|cat|all] --out=FOLDER|FILE.npz|FILE.png
     main.py --mode=likelihood --workdir=DIR [--num=1000] [--route=vlb|ode]
     main.py --mode=info   --config=configs/cifar10_edm.py [--config.a.b=value ...]
+    main.py --mode=sweep  --config=FILE --workdir=DIR [--sweep='lora.rank=1,2,4;train.seed=0-2'] [--jobs=2]
     main.py --mode=doctor [--config=FILE] [--workdir=DIR]
     main.py --mode=import --source=FILE --workdir=DIR [--config=FILE, for a state dict (.pt)]
     main.py --mode=export --workdir=DIR --out=FILE.safetensors [--adapters_only]
@@ -47,6 +48,10 @@ def build_parser() -> cli.Parser:
     parser.add_path(
         "--base", help="import: for a file of adapters alone, the base's file or workdir"
     )
+    add("--sweep", help="sweep: FIELD=VALUE,VALUE;...; default: what sweep(add) of --config adds")
+    add("--jobs", type=int, help="sweep: runs at a time; default: one per GPU or TPU chip")
+    launchers = ("local", "print", "slurm")
+    add("--launcher", default="local", choices=launchers, help="sweep: how the runs are started")
     parser.add_switch("overwrite", False, "sample: remove other samples from the folder --out")
     parser.add_switch("adapters_only", False, "export: leave the base out")
     parser.add_config_help(with_file=True)
@@ -67,6 +72,8 @@ def work(argv: list[str]) -> int:
     missing = [f"--{flag}" for flag in needed if not getattr(args, flag)]
     if missing:
         raise UserError(f"--mode={args.mode} needs {' and '.join(missing)}.")
+    if args.mode == "sweep":
+        return sweep(args, name, overrides)
     config = read_config(args, name)
     if overrides:
         if config is None:
@@ -181,6 +188,13 @@ def export_file(args: argparse.Namespace, config: ConfigDict) -> int:
     return 0
 
 
+def sweep(args: argparse.Namespace, name: str | None, overrides: list[str]) -> int:
+    """Runs many variants of a config; 1 if one of them failed."""
+    from lora_diffusion_jax.modes.sweep import sweep
+
+    return sweep(args, name, overrides)
+
+
 def doctor(args: argparse.Namespace, config: ConfigDict | None) -> int:
     """Prints what is wrong with the machine, the data or a run; 1 if anything is."""
     from lora_diffusion_jax.modes.doctor import examine
@@ -196,5 +210,6 @@ MODES: dict[str, tuple[Callable[..., int], tuple[str, ...]]] = {
     "info": (info, ()),
     "import": (import_file, ("source", "workdir")),
     "export": (export_file, ("workdir", "out")),
+    "sweep": (sweep, ("workdir",)),
     "doctor": (doctor, ()),
 }

@@ -71,14 +71,9 @@ def train(config: ConfigDict, directory: str | os.PathLike) -> loop.Result:
     Raises:
         UserError: the config, its data or the workdir cannot be used.
     """
-    check(config)
+    check_training(config)
     source = open_source(config)
     config = complete(config, source)
-    if config.dtype == "float16":
-        raise UserError(
-            "Training in float16 would need loss scaling, which does not exist here; use "
-            "dtype=bfloat16 (float16 works for sampling)."
-        )
     denoiser, mesh = build_denoiser(config), build_mesh(config)
     if words := ignored_inputs(config):
         log(words)
@@ -99,11 +94,27 @@ def train(config: ConfigDict, directory: str | os.PathLike) -> loop.Result:
         directory,
         config.to_dict(),
         may_change(directory),
-        complete=lambda saved: resolved(config_from_dict(saved)),
+        complete=with_defaults,
     ) as path:
         look = functools.partial(check_disk, config, denoiser, path)
         processes.from_leader("checking the free disk space", look)
         return run(path)
+
+
+def check_training(config: ConfigDict) -> None:
+    """Raises UserError for values that no training could use, whatever its data."""
+    check(config)
+    if config.dtype == "float16":
+        raise UserError(
+            "Training in float16 would need loss scaling, which does not exist here; use "
+            "dtype=bfloat16 (float16 works for sampling)."
+        )
+    build_cadence(config)
+
+
+def with_defaults(saved: dict[str, Any]) -> dict[str, Any]:
+    """A config's fields with the values that they stand for, so that configs can be compared."""
+    return resolved(config_from_dict(saved))
 
 
 def check_disk(config: ConfigDict, denoiser: Denoiser, directory: Path) -> None:

@@ -144,6 +144,14 @@ def cut_short(work: Callable[[], Any], doing: str = "stopping; finished work is 
     return 0
 
 
+def program() -> list[str]:
+    """What starts main.py with this interpreter: that of a checkout, or the installed command."""
+    main = Path(__file__).parents[1] / "main.py"
+    if main.exists():
+        return [sys.executable, str(main)]
+    return [str(Path(sys.executable).with_name("lora-diffusion"))]
+
+
 # Arguments.
 
 

@@ -37,8 +37,18 @@ ALLOWED = {
     "interop": {"factory", "readers", "default_config", "lora", "models", "diffusion"},
     "compile_cache": set(),
     "cli": {"compile_cache", "processes", "default_config"},
+    "pages": {"training", "evaluation"},
     "sweeps": {"grids", "cli", "processes", "training", "evaluation"},
-    "modes": {*BELOW_FACTORY, "factory", "interop", "compile_cache", "cli", "grids", "sweeps"},
+    "modes": {
+        *BELOW_FACTORY,
+        "factory",
+        "interop",
+        "compile_cache",
+        "cli",
+        "grids",
+        "pages",
+        "sweeps",
+    },
 }
 # Part -> the third-party libraries that it may import: these two serve models and files of anybody.
 LIBRARIES = {

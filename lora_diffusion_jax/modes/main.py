@@ -17,6 +17,7 @@ Without --config, the config of the run in --workdir is used; overrides apply to
 import argparse
 import json
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -66,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def work(argv: list[str]) -> int:
     """Does what --mode says; returns the exit status."""
-    argv, name, overrides = cli.take_config(argv)
+    given = argv
+    argv, name, overrides = cli.take_config(given)
     args = build_parser().parse_args(argv)
     mode, needed = MODES[args.mode]
     missing = [f"--{flag}" for flag in needed if not getattr(args, flag)]
@@ -83,6 +85,7 @@ def work(argv: list[str]) -> int:
         return doctor(args, config)
     args.gives_data = any(re.match(r"--config\.data\.(name|path|data_dir)=.", o) for o in overrides)
     with cli.joined(args, config):
+        args.command = shlex.join([*cli.program(), *given])
         if mode in (info, import_file, export_file) and not processes.alone():
             raise processes.SharedError(f"--mode={args.mode} runs in a single process.")
         return mode(args, config)
@@ -111,7 +114,7 @@ def train(args: argparse.Namespace, config: ConfigDict) -> int:
     """Trains, or resumes a run; 128 + the signal's number when a signal stopped it."""
     from lora_diffusion_jax.modes.train import train
 
-    return train(config, args.workdir).exit_code
+    return train(config, args.workdir, args.command).exit_code
 
 
 def sample(args: argparse.Namespace, config: ConfigDict) -> int:

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import json
 import shlex
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -18,11 +19,13 @@ from lora_diffusion_jax.factory.data import complete, open_source
 from lora_diffusion_jax.factory.networks import build_denoiser, check_attention
 from lora_diffusion_jax.factory.objectives import build_sampler
 from lora_diffusion_jax.modes.train import check_training, may_change, with_defaults
+from lora_diffusion_jax.pages import collect, page, tensorboard
 from lora_diffusion_jax.sweeps import devices, local, plan, state
 from lora_diffusion_jax.sweeps.display import Display
 from lora_diffusion_jax.training import workdir
 
 PROCESS_FLAGS = ("coordinator_address", "num_processes", "process_id", "distributed")
+PAGE_SECONDS = 10.0  # between two versions of the page while runs are at work
 
 
 def sweep(args: argparse.Namespace, name: str | None, overrides: Sequence[str]) -> int:
@@ -158,6 +161,7 @@ def run_here(
     slots: Sequence[devices.Environment],
 ) -> int:
     """Runs what is left of a sweep on this machine, and reports."""
+    write_page(directory, entries)
     totals = {run.name: run.config.train.total_images for run in runs}
     display = Display(directory, entries, totals)
     left = sum(entry.state != "done" and entry.listed for entry in entries.values())
@@ -166,15 +170,32 @@ def run_here(
         flush=True,
     )
 
+    written = time.monotonic()
+
     def changed(states: bool) -> None:
+        nonlocal written
         if states:
             state.write(directory, entries)
         display.update()
+        if time.monotonic() - written > PAGE_SECONDS:
+            write_page(directory, entries)
+            written = time.monotonic()
 
     configs = {run.name: run.config.to_dict() for run in runs}
     number = local.Runner(directory, entries, configs, slots, changed).run()
     display.finish()
+    tensorboard.write_hparams(directory, write_page(directory, entries))
+    print(f"page: {directory / page.FILES[0]}")
     return report(entries, number)
+
+
+def write_page(directory: Path, entries: Mapping[str, state.Entry]) -> list[collect.Run]:
+    """Writes the sweep's page and tables; returns what is shown of the runs."""
+    sources = [
+        collect.Source(name, directory / name, e.changes, e.state, e.detail, e.shell_command)
+        for name, e in entries.items()
+    ]
+    return page.write(directory, directory.name, sources)
 
 
 def report(entries: Mapping[str, state.Entry], number: int | None) -> int:

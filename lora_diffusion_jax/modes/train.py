@@ -3,7 +3,7 @@
 import functools
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from lora_diffusion_jax.factory.training import (
 )
 from lora_diffusion_jax.keys import INIT, purpose_key
 from lora_diffusion_jax.modes.checkpoints import has_checkpoint
+from lora_diffusion_jax.pages import collect, page
 from lora_diffusion_jax.processes.interrupts import pause_point
 from lora_diffusion_jax.training import checkpoint, loop, state, workdir
 from lora_diffusion_jax.training.writers import log
@@ -65,8 +66,13 @@ OPEN_AFTER_IMPORT = (
 )
 
 
-def train(config: ConfigDict, directory: str | os.PathLike) -> loop.Result:
+def train(config: ConfigDict, directory: str | os.PathLike, command: str = "") -> loop.Result:
     """Trains a config in a workdir, or resumes the run that is there.
+
+    Args:
+        config: of the run.
+        directory: its workdir.
+        command: what is being done, as a shell takes it; for the run's page.
 
     Raises:
         UserError: the config, its data or the workdir cannot be used.
@@ -86,7 +92,6 @@ def train(config: ConfigDict, directory: str | os.PathLike) -> loop.Result:
         mesh=mesh,
         cadence=build_cadence(config),
         seed=config.train.seed,
-        callbacks=callbacks(config, directory, denoiser, mesh, source),
         flops_per_image=3 * forward_flops(config, denoiser),  # backward costs two forwards
         metrics=metrics_type(denoiser),
     )
@@ -98,7 +103,10 @@ def train(config: ConfigDict, directory: str | os.PathLike) -> loop.Result:
     ) as path:
         look = functools.partial(check_disk, config, denoiser, path)
         processes.from_leader("checking the free disk space", look)
-        return run(path)
+        show = functools.partial(write_page, config, path, command)
+        result = run(path, callbacks=callbacks(config, path, denoiser, mesh, source, show))
+        show("done" if result.stopped_by is None else "stopped")
+        return result
 
 
 def check_training(config: ConfigDict) -> None:
@@ -169,14 +177,28 @@ def initial_state(
     return state.create_state(variables, optimizer, trainable(config))
 
 
+def write_page(config: ConfigDict, directory: Path, command: str, state: str) -> None:
+    """Writes the page of a run, in process 0: the fields that its config sets are its changes."""
+    if not processes.is_leader():
+        return
+    fixed, _ = workdir.differences(default_config.base().to_dict(), config.to_dict())
+    changes = {field: new for field, (_, new) in fixed.items() if field != "data.fingerprint"}
+    shown = collect.Source(directory.name, directory, changes, state, command=command)
+    page.write(directory, directory.name, [shown])
+
+
 def callbacks(
     config: ConfigDict,
     directory: str | os.PathLike,
     denoiser: Denoiser,
     mesh: jax.sharding.Mesh,
     source: ImageSource,
+    show: Callable[[str], None],
 ) -> dict[str, loop.Callback]:
-    """Grids of samples, and an evaluation that may be quicker on the way than at the end."""
+    """Grids of samples, and an evaluation that may be quicker on the way than at the end.
+
+    `show` is called with the run's state when there is a new grid.
+    """
     generator = build_generator(config, denoiser, mesh)
     quick = generator
     if config.eval.num_steps:
@@ -189,6 +211,7 @@ def callbacks(
             with files.disk_errors(directory):
                 folder = files.make_folder(Path(directory) / "samples", directory)
                 outputs.write_png(folder / name, picture)
+        show("running")
         return {"samples/grid": picture}
 
     measure = None

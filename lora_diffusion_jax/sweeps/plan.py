@@ -5,7 +5,6 @@ import dataclasses
 import hashlib
 import json
 import re
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -252,17 +251,9 @@ def _name(changes: Changes, fields: Mapping[str, Any]) -> str:
 def command(config: str, directory: Path, run: Run) -> list[str]:
     """The command that makes a run, with this interpreter: a program and its arguments."""
     return [
-        *_program(),
+        *cli.program(),
         "--mode=train",
         f"--config={config}",
         f"--workdir={directory / run.name}",
         *run.overrides,
     ]
-
-
-def _program() -> list[str]:
-    """main.py of a checkout, or the installed command."""
-    main = Path(cli.__file__).parents[1] / "main.py"
-    if main.exists():
-        return [sys.executable, str(main)]
-    return [str(Path(sys.executable).with_name("lora-diffusion"))]

@@ -275,7 +275,7 @@ def load_config(name: str) -> tuple[ConfigDict, ModuleType]:
     """
     path = Path(files.expand(name, "--config")).resolve()
     if path.suffix != ".py":
-        packaged = {p.stem: p for folder in CONFIG_FOLDERS for p in folder.glob("[!_]*.py")}
+        packaged = {p.stem: p for folder in CONFIG_FOLDERS for p in folder.rglob("[!_]*.py")}
         if name not in packaged:
             raise UserError(
                 f"--config={name}: there is no such config. Give the path of a .py file, or one of "
@@ -284,11 +284,11 @@ def load_config(name: str) -> tuple[ConfigDict, ModuleType]:
         path = packaged[name]
     if not path.is_file():
         raise UserError(f"--config={name}: there is no such file.")
-    folder = path.parent
-    if (folder / "__init__.py").exists() and folder.name not in sys.modules:
+    for folder in path.parents[:2]:
         # A package of configs, which may import one another: `from configs import digits`.
-        sys.modules[folder.name] = package = ModuleType(folder.name)
-        package.__path__ = [str(folder)]
+        if (folder / "__init__.py").exists() and folder.name not in sys.modules:
+            sys.modules[folder.name] = package = ModuleType(folder.name)
+            package.__path__ = [str(folder)]
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec  # None for a suffix that is not .py
     module = importlib.util.module_from_spec(spec)

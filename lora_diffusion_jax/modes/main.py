@@ -53,6 +53,8 @@ def build_parser() -> cli.Parser:
     add("--jobs", type=int, help="sweep: runs at a time; default: one per GPU or TPU chip")
     launchers = ("local", "print", "slurm")
     add("--launcher", default="local", choices=launchers, help="sweep: how the runs are started")
+    text = "sweep: of --launcher=slurm, such as partition=gpu;timeout_min=600;gpus_per_node=1"
+    add("--slurm", default="", help=text)
     parser.add_switch("overwrite", False, "sample: remove other samples from the folder --out")
     parser.add_switch("adapters_only", False, "export: leave the base out")
     parser.add_config_help(with_file=True)

@@ -8,6 +8,7 @@ import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -20,7 +21,7 @@ from lora_diffusion_jax.factory.networks import build_denoiser, check_attention
 from lora_diffusion_jax.factory.objectives import build_sampler
 from lora_diffusion_jax.modes.train import check_training, may_change, with_defaults
 from lora_diffusion_jax.pages import collect, page, tensorboard
-from lora_diffusion_jax.sweeps import devices, local, plan, state
+from lora_diffusion_jax.sweeps import devices, local, plan, slurm, state
 from lora_diffusion_jax.sweeps.display import Display
 from lora_diffusion_jax.training import workdir
 
@@ -68,8 +69,11 @@ def sweep(args: argparse.Namespace, name: str | None, overrides: Sequence[str]) 
         for run in runs:
             print(shlex.join(commands[run.name]))
         return 0
+    settings = slurm.parse_settings(args.slurm)
     with open_sweep(directory) as entries:
         update(directory, entries, runs, commands)
+        if args.launcher == "slurm":
+            return submit(directory, entries, runs, settings, args.jobs)
         return run_here(directory, entries, runs, slots)
 
 
@@ -147,11 +151,35 @@ def update(
             entry.state, entry.detail = "running", holder
         elif name in configs and state.is_done(folder, configs[name]):
             entry.state, entry.detail = "done", ""
+        elif entry.state == "submitted" and slurm.is_queued(directory, entry.job):
+            pass
         elif entry.listed:
             entry.state, entry.detail = "waiting", ""
         elif entry.state == "running":
             entry.state, entry.detail = "stopped", ""
     state.write(directory, entries)
+
+
+def submit(
+    directory: Path,
+    entries: dict[str, state.Entry],
+    runs: Sequence[plan.Run],
+    settings: Mapping[str, Any],
+    jobs: int | None,
+) -> int:
+    """Submits what is left of a sweep to Slurm; the same command again reports, and submits what failed."""
+    submitted = slurm.submit(directory, entries, settings, jobs)
+    state.write(directory, entries)
+    print(Display(directory, entries, totals(runs)).table())
+    write_page(directory, entries)
+    print(f"page: {directory / page.FILES[0]}")
+    print(f"{len(submitted)} runs were submitted; the same command shows how far they are")
+    return 0
+
+
+def totals(runs: Sequence[plan.Run]) -> dict[str, int]:
+    """The images of each run, by name."""
+    return {run.name: run.config.train.total_images for run in runs}
 
 
 def run_here(
@@ -162,8 +190,7 @@ def run_here(
 ) -> int:
     """Runs what is left of a sweep on this machine, and reports."""
     write_page(directory, entries)
-    totals = {run.name: run.config.train.total_images for run in runs}
-    display = Display(directory, entries, totals)
+    display = Display(directory, entries, totals(runs))
     left = sum(entry.state != "done" and entry.listed for entry in entries.values())
     print(
         f"{len(runs)} runs, {left} of them to do, {len(slots)} at a time, in {directory}",

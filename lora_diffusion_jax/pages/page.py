@@ -47,7 +47,13 @@ def render(directory: Path, title: str, runs: Sequence[Run]) -> str:
         style=markupsafe.Markup(style),
         script=markupsafe.Markup(script),
         runs=runs,
-        table=tables.make_table(runs),
+        table=(table := tables.make_table(runs)),
+        numeric={
+            title
+            for row in table.rows
+            for title, cell in zip(table.titles, row, strict=True)
+            if cell.number is not None
+        },
         spreads=[(_label(s.changes), s) for s in spreads(runs)],
         number=lambda number: tables.number_cell(number).text,
         grids=[(run, _link(directory, run)) for run in runs if run.samples],

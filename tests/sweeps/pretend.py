@@ -18,6 +18,7 @@ CONFIG = {"train": {"batch_size": 10, "total_images": 30}, "eval": {"num_samples
 
 def main():
     folder, steps, what = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    print(f"parent {os.getppid()}", flush=True)
     stopped = []
     signal.signal(signal.SIGTERM, lambda number, frame: stopped.append(number))
     checkpoints = folder / "checkpoints"

@@ -58,6 +58,7 @@ def test_runs_are_made_two_at_a_time_and_one_failure_stops_no_other(tmp_path):
     assert sweep.most == 2
     assert sweep.entries["b"].detail.splitlines() == [
         "exit status 2",
+        f"parent {os.getpid()}",
         "a first line",
         "error: the loss has a mind of its own",
     ]

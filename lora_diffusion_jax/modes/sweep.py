@@ -227,12 +227,13 @@ def write_page(directory: Path, entries: Mapping[str, state.Entry]) -> list[coll
 
 def report(entries: Mapping[str, state.Entry], number: int | None) -> int:
     """Prints why runs failed, and what to do; returns the exit status."""
-    failed = [name for name, entry in entries.items() if entry.state == "failed"]
-    for name in failed:
-        print(f"\n{name} failed: " + entries[name].detail.replace("\n", "\n    "))
-    left = sum(entry.listed and entry.state != "done" for entry in entries.values())
+    listed = {name: entry for name, entry in entries.items() if entry.listed}
+    left = sum(entry.state != "done" for entry in listed.values())
+    for name, entry in listed.items():
+        if entry.state == "failed":
+            print(f"\n{name} failed: " + entry.detail.replace("\n", "\n    "))
     if left:
-        print(f"\n{left} of {len(entries)} runs are not done; rerun the same command to go on")
+        print(f"\n{left} of {len(listed)} runs are not done; rerun the same command to go on")
     if number is not None:
         return 128 + number
     return 1 if left else 0

@@ -145,7 +145,8 @@ def test_a_run_of_another_config_is_refused_and_so_is_a_second_sweep(pretended, 
     assert "holds a run, and a sweep makes its runs below" in text
     script = (
         "import sys, time; from lora_diffusion_jax import files;"
-        f"lock = files.Lock({str(folder / '.lock')!r}, '', 'process 1'); print('held', flush=True); time.sleep(60)"
+        f"lock = files.Lock({str(folder / '.lock')!r}, '', 'process 1');"
+        "print('held', flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as other:
         other.stdout.readline()

@@ -5,13 +5,14 @@ Of `configs/sweeps/digits_rank.py`: `add(grids.product(grids.over("lora.rank", [
 
 import itertools
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from lora_diffusion_jax.errors import UserError
 
 Changes = dict[str, Any]  # the fields in which a run departs from the config: {"lora.rank": 4}
 Grid = list[Changes]
+Add = Callable[[Changes | Grid], None]  # what `sweep` is called with
 
 
 def over(field: str, values: Iterable[Any]) -> Grid:

@@ -5,8 +5,6 @@ python main.py --mode=sweep --config=configs/sweeps/digits_rank.py --workdir=wor
 Each run is the demo's, minutes on two CPU cores. Not yet measured.
 """
 
-from collections.abc import Callable
-
 from ml_collections import ConfigDict
 
 from configs import digits
@@ -18,7 +16,7 @@ def get_config() -> ConfigDict:
     return digits.get_config()
 
 
-def sweep(add: Callable[[grids.Changes | grids.Grid], None]) -> None:
+def sweep(add: grids.Add) -> None:
     """Adds every rank, and the baseline, with every seed."""
     ranks = grids.over("lora.rank", [1, 2, 4])
     baseline = grids.over("lora.mode", ["baseline"])

@@ -44,37 +44,49 @@ def sweep(args: argparse.Namespace, name: str | None, overrides: Sequence[str]) 
         )
     if name is None:
         raise UserError("--mode=sweep needs --config=FILE.")
-    jax.config.update("jax_platforms", "cpu")  # the devices are for the runs
+    if args.slurm and args.launcher != "slurm":
+        raise UserError(
+            "--slurm holds settings of --launcher=slurm; give that too, or leave it out."
+        )
     directory = Path(args.workdir).absolute()
     if (directory / workdir.CONFIG).exists():
         raise UserError(
             f"{directory} holds a run, and a sweep makes its runs below its directory. Choose another "
             "--workdir."
         )
-    config, module = cli.load_config(name)
-    if args.sweep is None:
-        grid = plan.grid_of(module)
-    else:
-        grid = plan.parse_grid(args.sweep, cli.override(config, overrides))
+    jax.config.update("jax_platforms", "cpu")  # the devices are for the runs
     slots = devices.slots(args.jobs) if args.launcher == "local" else []
-    check = Checker(needs_data=args.launcher == "local")
-    named = {run: entry.changes for run, entry in state.read(directory).items()}
-    runs = plan.make_plan(config, overrides, grid, named, check)
-    for run in runs:
-        check_unchanged(directory / run.name, run.config)
-    if str(name).endswith(".py"):
+    settings = slurm.parse_settings(args.slurm)
+    runs = plan_runs(args, name, overrides, directory)
+    if name.endswith(".py"):
         name = str(Path(files.expand(name)).absolute())
     commands = {run.name: plan.command(name, directory, run) for run in runs}
     if args.launcher == "print":
         for run in runs:
             print(shlex.join(commands[run.name]))
         return 0
-    settings = slurm.parse_settings(args.slurm)
     with open_sweep(directory) as entries:
         update(directory, entries, runs, commands)
         if args.launcher == "slurm":
             return submit(directory, entries, runs, settings, args.jobs)
         return run_here(directory, entries, runs, slots)
+
+
+def plan_runs(
+    args: argparse.Namespace, name: str, overrides: Sequence[str], directory: Path
+) -> list[plan.Run]:
+    """The runs that are asked for, checked against all that is known before they start."""
+    config, module = cli.load_config(name)
+    if args.sweep is None:
+        grid = plan.grid_of(module)
+    else:
+        grid = plan.parse_grid(args.sweep, cli.override(config, overrides))
+    named = {run: entry.changes for run, entry in state.read(directory).items()}
+    check = Checker(needs_data=args.launcher == "local")
+    runs = plan.make_plan(config, overrides, grid, named, check)
+    for run in runs:
+        check_unchanged(directory / run.name, run.config)
+    return runs
 
 
 class Checker:

@@ -119,6 +119,10 @@ def test_mistakes_are_found_before_anything_is_written(pretended, tmp_path):
         (["--sweep=train.seed=1", "--jobs=0"], "--jobs is 0"),
         (["--sweep=train.seed=1", "--num_processes=2"], "--num_processes is for a single run"),
         (["--sweep=train.seed=1", "--launcher=slurm", "--slurm=x"], "'x' is no setting"),
+        (
+            ["--sweep=train.seed=1", "--slurm=partition=x"],
+            "--slurm holds settings of --launcher=slurm",
+        ),
         (["--sweep=train.batch_size=1"], "swept over and overridden"),
         ([], "no function sweep(add)"),
     ):

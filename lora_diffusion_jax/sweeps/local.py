@@ -63,7 +63,8 @@ class Runner:
     Args:
         directory: of the sweep.
         entries: all its runs; those whose state is 'waiting' are started, in this order. Runs that another
-            process is at work on, such as one that a killed sweep left behind, are waited for.
+            process is at work on, such as one that a killed sweep left behind, are waited for, and
+            count among those at a time.
         configs: of the runs, by name: JSON types alone.
         slots: environment variables for each of the runs at a time.
         changed: called after every look at the runs; True if a state has changed.
@@ -81,7 +82,10 @@ class Runner:
         self.changed = changed
         self.free = collections.deque(slots)
         self.children: dict[str, Child] = {}
-        self.others: dict[str, Environment] = {}  # at work without us -> the slot they take
+        self.others: dict[str, Environment | None] = {}  # at work without us -> the slot they take
+        for name in configs:
+            if entries[name].state == "running":
+                self.others[name] = self.free.popleft() if self.free else None
 
     def run(self) -> int | None:
         """Returns when all runs have ended, or after a signal: its number.
@@ -141,7 +145,8 @@ class Runner:
         """Takes over the runs of which the other process has ended."""
         ended = [name for name in self.others if not state.holder(self.directory / name)]
         for name in ended:
-            self.free.append(self.others.pop(name))
+            if (slot := self.others.pop(name)) is not None:
+                self.free.append(slot)
             done = state.is_done(self.directory / name, self.configs[name])
             self.entries[name].state = "done" if done else "waiting"
             self.entries[name].detail = ""

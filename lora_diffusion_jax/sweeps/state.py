@@ -122,7 +122,7 @@ class Watcher:
 
 
 def _progress(directory: Path) -> Progress:
-    images, values = 0, {}
+    images, values = 0, dict[str, float | None]()
     for line in read_metrics(directory):
         values |= {name: value for name, value in line.items() if "/" in name}
         images = line.get("images", images)

@@ -101,18 +101,20 @@ def test_a_run_that_another_process_makes_is_waited_for_and_not_started_twice(tm
     orphan = subprocess.Popen(command(tmp_path / "a", "waits"), cwd=ROOT)
     while not state.holder(tmp_path / "a"):
         time.sleep(0.02)
-    sweep = Sweep(tmp_path, a="ends", b="ends")
+    sweep = Sweep(tmp_path, b="ends", c="ends", a="ends")
+    sweep.entries["a"].state, sweep.entries["a"].detail = "running", state.holder(tmp_path / "a")
     seen = []
 
     def let_it_go():
         seen.append(sweep.entries["a"].detail)
-        if sweep.states["b"] == "done":
+        if sweep.states["c"] == "done":
             (tmp_path / "a" / "go").touch()
 
     reaper = threading.Thread(target=orphan.wait)  # as init does for an orphan
     reaper.start()
     sweep.run(jobs=2, when=let_it_go)
     reaper.join()
+    assert sweep.most == 2  # it counts
     assert f"process {orphan.pid}" in seen
     assert set(sweep.states.values()) == {"done"}
     assert not (tmp_path / "a" / local.LOG).exists()  # none of ours

@@ -178,12 +178,12 @@ def initial_state(
 
 
 def write_page(config: ConfigDict, directory: Path, command: str, state: str) -> None:
-    """Writes the page of a run, in process 0: the fields that its config sets are its changes."""
+    """Writes the page of a run, in process 0."""
     if not processes.is_leader():
         return
     fixed, _ = workdir.differences(default_config.base().to_dict(), config.to_dict())
-    changes = {field: new for field, (_, new) in fixed.items() if field != "data.fingerprint"}
-    shown = collect.Source(directory.name, directory, changes, state, command=command)
+    settings = {field: new for field, (_, new) in fixed.items() if field != "data.fingerprint"}
+    shown = collect.Source(directory.name, directory, {}, state, "", command, settings)
     page.write(directory, directory.name, [shown])
 
 

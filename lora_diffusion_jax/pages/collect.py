@@ -34,6 +34,7 @@ class Source:
         state: one word.
         detail: more about it, such as the last lines of a run that failed.
         command: what makes it, as a shell takes it.
+        settings: further fields, listed apart from the table.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Source:
     state: str = ""
     detail: str = ""
     command: str = ""
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

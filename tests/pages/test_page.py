@@ -119,11 +119,8 @@ def hostile(tmp_path):
         for number, text in enumerate(kind):
             metrics = {f"eval/{text}": 1.0, f"train/loss{text}": 2.0}
             source = make_run(root, f"run{number}", {f"data.{text}": text}, more=metrics)
-            sources.append(
-                collect.Source(
-                    text, source.directory, source.changes, "failed", text, f"main.py {text}"
-                )
-            )
+            shown = (text, source.directory, source.changes, "failed", text, f"main.py {text}")
+            sources.append(collect.Source(*shown, settings={text: text}))
         page.write(root, kind[0], sources)
         pages.append(root)
     return pages

@@ -144,6 +144,14 @@ def cut_short(work: Callable[[], Any], doing: str = "stopping; finished work is 
     return 0
 
 
+def program() -> list[str]:
+    """What starts main.py with this interpreter: that of a checkout, or the installed command."""
+    main = Path(__file__).parents[1] / "main.py"
+    if main.exists():
+        return [sys.executable, str(main)]
+    return [str(Path(sys.executable).with_name("lora-diffusion"))]
+
+
 # Arguments.
 
 
@@ -267,7 +275,7 @@ def load_config(name: str) -> tuple[ConfigDict, ModuleType]:
     """
     path = Path(files.expand(name, "--config")).resolve()
     if path.suffix != ".py":
-        packaged = {p.stem: p for folder in CONFIG_FOLDERS for p in folder.glob("[!_]*.py")}
+        packaged = {p.stem: p for folder in CONFIG_FOLDERS for p in folder.rglob("[!_]*.py")}
         if name not in packaged:
             raise UserError(
                 f"--config={name}: there is no such config. Give the path of a .py file, or one of "
@@ -276,26 +284,34 @@ def load_config(name: str) -> tuple[ConfigDict, ModuleType]:
         path = packaged[name]
     if not path.is_file():
         raise UserError(f"--config={name}: there is no such file.")
-    folder = path.parent
-    if (folder / "__init__.py").exists() and folder.name not in sys.modules:
+    for folder in path.parents[:2]:
         # A package of configs, which may import one another: `from configs import digits`.
-        sys.modules[folder.name] = package = ModuleType(folder.name)
-        package.__path__ = [str(folder)]
+        if (folder / "__init__.py").exists() and folder.name not in sys.modules:
+            sys.modules[folder.name] = package = ModuleType(folder.name)
+            package.__path__ = [str(folder)]
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec  # None for a suffix that is not .py
     module = importlib.util.module_from_spec(spec)
-    try:
+    with config_errors(path):
         spec.loader.exec_module(module)  # type: ignore[union-attr]
         config = module.get_config() if hasattr(module, "get_config") else None
-    except Exception as error:  # whatever the code of a config raises
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"{path} has no function get_config() that returns a ConfigDict.")
+    return config, module
+
+
+@contextlib.contextmanager
+def config_errors(path: Path) -> Iterator[None]:
+    """Turns whatever the code of a config file raises into a UserError that names its line."""
+    try:
+        yield
+    except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == str(path)]
         line = lines[-1] if lines else getattr(error, "lineno", "unknown")
         text = " ".join(str(error).split())
-        raise UserError(f"{path}, line {line}: {type(error).__name__}: {text}") from error
-    if not isinstance(config, ConfigDict):
-        raise UserError(f"{path} has no function get_config() that returns a ConfigDict.")
-    return config, module
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        raise UserError(f"{path}, line {line}: {kind}{text}") from error
 
 
 def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:

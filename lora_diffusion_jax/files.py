@@ -299,6 +299,10 @@ def disappeared(path: str | os.PathLike) -> UserError:
     )
 
 
+class TakenError(UserError):
+    """Another process holds a lock."""
+
+
 class Lock:
     """A lock file that other programs respect; the system frees it when the process dies.
 
@@ -312,7 +316,8 @@ class Lock:
         holder: what to write into the file for others to read.
 
     Raises:
-        UserError: another process holds it, or the file system has no locks.
+        TakenError: another process holds it.
+        UserError: the file system has no locks.
     """
 
     def __init__(self, path: str | os.PathLike, taken: str, holder: str = ""):
@@ -330,7 +335,7 @@ class Lock:
                     f"Cannot lock {self.path}: {error.strerror}. This file system has no locks; "
                     "choose a place on one that has."
                 ) from error
-            raise UserError(taken.replace("{holder}", found)) from error
+            raise TakenError(taken.replace("{holder}", found)) from error
         if holder:
             with disk_errors(self.path):
                 self._file.truncate(0)

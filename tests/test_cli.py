@@ -107,6 +107,9 @@ def test_a_config_has_a_path_or_a_name():
     assert module.__doc__.startswith("CIFAR-10")
     by_path, _ = cli.load_config(str(cli.CONFIG_FOLDERS[1] / "cifar10_ncsnpp.py"))
     assert by_path.to_dict() == by_name.to_dict()
+    below, module = cli.load_config("digits_rank")  # in a folder of its own, and importing another
+    assert below.to_dict() == cli.load_config("digits")[0].to_dict()
+    assert callable(module.sweep)
 
 
 @pytest.mark.parametrize(

@@ -25,10 +25,13 @@ def test_the_wheel_brings_the_package_the_configs_and_the_programs(tmp_path):
         programs = next(name for name in names if name.endswith("entry_points.txt"))
         programs = archive.read(programs).decode()
     package = ROOT / "lora_diffusion_jax"
-    sources = [path.relative_to(ROOT).as_posix() for path in package.rglob("*.py")]
+    files = [
+        path for ending in ("py", "html", "css", "js") for path in package.rglob(f"*.{ending}")
+    ]
+    sources = [path.relative_to(ROOT).as_posix() for path in files]
     assert {*sources, "lora_diffusion_jax/py.typed"} <= names
     configs = {
-        f"lora_diffusion_jax/configs/{path.name}" for path in (ROOT / "configs").glob("*.py")
+        f"lora_diffusion_jax/{path.relative_to(ROOT)}" for path in (ROOT / "configs").rglob("*.py")
     }
     assert configs
     assert configs <= names

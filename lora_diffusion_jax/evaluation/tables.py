@@ -1,6 +1,6 @@
 """Results of several checkpoints and runs side by side: a table, and a plot of each metric."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,16 @@ def table(runs: Runs) -> str:
         ]
     if len(rows) == 1:
         return "no results"
+    return align(rows, _RIGHT)
+
+
+def align(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> str:
+    """Rows of cells as lines of equal columns; those in `right`, counted from 0, end at one edge."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
 
     def line(row: Sequence[str]) -> str:
         cells = zip(row, widths, strict=True)
-        padded = [c.rjust(w) if i in _RIGHT else c.ljust(w) for i, (c, w) in enumerate(cells)]
+        padded = [c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(cells)]
         return "  ".join(padded).rstrip()
 
     return "\n".join(map(line, rows))

@@ -4,6 +4,7 @@
     main.py --mode=sample --workdir=DIR --seeds=0-63 [--class_id=3|cat|all] --out=FOLDER|FILE.npz|FILE.png
     main.py --mode=likelihood --workdir=DIR [--num=1000] [--route=vlb|ode]
     main.py --mode=info   --config=configs/cifar10_edm.py [--config.a.b=value ...]
+    main.py --mode=sweep  --config=FILE --workdir=DIR [--sweep='lora.rank=1,2,4;train.seed=0-2'] [--jobs=2]
     main.py --mode=doctor [--config=FILE] [--workdir=DIR]
     main.py --mode=import --source=FILE --workdir=DIR [--config=FILE, for a state dict (.pt)]
     main.py --mode=export --workdir=DIR --out=FILE.safetensors [--adapters_only]
@@ -16,6 +17,7 @@ Without --config, the config of the run in --workdir is used; overrides apply to
 import argparse
 import json
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -47,6 +49,12 @@ def build_parser() -> cli.Parser:
     parser.add_path(
         "--base", help="import: for a file of adapters alone, the base's file or workdir"
     )
+    add("--sweep", help="sweep: FIELD=VALUE,VALUE;...; default: what sweep(add) of --config adds")
+    add("--jobs", type=int, help="sweep: runs at a time; default: one per GPU or TPU chip")
+    launchers = ("local", "print", "slurm")
+    add("--launcher", default="local", choices=launchers, help="sweep: how the runs are started")
+    text = "sweep: of --launcher=slurm, such as partition=gpu;timeout_min=600;gpus_per_node=1"
+    add("--slurm", default="", help=text)
     parser.add_switch("overwrite", False, "sample: remove other samples from the folder --out")
     parser.add_switch("adapters_only", False, "export: leave the base out")
     parser.add_config_help(with_file=True)
@@ -61,12 +69,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def work(argv: list[str]) -> int:
     """Does what --mode says; returns the exit status."""
-    argv, name, overrides = cli.take_config(argv)
+    given = argv
+    argv, name, overrides = cli.take_config(given)
     args = build_parser().parse_args(argv)
     mode, needed = MODES[args.mode]
     missing = [f"--{flag}" for flag in needed if not getattr(args, flag)]
     if missing:
         raise UserError(f"--mode={args.mode} needs {' and '.join(missing)}.")
+    if args.mode == "sweep":
+        return sweep(args, name, overrides)
     config = read_config(args, name)
     if overrides:
         if config is None:
@@ -76,6 +87,7 @@ def work(argv: list[str]) -> int:
         return doctor(args, config)
     args.gives_data = any(re.match(r"--config\.data\.(name|path|data_dir)=.", o) for o in overrides)
     with cli.joined(args, config):
+        args.command = shlex.join([*cli.program(), *given])
         if mode in (info, import_file, export_file) and not processes.alone():
             raise processes.SharedError(f"--mode={args.mode} runs in a single process.")
         return mode(args, config)
@@ -104,7 +116,7 @@ def train(args: argparse.Namespace, config: ConfigDict) -> int:
     """Trains, or resumes a run; 128 + the signal's number when a signal stopped it."""
     from lora_diffusion_jax.modes.train import train
 
-    return train(config, args.workdir).exit_code
+    return train(config, args.workdir, args.command).exit_code
 
 
 def sample(args: argparse.Namespace, config: ConfigDict) -> int:
@@ -182,6 +194,13 @@ def export_file(args: argparse.Namespace, config: ConfigDict) -> int:
     return 0
 
 
+def sweep(args: argparse.Namespace, name: str | None, overrides: list[str]) -> int:
+    """Runs many variants of a config; 1 if one of them failed."""
+    from lora_diffusion_jax.modes.sweep import sweep
+
+    return sweep(args, name, overrides)
+
+
 def doctor(args: argparse.Namespace, config: ConfigDict | None) -> int:
     """Prints what is wrong with the machine, the data or a run; 1 if anything is."""
     from lora_diffusion_jax.modes.doctor import examine
@@ -197,5 +216,6 @@ MODES: dict[str, tuple[Callable[..., int], tuple[str, ...]]] = {
     "info": (info, ()),
     "import": (import_file, ("source", "workdir")),
     "export": (export_file, ("workdir", "out")),
+    "sweep": (sweep, ("workdir",)),
     "doctor": (doctor, ()),
 }

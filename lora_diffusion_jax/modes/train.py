@@ -3,7 +3,7 @@
 import functools
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from lora_diffusion_jax.factory.training import (
 )
 from lora_diffusion_jax.keys import INIT, purpose_key
 from lora_diffusion_jax.modes.checkpoints import has_checkpoint
+from lora_diffusion_jax.pages import collect, page
 from lora_diffusion_jax.processes.interrupts import pause_point
 from lora_diffusion_jax.training import checkpoint, loop, state, workdir
 from lora_diffusion_jax.training.writers import log
@@ -66,20 +67,20 @@ OPEN_AFTER_IMPORT = (
 )
 
 
-def train(config: ConfigDict, directory: str | os.PathLike) -> loop.Result:
+def train(config: ConfigDict, directory: str | os.PathLike, command: str = "") -> loop.Result:
     """Trains a config in a workdir, or resumes the run that is there.
+
+    Args:
+        config: of the run.
+        directory: its workdir.
+        command: what is being done, as a shell takes it; for the run's page.
 
     Raises:
         UserError: the config, its data or the workdir cannot be used.
     """
-    check(config)
+    check_training(config)
     source = open_source(config)
     config = complete(config, source)
-    if config.dtype == "float16":
-        raise UserError(
-            "Training in float16 would need loss scaling, which does not exist here; use "
-            "dtype=bfloat16 (float16 works for sampling)."
-        )
     denoiser, mesh = build_denoiser(config), build_mesh(config)
     if words := ignored_inputs(config):
         log(words)
@@ -92,7 +93,6 @@ def train(config: ConfigDict, directory: str | os.PathLike) -> loop.Result:
         mesh=mesh,
         cadence=build_cadence(config),
         seed=config.train.seed,
-        callbacks=callbacks(config, directory, denoiser, mesh, source),
         flops_per_image=3 * forward_flops(config, denoiser),  # backward costs two forwards
         metrics=metrics_type(denoiser),
     )
@@ -100,11 +100,30 @@ def train(config: ConfigDict, directory: str | os.PathLike) -> loop.Result:
         directory,
         config.to_dict(),
         may_change(directory),
-        complete=lambda saved: resolved(config_from_dict(saved)),
+        complete=with_defaults,
     ) as path:
         look = functools.partial(check_disk, config, denoiser, path)
         processes.from_leader("checking the free disk space", look)
-        return run(path)
+        show = functools.partial(write_page, config, path, command)
+        result = run(path, callbacks=callbacks(config, path, denoiser, mesh, source, show))
+        show("done" if result.stopped_by is None else "stopped")
+        return result
+
+
+def check_training(config: ConfigDict) -> None:
+    """Raises UserError for values that no training could use, whatever its data."""
+    check(config)
+    if config.dtype == "float16":
+        raise UserError(
+            "Training in float16 would need loss scaling, which does not exist here; use "
+            "dtype=bfloat16 (float16 works for sampling)."
+        )
+    build_cadence(config)
+
+
+def with_defaults(saved: dict[str, Any]) -> dict[str, Any]:
+    """A config's fields with the values that they stand for, so that configs can be compared."""
+    return resolved(config_from_dict(saved))
 
 
 def check_disk(config: ConfigDict, denoiser: Denoiser, directory: Path) -> None:
@@ -159,14 +178,28 @@ def initial_state(
     return state.create_state(variables, optimizer, trainable(config))
 
 
+def write_page(config: ConfigDict, directory: Path, command: str, state: str) -> None:
+    """Writes the page of a run, in process 0."""
+    if not processes.is_leader():
+        return
+    fixed, _ = workdir.differences(default_config.base().to_dict(), config.to_dict())
+    settings = {field: new for field, (_, new) in fixed.items() if field != "data.fingerprint"}
+    shown = collect.Source(directory.name, directory, {}, state, "", command, settings)
+    page.write(directory, directory.name, [shown])
+
+
 def callbacks(
     config: ConfigDict,
     directory: str | os.PathLike,
     denoiser: Denoiser,
     mesh: jax.sharding.Mesh,
     source: ImageSource,
+    show: Callable[[str], None],
 ) -> dict[str, loop.Callback]:
-    """Grids of samples, and an evaluation that may be quicker on the way than at the end."""
+    """Grids of samples, and an evaluation that may be quicker on the way than at the end.
+
+    `show` is called with the run's state when there is a new grid.
+    """
     if config.guidance.name == "autoguidance":
         raise UserError(
             "guidance.name=autoguidance is for finished runs; leave it out of the training's config and give "
@@ -184,6 +217,7 @@ def callbacks(
             with files.disk_errors(directory):
                 folder = files.make_folder(Path(directory) / "samples", directory)
                 outputs.write_png(folder / name, picture)
+        show("running")
         return {"samples/grid": picture}
 
     measure = None

@@ -57,12 +57,11 @@ def open_workdir(
         def create_and_lock() -> None:
             with files.disk_errors(directory):
                 directory.mkdir(parents=True, exist_ok=True)
-            now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
             lock = files.Lock(
                 directory / LOCK,
                 taken=f"Another run is using {directory} ({{holder}}). Wait for it or stop it, or "
                 "choose another workdir.",
-                holder=f"process {os.getpid()} on {socket.gethostname()} since {now}",
+                holder=this_process(),
             )
             stack.enter_context(lock)
 
@@ -77,6 +76,12 @@ def open_workdir(
             )
         reconcile_config(directory, config, may_change, complete)
         yield directory
+
+
+def this_process() -> str:
+    """What a lock file says of the process that holds it."""
+    now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    return f"process {os.getpid()} on {socket.gethostname()} since {now}"
 
 
 def _check_text(config: Mapping[str, Any]) -> None:
@@ -105,17 +110,7 @@ def reconcile_config(
     def reconcile() -> None:
         path = directory / CONFIG
         if path.exists():
-            fixed, free = differences(
-                complete(read_config(directory)), complete(dict(config)), may_change
-            )
-            if fixed:
-                lines = [
-                    f"  {name}: {old!r} there, {new!r} now" for name, (old, new) in fixed.items()
-                ]
-                raise UserError(
-                    f"{directory} holds a run with another config:\n" + "\n".join(lines) + "\n"
-                    "Give these fields their old values to resume it, or choose another workdir."
-                )
+            free = check_config(directory, config, may_change, complete)
             for name, (old, new) in free.items():
                 log(f"config: {name} changes from {old!r} to {new!r}")
             if not free:
@@ -127,6 +122,27 @@ def reconcile_config(
             files.write_text(checksum, f"{files.sha256(path)}  {CONFIG}\n")
 
     processes.from_leader("reading config.json", reconcile)
+
+
+def check_config(
+    directory: Path,
+    config: Mapping[str, Any],
+    may_change: Sequence[str] = (),
+    complete: Callable[[dict[str, Any]], Mapping[str, Any]] = lambda saved: saved,
+) -> dict[str, tuple[Any, Any]]:
+    """Compares a run's config.json with a config; returns the fields that differ and may: (old, new).
+
+    Raises:
+        UserError: a field differs that may not change, with both values; or the file is damaged.
+    """
+    fixed, free = differences(complete(read_config(directory)), complete(dict(config)), may_change)
+    if fixed:
+        lines = [f"  {name}: {old!r} there, {new!r} now" for name, (old, new) in fixed.items()]
+        raise UserError(
+            f"{directory} holds a run with another config:\n" + "\n".join(lines) + "\n"
+            "Give these fields their old values to resume it, or choose another workdir."
+        )
+    return free
 
 
 def differences(

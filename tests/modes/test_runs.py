@@ -23,6 +23,10 @@ def test_a_run_is_a_directory(workdir):
     with Image.open(workdir / "samples" / "0000000096.png") as grid:
         assert grid.size == (4 + 8 * 52, 4 + 10 * 52)
     assert "lora/down/kernel" in (workdir / "parameters.txt").read_text()
+    page = (workdir / "index.html").read_text()
+    assert "./samples/0000000096.png" in page
+    assert "--mode=train --config=digits" in page
+    assert "<tr><td>lora.rank</td><td>2</td></tr>" in page
 
 
 def test_the_same_command_goes_on_where_it_was(workdir, data_dir, tmp_path):

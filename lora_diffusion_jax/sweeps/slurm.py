@@ -1,0 +1,140 @@
+"""Runs of a sweep as an array of Slurm jobs, by submitit."""
+
+import os
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.sweeps import local, state
+
+FOLDER = "slurm"  # of a sweep: what submitit needs, and what the jobs print
+_CLUSTERS = ("slurm", "local")
+_GENERIC = (  # submitit's own names; all others are options of sbatch
+    *("name", "timeout_min", "mem_gb", "nodes", "tasks_per_node", "cpus_per_task"),
+    *("gpus_per_node", "stderr_to_stdout"),
+)
+
+
+class Job:
+    """What a job does: it makes one run, in a process of its own.
+
+    Before Slurm takes the machine away, or at its time limit, submitit calls `checkpoint`: the run saves and
+    ends, and the job goes back into the queue.
+    """
+
+    def __init__(self, command: Sequence[str], directory: str, name: str):
+        self.command, self.directory, self.name = list(command), directory, name
+        self.pid: int | None = None
+
+    def __call__(self) -> None:
+        """Returns when the run is over; an error if it failed."""
+        child = local.start(self.command, Path(self.directory), self.name, {})
+        self.pid = child.process.pid
+        while (status := child.process.poll()) is None:
+            time.sleep(local.POLL_SECONDS)
+        if status:
+            log = Path(self.directory) / self.name / local.LOG
+            raise RuntimeError(f"{local.ending(status)}\n{local.last_lines(log, child.log_start)}")
+
+    def checkpoint(self) -> Any:
+        """Stops the run, which saves first; returns what is submitted again: the same job."""
+        from submitit.helpers import DelayedSubmission
+
+        if self.pid is not None:
+            os.kill(self.pid, signal.SIGTERM)
+            # The signal may have interrupted `poll`, which would wait for itself here.
+            while os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+                time.sleep(local.POLL_SECONDS)
+        return DelayedSubmission(Job(self.command, self.directory, self.name))
+
+    __submitit_checkpoint__ = checkpoint  # its name from submitit 1.6 on
+
+
+def parse_settings(text: str) -> dict[str, Any]:
+    """'partition=gpu;timeout_min=600' -> submitit's parameters, and `cluster`.
+
+    Raises:
+        UserError: it cannot be read so.
+    """
+    settings: dict[str, Any] = {}
+    for part in filter(str.strip, text.split(";")):
+        name, equals, value = (word.strip() for word in part.partition("="))
+        if not (name.isidentifier() and equals and value):
+            raise UserError(
+                f"--slurm: {part.strip()!r} is no setting; write NAME=VALUE and separate settings by "
+                "semicolons, for example --slurm='partition=gpu;timeout_min=600;gpus_per_node=1'."
+            )
+        if name not in ("cluster", *_GENERIC) and not name.startswith("slurm_"):
+            name = f"slurm_{name}"
+        settings[name] = int(value) if value.isdecimal() else value
+    if settings.get("cluster", "slurm") not in _CLUSTERS:
+        raise UserError(
+            f"--slurm: cluster is {settings['cluster']!r}; it must be slurm, or local, which runs the jobs "
+            "on this machine, to try things out."
+        )
+    return settings
+
+
+def submit(
+    directory: Path,
+    entries: Mapping[str, state.Entry],
+    settings: Mapping[str, Any],
+    jobs: int | None,
+) -> list[str]:
+    """Submits the runs that are waiting as one array, notes their jobs, and returns their names.
+
+    Args:
+        directory: of the sweep.
+        entries: its runs.
+        settings: of `parse_settings`.
+        jobs: how many run at a time; None: as many as Slurm permits.
+
+    Raises:
+        UserError: submitit is not installed, does not know a setting, or Slurm refuses the jobs.
+    """
+    submitit, settings = _submitit(), dict(settings)
+    cluster = settings.pop("cluster", "slurm")
+    waiting = [name for name, entry in entries.items() if entry.state == "waiting"]
+    if jobs is not None:
+        settings.setdefault("slurm_array_parallelism", jobs)
+    settings.setdefault("name", directory.name)
+    try:
+        executor = submitit.AutoExecutor(str(directory / FOLDER), cluster=cluster)
+        executor.update_parameters(**settings)
+        made = [Job(entries[name].command, str(directory), name) for name in waiting]
+        found = executor.submit_array(made) if made else []
+    except Exception as error:  # submitit raises what its plugins raise
+        text = " ".join(str(error).split())
+        raise UserError(
+            f"submitit could not submit the jobs: {text or type(error).__name__}"
+        ) from error
+    for name, job in zip(waiting, found, strict=True):
+        entries[name].state = "submitted"
+        entries[name].job = f"{cluster}:{job.job_id}"
+        entries[name].detail = f"job {job.job_id}"
+    return waiting
+
+
+def is_queued(directory: Path, job: str) -> bool:
+    """Whether a job that `submit` noted waits in Slurm's queue or is at work.
+
+    A job of this machine (`local`) is known by its run's lock alone.
+    """
+    cluster, _, number = job.partition(":")
+    if cluster != "slurm" or not number:
+        return False
+    return not _submitit().SlurmJob(directory / FOLDER, number).done(force_check=True)
+
+
+def _submitit() -> Any:
+    try:
+        import submitit
+    except ModuleNotFoundError as error:
+        raise UserError(
+            "--launcher=slurm needs submitit, which is not installed; pip install "
+            "'lora-diffusion-jax[train,eval,slurm]'"
+        ) from error
+    return submitit

@@ -3,7 +3,6 @@
 import io
 import os
 import re
-import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,14 @@ from lora_diffusion_jax.data.image_source import (
     evenly_spaced,
 )
 from lora_diffusion_jax.errors import NotThereError, UserError, printable
-from lora_diffusion_jax.untrusted import parse_json, read_file, read_json, reason, refusing
+from lora_diffusion_jax.untrusted import (
+    normal,
+    parse_json,
+    read_file,
+    read_json,
+    reason,
+    refusing,
+)
 
 _VERSION = re.compile(r"[0-9]+\.[0-9]+\.[0-9]+")
 _ADVICE = "Prepare it again."
@@ -111,7 +117,7 @@ class TfdsSource(ImageSource):
         if not path.exists():
             return tuple(map(str, range(count)))
         lines = str(read_file(path, _MAX_NAMES, _ADVICE), "utf-8").split("\n")
-        names = tuple(unicodedata.normalize("NFC", line.strip()) for line in lines if line.strip())
+        names = tuple(normal(line.strip(), str(path)) for line in lines if line.strip())
         if len(names) != count or len(set(names)) != count:
             raise UserError(
                 f"{path} names {len(set(names)):,} classes, but {self._full_name} declares {count:,}. "

@@ -79,7 +79,7 @@ def run(work: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> 
     return status
 
 
-def _show_warning(message: Warning | str, *_: object) -> None:
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     print(f"warning: {message}", file=sys.stderr)
     compile_cache.note_warning(str(message))
 

@@ -109,10 +109,9 @@ def _tidy_at_exit(folder: Path, limit: int) -> None:
 
 def note_warning(text: str) -> None:
     """Has all entries checked again, if the warning is JAX's of one that it could not read."""
-    folder = jax.config.jax_compilation_cache_dir
-    if "reading persistent compilation cache entry" in text and folder and "://" not in folder:
+    if "reading persistent compilation cache entry" in text:
         with contextlib.suppress(OSError):
-            (Path(folder) / _STAMP).unlink()
+            Path(cache_dir(), _STAMP).unlink()
 
 
 def find_other_writer(folder: Path) -> str:

@@ -1,6 +1,7 @@
 """PNG and JPEG bytes to uint8 arrays, with errors that name the image."""
 
 import io
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +28,8 @@ _MAX_READS = {
     "JPEG": 4_000,
 }  # chunks of 8 KiB fill MAX_BYTES; 255 segments of a profile
 _MAX_SCANS = 100  # the usual progressive JPEG has 10
-_SCAN = b"\xff\xda"  # its marker, which stands nowhere else in a scan
+_MARKER = re.compile(rb"\xff([^\x00\xd0-\xd8\xff])")  # those with a segment, and the image's end
+_SCAN, _END = b"\xda", b"\xd9"
 # Pillow's mode -> channels of the array. Whether an alpha channel is opaque, and can be dropped, shows
 # only when the pixels are read. Other modes (CMYK, 16 bit, float) are refused.
 _CHANNELS = {"1": 1, "L": 1, "LA": 1, "La": 1, "P": 3, "PA": 3, "RGB": 3, "RGBA": 3, "RGBa": 3}
@@ -115,10 +117,10 @@ def decode(
     Raises:
         UserError: it cannot be decoded, has another shape, or has transparent pixels.
     """
-    if not data.startswith(_PNG) and (scans := data.count(_SCAN)) > _MAX_SCANS:
+    if not data.startswith(_PNG) and _has_many_scans(data):
         raise UserError(
-            f"{where} is a JPEG of {scans:,} scans; expected at most {_MAX_SCANS}. Save it again with an "
-            "ordinary program, or remove it."
+            f"{where} is a JPEG of more than {_MAX_SCANS} scans, or too many parts. Save it again "
+            "with an ordinary program, or remove it."
         )
     with _opened(io.BytesIO(data), where) as image:
         channels = shape[2] if convert else _channels(image, where)
@@ -184,6 +186,18 @@ def _opened(file: IO[bytes], where: str) -> Iterator[Image.Image]:
         raise UserError(
             f"{where} cannot be read as PNG or JPEG ({text}). Replace or remove it."
         ) from error
+
+
+def _has_many_scans(data: bytes) -> bool:
+    """Whether a JPEG has more scans or segments than are allowed; videos that phones append do not count."""
+    at, scans = 2, 0
+    for _ in range(_MAX_READS["JPEG"]):
+        found = _MARKER.search(data, at)
+        if found is None or found[1] == _END or scans > _MAX_SCANS:
+            return scans > _MAX_SCANS
+        scans += found[1] == _SCAN
+        at = found.end() + int.from_bytes(data[found.end() : found.end() + 2])
+    return True
 
 
 class _Pieces:

@@ -61,6 +61,13 @@ def overlapping_exif():
     return exif(b"II*\0" + struct.pack("<LH", 8, 5000) + fields + bytes(4))
 
 
+def hidden_scans():
+    """A segment that looks like the image's end stands before the scans."""
+    whole = many_scans(100_000)
+    start = whole.rindex(b"\xff\xc4", 0, 3000)
+    return whole[:start] + segment(0xEF, b"\xff\xd9\xff\xd9") + whole[start:]
+
+
 def lossless_tags():
     return exif(b"MM\0*\0\0\0\x08" + struct.pack(">H", 0xFFFF))
 
@@ -72,6 +79,8 @@ def apng(frames):
 
 CASES = {
     "scans": lambda: many_scans(100_000),
+    "scans behind an end that is none": hidden_scans,
+    "markers": lambda: JPEG[:-2] + b"\xff\x01\0\2" * (1 << 20) + JPEG[-2:],
     "segments": lambda: JPEG[:2] + segment(0xEF, b"") * (1 << 20) + JPEG[2:],
     "comments": lambda: JPEG[:2] + segment(0xFE, b"") * (1 << 20) + JPEG[2:],
     "fill bytes": lambda: JPEG[:2] + b"\xff" * (8 << 20) + JPEG[2:],
@@ -138,7 +147,15 @@ def test_pillow_warns_of_nothing(case):
 
 @pytest.mark.parametrize(
     "case",
-    ["scans", "segments", "fill bytes", "joined EXIF", "chunks", "chunks of pixels"],
+    [
+        "scans",
+        "scans behind an end that is none",
+        "segments",
+        "fill bytes",
+        "joined EXIF",
+        "chunks",
+        "chunks of pixels",
+    ],
 )
 def test_what_would_cost_most_is_refused(case):
     with pytest.raises(UserError, match=r"parts|scans"):
@@ -149,6 +166,9 @@ def test_what_programs_write_is_read():
     for data in (
         encoded("JPEG", progressive=True, icc_profile=bytes(255 * 60_000)),
         many_scans(50),
+        JPEG + np.random.default_rng(0).bytes(20 << 20),  # a phone's video behind the image
+        JPEG[:2] + segment(0xEF, JPEG * 30) + JPEG[2:],  # previews
+        encoded("MPO", save_all=True, append_images=[Image.new("RGB", (64, 64))] * 3),
         JPEG[:2] + exif(bytes(60_000)) * 255 + JPEG[2:],
     ):
         assert decode(data, "x", SHAPE).shape == SHAPE

@@ -21,7 +21,7 @@ from lora_diffusion_jax.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # as outside of pytest
 SHAPE = (64, 64, 3)
-SECONDS = 10.0  # what one image may take on a loaded machine
+SECONDS = 10.0  # of the processor that one image may take
 MEMORY = 250 << 20  # bytes, beside the file's own
 
 
@@ -112,7 +112,7 @@ HARMLESS = {"EXIF on itself", "EXIF of many fields", "EXIF in a PNG", "frames"}
 def test_work_that_an_image_asks_for_is_bounded(case):
     data = CASES[case]()
     tracemalloc.start()
-    began = time.monotonic()
+    began = time.process_time()
     for read in (lambda: read_shape(io.BytesIO(data), "x"), lambda: decode(data, "x", SHAPE).shape):
         try:
             found = str(read())
@@ -120,7 +120,7 @@ def test_work_that_an_image_asks_for_is_bounded(case):
             found = str(error)
         assert found == str(SHAPE) or found.startswith("x ")
         assert found.isprintable()
-    assert time.monotonic() - began < SECONDS
+    assert time.process_time() - began < SECONDS
     assert tracemalloc.get_traced_memory()[1] < MEMORY
     tracemalloc.stop()
     assert (found == str(SHAPE)) == (case in HARMLESS), found
@@ -219,7 +219,7 @@ def test_names_in_archives_cost_little(tmp_path, case):
             entry = zipfile.ZipInfo("x")
             entry.filename = name
             archive.writestr(entry, PNG)
-    began = time.monotonic()
+    began = time.process_time()
     tracemalloc.start()
     for class_folders in (False, True):
         try:
@@ -230,7 +230,7 @@ def test_names_in_archives_cost_little(tmp_path, case):
             assert len(found) < 2000
             assert class_folders or says is not None, found
         assert all(line.isprintable() for line in found.split("\n"))
-    assert time.monotonic() - began < SECONDS
+    assert time.process_time() - began < SECONDS
     assert tracemalloc.get_traced_memory()[1] < MEMORY
     tracemalloc.stop()
     if says:

@@ -50,7 +50,7 @@ def run(work: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> 
         argv: its arguments; None: those of this process, which then exits at once after a signal.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    warnings.showwarning = _show_warning
     arguments = sys.argv[1:] if argv is None else list(argv)
     processes.session.debug = "--debug" in arguments
     sys.unraisablehook = _quiet_loops
@@ -77,6 +77,11 @@ def run(work: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> 
         sys.stderr.flush()
         os._exit(status)
     return status
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+    compile_cache.note_warning(str(message))
 
 
 def _quiet_loops(unraisable: "sys.UnraisableHookArgs") -> None:

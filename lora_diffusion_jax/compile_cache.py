@@ -1,5 +1,6 @@
 """The persistent compilation cache: compiled programs are kept for the next start."""
 
+import atexit
 import contextlib
 import grp
 import importlib
@@ -23,8 +24,12 @@ from lora_diffusion_jax.errors import UserError
 MIN_COMPILE_SECONDS = 0.1  # faster ones are not stored: reading an entry takes some 10 ms
 MAX_GIB = 5.0
 MAX_UNPACKED = 2**30  # bytes of a compiled program; real ones have some megabytes
+_NEVER = 1e9  # seconds, more than any program takes to compile
 _PART = 2**20  # bytes unpacked at a time
 _MAX_LINKS = 40  # that Linux follows in one path
+_ZSTD = b"\x28\xb5\x2f\xfd"  # a frame begins with this, and a byte of flags
+_HAS_CHECKSUM = 4  # one of them
+_STAMP = ".checked"  # entries older than this file are known to be whole
 
 
 def cache_dir() -> str:
@@ -87,11 +92,26 @@ def use_compilation_cache() -> str:
                 "start compiles again. Set JAX_COMPILATION_CACHE_DIR to a writable folder.",
                 file=sys.stderr,
             )
-            min_seconds = 1e9  # never write
+            min_seconds = _NEVER
             folder = folder if Path(folder).is_dir() else ""
     jax.config.update("jax_compilation_cache_dir", folder or None)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", float(min_seconds))
+    if folder and min_seconds != _NEVER and "://" not in folder:
+        atexit.register(_tidy_at_exit, Path(folder), max_bytes())
     return folder
+
+
+def _tidy_at_exit(folder: Path, limit: int) -> None:
+    """Checks what this process stored before anything can happen to it."""
+    with contextlib.suppress(OSError, UserError):
+        tidy(folder, limit)
+
+
+def note_warning(text: str) -> None:
+    """Has all entries checked again, if the warning is JAX's of one that it could not read."""
+    if "reading persistent compilation cache entry" in text:
+        with contextlib.suppress(OSError):
+            Path(cache_dir(), _STAMP).unlink()
 
 
 def find_other_writer(folder: Path) -> str:
@@ -152,7 +172,9 @@ def _on_the_way(path: Path) -> Iterator[Path]:
 
 
 def tidy(folder: Path, limit: int) -> None:
-    """Removes truncated and oversized entries, and the least recently used ones beyond `limit` bytes.
+    """Removes damaged and oversized entries, and the least recently used ones beyond `limit` bytes.
+
+    Entries of zstd, which JAX packs without a checksum, get one: unpacking them later compares it.
 
     JAX does neither well (0.10.2, tried): it never replaces an entry that a kill truncated, but warns
     and compiles again at every start. Its own limit, `jax_compilation_cache_max_size`, needs the
@@ -163,7 +185,7 @@ def tidy(folder: Path, limit: int) -> None:
         OSError: the folder cannot be created or written to.
     """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    stamp = folder / ".checked"  # older entries are known to be whole
+    stamp = folder / _STAMP
     checked = stamp.stat().st_mtime if stamp.exists() else 0.0
     with os.fdopen(files.open_own(stamp, os.O_WRONLY), "wb") as file:
         file.write(b"1")
@@ -174,15 +196,18 @@ def tidy(folder: Path, limit: int) -> None:
         total = 0
         for stat, path in entries:
             total += stat.st_size
-            if total > limit or (stat.st_mtime >= checked - 1 and not _is_whole(path.read_bytes())):
+            data = path.read_bytes() if stat.st_mtime >= checked - 1 else None
+            if total > limit or (data is not None and not _is_whole(data)):
                 path.unlink(missing_ok=True)
+            elif data and data.startswith(_ZSTD) and not data[4] & _HAS_CHECKSUM:
+                _add_checksum(path, data)
 
 
 def _is_whole(data: bytes) -> bool:
     """Whether an entry unpacks, to at most MAX_UNPACKED bytes, which are not kept."""
     broken: tuple[type[BaseException], ...] = (zlib.error, OSError, EOFError)
     sizes = _zlib_sizes(data)
-    if data.startswith(b"\x28\xb5\x2f\xfd"):  # zstd
+    if data.startswith(_ZSTD):
         module = _zstd_module()
         if module is None:  # of another environment: JAX cannot read it here
             return True
@@ -208,9 +233,32 @@ def _zlib_sizes(data: bytes) -> Iterator[int]:
 
 
 def _zstd_sizes(module: ModuleType, data: bytes) -> Iterator[int]:
+    total = 0
     with module.open(io.BytesIO(data), "rb") as file:
         while part := file.read(_PART):
+            total += len(part)
             yield len(part)
+    if module.__name__ == "zstandard":
+        size = module.get_frame_parameters(data).content_size
+    else:
+        size = module.get_frame_info(data).decompressed_size
+    if total != size:  # the package ends quietly where a truncated frame ends
+        raise EOFError
+
+
+def _add_checksum(path: Path, data: bytes) -> None:
+    """Packs a zstd entry again, with a checksum of its content."""
+    module = _zstd_module()
+    if module is None:
+        return
+    if module.__name__ == "zstandard":
+        content = module.ZstdDecompressor().decompress(data)
+        packed = module.ZstdCompressor(write_checksum=True).compress(content)
+    else:
+        options = {module.CompressionParameter.checksum_flag: 1}
+        packed = module.compress(module.decompress(data), options=options)
+    with files.atomic(path, sync=False) as temporary:
+        temporary.write_bytes(packed)
 
 
 def _zstd_module() -> ModuleType | None:

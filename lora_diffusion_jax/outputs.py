@@ -4,21 +4,22 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from lora_diffusion_jax import files
 from lora_diffusion_jax.data.decode import HEAD, SUFFIXES, format_of
-from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.errors import UserError, printable
 from lora_diffusion_jax.generate import NO_LABEL
 
 FILES = (".npz", ".png")  # any other --out is a folder
 LABELS = "dataset.json"
 _ABOUT_BYTES = 10_000  # its end, in which `about` stands
+_MAX_TITLE = 24  # characters of a class's name beside a grid
 
 
 class Output:
@@ -37,6 +38,7 @@ class Output:
         labels: of all images, int32 [N].
         identity: what else decides the images; images left by a run of another identity are dropped.
         columns: of a grid; 0: as many as rows.
+        class_names: drawn beside the rows of a grid; () if they are numbers.
         overwrite: remove images of other seeds that an earlier command wrote into the folder, and
             replace files that no earlier command wrote.
 
@@ -54,10 +56,12 @@ class Output:
         labels: np.ndarray,
         identity: str,
         columns: int = 0,
+        class_names: Sequence[str] = (),
         *,
         overwrite: bool = False,
     ):
-        self.path, self.seeds, self.labels, self.columns = path, seeds, labels, columns
+        self.path, self.seeds, self.labels, self.class_names = path, seeds, labels, class_names
+        self.columns = columns or int(np.ceil(len(seeds) ** 0.5))
         packed = path.suffix in FILES
         self.folder = path.with_name(path.name + ".unfinished") if packed else path
         # A file may hold a seed twice, with two labels: there images are numbered by position.
@@ -120,7 +124,8 @@ class Output:
         if self.path != self.folder:
             images = np.stack([read_png(self.folder / name) for name in self.names])
             if self.path.suffix == ".png":
-                write_png(self.path, grid(images, self.columns or int(np.ceil(len(images) ** 0.5))))
+                titles = row_titles(self.labels, self.columns, self.class_names)
+                write_png(self.path, grid(images, self.columns, titles))
             else:
                 with files.atomic(self.path) as temporary, temporary.open("wb") as file:
                     record = np.array(json.dumps(dict(about)))
@@ -166,8 +171,32 @@ def _is_ours(labels: Path) -> bool:
         return bool(re.search(rb'[l\]], "about": \{.*\}\}\Z', file.read(_ABOUT_BYTES)))
 
 
-def grid(images: np.ndarray, columns: int, *, min_side: int = 48, gap: int = 4) -> np.ndarray:
-    """Tiles uint8 images [N, H, W, C] row by row on gray; small ones are enlarged by a whole factor."""
+def class_title(number: int, names: Sequence[str], limit: int = 80) -> str:
+    """'3 cat', the name cut to `limit` characters; '3' without names."""
+    return f"{number} {printable(names[number], limit)}" if names else str(number)
+
+
+def row_titles(labels: np.ndarray, columns: int, names: Sequence[str]) -> list[str]:
+    """The class of each row of a grid; '' for a row of several classes, or of none."""
+    rows = [set(labels[i : i + columns].tolist()) for i in range(0, len(labels), columns)]
+    return [
+        class_title(min(row), names, _MAX_TITLE) if len(row) == 1 and NO_LABEL not in row else ""
+        for row in rows
+    ]
+
+
+def grid(
+    images: np.ndarray,
+    columns: int,
+    titles: Sequence[str] = (),
+    *,
+    min_side: int = 48,
+    gap: int = 4,
+) -> np.ndarray:
+    """Tiles uint8 images [N, H, W, C] row by row on gray; small ones are enlarged by a whole factor.
+
+    The titles stand to the left of their rows. C is 1 or 3.
+    """
     factor = max(1, -(-min_side // images.shape[1]))
     images = images.repeat(factor, axis=1).repeat(factor, axis=2)
     count, height, width, channels = images.shape
@@ -179,7 +208,33 @@ def grid(images: np.ndarray, columns: int, *, min_side: int = 48, gap: int = 4) 
         top = gap + i // columns * (height + gap)
         left = gap + i % columns * (width + gap)
         canvas[top : top + height, left : left + width] = image
-    return canvas
+    if not any(titles):
+        return canvas
+    centres = gap + height // 2 + (height + gap) * np.arange(len(titles))
+    return np.concatenate([_margin(titles, centres, height, canvas.shape), canvas], axis=1)
+
+
+def _margin(
+    titles: Sequence[str], centres: np.ndarray, height: int, shape: tuple[int, ...]
+) -> np.ndarray:
+    """White text on gray as wide as it needs, at these heights, to stand beside a picture of that shape."""
+    font, gap = _font(max(12, height // 5)), 4  # pixels; 12 is the least that reads well
+    width = gap + int(np.ceil(max(font.getlength(title) for title in titles)))
+    picture = Image.new("L", (width, shape[0]), 96)
+    draw = ImageDraw.Draw(picture)
+    for title, centre in zip(titles, centres.tolist(), strict=True):
+        draw.text((width, centre), title, 255, font, anchor="rm")
+    return np.asarray(picture)[..., None].repeat(shape[2], axis=2)
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """DejaVu Sans, which has most alphabets, from matplotlib; without that Pillow's, which has ASCII."""
+    try:
+        import matplotlib  # of the extra `eval`
+
+        return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)
+    except (ImportError, OSError):
+        return ImageFont.load_default(size)
 
 
 def write_png(path: Path, image: np.ndarray) -> None:

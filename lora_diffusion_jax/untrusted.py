@@ -9,6 +9,7 @@ import contextlib
 import json
 import math
 import os
+import unicodedata
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ MAX_JSON = 4 << 20  # bytes of JSON text, unless the caller knows better
 MAX_VALUES = 500_000  # values in it, at up to 80 bytes each
 MAX_DEPTH = 64  # containers inside containers
 MAX_DIGITS = 19  # of an integer that fits 64 bits
+MAX_NAME = 255  # characters of a name, as in file systems
 ADVICE = "Restore or replace it."
 
 # bzip2 and lzma are left out: zipfile unpacks a whole chunk of them at once, to any size.
@@ -55,6 +57,20 @@ def reason(error: Exception) -> str:
 def is_text(name: str) -> bool:
     """Whether a name is Unicode text: bytes of a file name that are no UTF-8 stand in it as surrogates."""
     return not any("\ud800" <= c <= "\udfff" for c in name)
+
+
+def normal(name: str, where: str) -> str:
+    """A name in Unicode's form NFC. Its time grows with the square of the accents on one letter.
+
+    Raises:
+        UserError: it has more than MAX_NAME characters.
+    """
+    if len(name) > MAX_NAME:
+        raise UserError(
+            f"{where} holds the name {printable(name, 100)!r}, of {len(name):,} characters; expected at most "
+            f"{MAX_NAME}. Shorten it."
+        )
+    return unicodedata.normalize("NFC", name)
 
 
 def read_file(path: str | os.PathLike, limit: int, advice: str = ADVICE) -> bytes:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
 
 from tests.readers import pickling as p
 from tests.small import ROOT
@@ -245,15 +246,33 @@ def tfds_most_json(folder):
     tfds_spec(folder, features='{"a": [' + "{}," * 240_000 + '"' + "\\u0100" * 500_000 + '"]}')
 
 
-def tfds_classes(folder):
+def tfds_records(folder, sizes):
+    """Zeros for images, which array_record packs by zstd to a few bytes."""
+    tfds_classes(folder, classes="10", records=str(len(sizes)))
+    path = folder / "tiny" / "1.0.0" / "tiny-train.array_record-00000-of-00001"
+    writer = ArrayRecordWriter(str(path), "group_size:1")
+    for size in sizes:
+        writer.write(bytes(size))
+    writer.close()
+
+
+def tfds_large_record(folder):
+    tfds_records(folder, [600 << 20])
+
+
+def tfds_many_records(folder):
+    tfds_records(folder, [16 << 20] * 64)
+
+
+def tfds_classes(folder, classes=str(10**12), records=str(10**15)):
     core = "tensorflow_datasets.core.features"
     image = {"pythonClassName": f"{core}.image_feature.Image"}
     image["image"] = {"dtype": "uint8", "shape": {"dimensions": ["4", "4", "1"]}}
     label = {"pythonClassName": f"{core}.class_label_feature.ClassLabel"}
-    label["classLabel"] = {"numClasses": str(10**12)}
+    label["classLabel"] = {"numClasses": classes}
     whole = {"pythonClassName": f"{core}.features_dict.FeaturesDict"}
     whole["featuresDict"] = {"features": {"image": image, "label": label}}
-    split = {"name": "train", "numBytes": "1", "shardLengths": [str(10**15)]}
+    split = {"name": "train", "numBytes": "1", "shardLengths": [records]}
     split["filepathTemplate"] = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
     info = {"name": "tiny", "version": "1.0.0", "fileFormat": "array_record", "splits": [split]}
     tfds_spec(folder, json.dumps(whole), json.dumps(info))
@@ -282,6 +301,8 @@ BOMBS = {
     tfds_json: "tfds",
     tfds_most_json: "tfds",
     tfds_classes: "tfds",
+    tfds_large_record: "tfds",
+    tfds_many_records: "tfds",
 }
 
 

@@ -1,5 +1,6 @@
 """The compilation cache: where it is, what is removed from it, and what is said when it fails."""
 
+import collections
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import zlib
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from lora_diffusion_jax import compile_cache
@@ -21,12 +23,12 @@ print(jax.jit(lambda x: (x @ x.T).sum())(jax.numpy.ones((3, 5))))
 """
 
 
-def start(**environment):
+def start(program=PROGRAM, **environment):
     """(lines printed, errors printed) of a program that compiles."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
     least = {"JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
+        [sys.executable, "-c", program],
         env={**clean, **least, **{k: str(v) for k, v in environment.items()}},
         capture_output=True,
         text=True,
@@ -86,15 +88,74 @@ def test_an_entry_that_unpacks_without_end_is_removed(tmp_path, monkeypatch):
     assert {p.name for p in tmp_path.glob("*-cache")} == {"exact-cache", "noise-cache"}
 
 
-def test_an_entry_packed_by_zstd_has_the_same_limit(monkeypatch):
-    module = compile_cache._zstd_module()
-    entry = b"\x28\xb5\x2f\xfd" + bytes(9)
-    if module is None:  # what JAX cannot read here may serve another environment
-        assert compile_cache._is_whole(entry)
-        return
+THROUGH_CLI = f"""
+from lora_diffusion_jax import cli
+def work(argv):
+    exec(argv[0])
+    return 0
+cli.run(work, [{PROGRAM!r}])
+"""
+
+
+def test_rot_in_an_entry_is_told_once_and_compiled_again(tmp_path):
+    """Whether JAX packs by zlib or by zstd; the entry's time does not show it."""
+    lines, errors = start(THROUGH_CLI, XDG_CACHE_HOME=tmp_path)
+    assert (lines[1], errors) == ("45.0", "")
+    (place,) = (tmp_path / "lora_diffusion_jax" / "compiled").iterdir()
+    for path in place.glob("*-cache"):
+        kept, data = path.stat(), bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+        os.utime(path, ns=(kept.st_atime_ns, kept.st_mtime_ns - 10 * 10**9))
+    again, errors = start(THROUGH_CLI, XDG_CACHE_HOME=tmp_path)
+    assert again == lines
+    assert "warning: Error reading persistent compilation cache entry" in errors
+    assert start(THROUGH_CLI, XDG_CACHE_HOME=tmp_path) == (lines, "")  # removed as it ended
+    assert start(THROUGH_CLI, XDG_CACHE_HOME=tmp_path) == (lines, "")
+
+
+ZSTD = compile_cache._zstd_module()
+
+
+def test_an_entry_of_zstd_is_left_to_environments_that_have_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(compile_cache, "_zstd_module", lambda: None)
+    path = tmp_path / "a-cache"
+    path.write_bytes(b"\x28\xb5\x2f\xfd" + bytes(9))
+    compile_cache.tidy(tmp_path, 1 << 30)
+    assert path.read_bytes() == b"\x28\xb5\x2f\xfd" + bytes(9)
+
+
+@pytest.mark.skipif(ZSTD is None, reason="neither Python 3.14 nor the package zstandard")
+def test_entries_of_zstd_have_the_same_limit_and_get_a_checksum(tmp_path, monkeypatch):
     monkeypatch.setattr(compile_cache, "MAX_UNPACKED", 8 << 20)
-    assert compile_cache._is_whole(module.compress(bytes(8 << 20)))
-    assert not compile_cache._is_whole(module.compress(bytes(9 << 20)))
+    rng = np.random.default_rng(0)
+    program = rng.integers(0, 4, 10_000).astype(np.uint8).tobytes() * 3
+    packed = ZSTD.compress(program)
+    entries = {"good": packed, "exact": ZSTD.compress(bytes(8 << 20))}
+    bad = {"bomb": ZSTD.compress(bytes(9 << 20)), "head": packed[:4], "half": packed[:999]}
+    bad |= {"end": packed[:-1], "none": packed[:5] + bytes(999)}
+    for name, data in (entries | bad).items():
+        (tmp_path / f"{name}-cache").write_bytes(data)
+    compile_cache.tidy(tmp_path, 1 << 30)
+    assert {p.name for p in tmp_path.glob("*-cache")} == {"good-cache", "exact-cache"}
+    sealed = (tmp_path / "good-cache").read_bytes()
+    assert ZSTD.decompress(sealed) == program
+
+    def outcomes(data):
+        found = collections.Counter()
+        for _ in range(300):
+            flipped = bytearray(data)
+            flipped[rng.integers(len(data))] ^= 1 << rng.integers(8)
+            try:
+                found["silent" if ZSTD.decompress(bytes(flipped)) != program else "harmless"] += 1
+            except ZSTD.ZstdError:
+                found["told"] += 1
+        return found
+
+    assert outcomes(packed)["silent"] > 30  # as JAX packs it
+    assert outcomes(sealed)["silent"] == 0
+    compile_cache.tidy(tmp_path, 1 << 30)
+    assert (tmp_path / "good-cache").read_bytes() == sealed
 
 
 @pytest.mark.parametrize(

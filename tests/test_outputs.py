@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from lora_diffusion_jax.errors import UserError
-from lora_diffusion_jax.outputs import Output, grid, write_png
+from lora_diffusion_jax.outputs import Output, grid, row_titles, write_png
 
 SEEDS = np.array([4, 1, 9, 3, 11])
 LABELS = np.array([0, 7, 2, 2, 5], np.int32)
@@ -165,3 +165,58 @@ def test_grid_places_images_row_by_row():
     assert (picture[1:5, 8:14] == 1).all()
     assert (picture[6:10, 1:7] == 3).all()
     assert (picture[6:10, 15:21] == 96).all()  # the sixth place is empty
+
+
+def text_of(picture, images, row, size):
+    """What stands beside a row of a grid: where the margin is not gray, [height, width]."""
+    shape = grid(images, columns=3).shape
+    margin = picture[:, : picture.shape[1] - shape[1], 0]
+    return margin[4 + row * (size + 4) :][:size] != 96
+
+
+@pytest.mark.parametrize("library", ["matplotlib", "Pillow"])
+@pytest.mark.parametrize(
+    ("side", "channels", "size"), [(8, 1, 48), (64, 3, 64), (256, 3, 256), (1, 3, 48)]
+)
+def test_rows_show_their_class(side, channels, size, library, monkeypatch):
+    """Text of at least 8 pixels beside its row alone; the images stay as they are."""
+    if library == "Pillow":
+        monkeypatch.setitem(sys.modules, "matplotlib", None)  # not installed
+    images = np.random.default_rng(0).integers(0, 256, (9, side, side, channels), np.uint8)
+    titles = ["0 cat", "", "2 dog"]
+    picture, plain = grid(images, 3, titles), grid(images, 3)
+    assert picture.shape[2] == channels
+    np.testing.assert_array_equal(picture[:, -plain.shape[1] :], plain)
+    first, second, third = (text_of(picture, images, row, size) for row in range(3))
+    assert not second.any()
+    for text in (first, third):
+        rows = np.flatnonzero(text.any(axis=1))
+        assert np.ptp(rows) >= 8
+        assert abs(rows.mean() - size / 2) < size / 6  # in the middle
+    assert (first != third).any()
+    np.testing.assert_array_equal(grid(images, 3, ["", "", ""]), plain)
+
+
+def test_rows_of_one_class_are_named():
+    labels = np.array([1, 1, 0, 0, 1, 0, 1])
+    assert row_titles(labels, 2, ["cat", "dog"]) == ["1 dog", "0 cat", "", "1 dog"]
+    assert row_titles(labels, 2, ()) == ["1", "0", "", "1"]
+    assert row_titles(np.full(4, -1), 2, ()) == ["", ""]  # an unconditional network
+    strange = ["x" * 10**6, "a\nb\x1b[2J\u202e", "\U0001f431 猫"]
+    long, control, rare = row_titles(np.arange(3), 1, strange)
+    assert len(long) < 40
+    assert control.isprintable()
+    images = np.zeros((3, 8, 8, 3), np.uint8)
+    assert grid(images, 1, [long, control, rare]).shape[1] < 400
+
+
+def test_the_picture_of_an_output_shows_the_classes(tmp_path):
+    labels = np.array([0, 0, 1, 1], np.int32)
+    for name, names in (("named", ["cat", "dog"]), ("numbered", ()), ("none", ())):
+        chosen = np.full(4, -1, np.int32) if name == "none" else labels
+        output = Output(tmp_path / f"{name}.png", np.arange(4), chosen, "one", 2, names)
+        output.write(IMAGES[:4])
+        output.finish(ABOUT)
+    widths = [Image.open(tmp_path / f"{n}.png").width for n in ("named", "numbered", "none")]
+    assert widths == sorted(widths, reverse=True)
+    assert len(set(widths)) == 3

@@ -1,6 +1,8 @@
 """PNG and JPEG bytes to uint8 arrays, with errors that name the image."""
 
 import io
+import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO
@@ -11,12 +13,23 @@ from PIL import Image, ImageColor
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.untrusted import reason
 
+warnings.filterwarnings("ignore", module="PIL")  # what matters is an error here
+
 Shape = tuple[int, int, int]  # (height, width, channels); channels is 1 or 3
 
 _FORMATS = ("PNG", "JPEG")
 SUFFIXES = (".png", ".jpg", ".jpeg")  # of these; other files show what they are by their content
 MAX_BYTES = 2**26  # of an encoded image; noise of MAX_PIXELS in colour takes that as PNG
 MAX_PIXELS = 2**24
+# Work that a small file can ask for without end. Pillow reads each chunk or segment by itself, a few calls
+# each, and keeps some of them; libjpeg passes over all pixels for each scan of a progressive JPEG.
+_MAX_READS = {
+    "PNG": 50_000,
+    "JPEG": 4_000,
+}  # chunks of 8 KiB fill MAX_BYTES; 255 segments of a profile
+_MAX_SCANS = 100  # the usual progressive JPEG has 10
+_MARKER = re.compile(rb"\xff([^\x00\xd0-\xd8\xff])")  # those with a segment, and the image's end
+_SCAN, _END = b"\xda", b"\xd9"
 # Pillow's mode -> channels of the array. Whether an alpha channel is opaque, and can be dropped, shows
 # only when the pixels are read. Other modes (CMYK, 16 bit, float) are refused.
 _CHANNELS = {"1": 1, "L": 1, "LA": 1, "La": 1, "P": 3, "PA": 3, "RGB": 3, "RGBA": 3, "RGBa": 3}
@@ -104,6 +117,11 @@ def decode(
     Raises:
         UserError: it cannot be decoded, has another shape, or has transparent pixels.
     """
+    if not data.startswith(_PNG) and _has_many_scans(data):
+        raise UserError(
+            f"{where} is a JPEG of more than {_MAX_SCANS} scans, or too many parts. Save it again "
+            "with an ordinary program, or remove it."
+        )
     with _opened(io.BytesIO(data), where) as image:
         channels = shape[2] if convert else _channels(image, where)
         check_shape(_shape(image, channels), where, shape)
@@ -149,7 +167,8 @@ def _opened(file: IO[bytes], where: str) -> Iterator[Image.Image]:
                 f"{where} has 16 bits per channel; expected 8. Convert the images first, for example "
                 "with ImageMagick's -depth 8."
             )
-        with Image.open(file, formats=_FORMATS) as image:
+        pieces = _Pieces(file, where, _MAX_READS["PNG" if head.startswith(_PNG) else "JPEG"])
+        with Image.open(pieces, formats=_FORMATS) as image:  # type: ignore[arg-type]  # all it needs
             if image.width * image.height > MAX_PIXELS:
                 raise UserError(
                     f"{where} is {image.height}x{image.width}; expected at most {MAX_PIXELS:,} pixels. "
@@ -167,6 +186,35 @@ def _opened(file: IO[bytes], where: str) -> Iterator[Image.Image]:
         raise UserError(
             f"{where} cannot be read as PNG or JPEG ({text}). Replace or remove it."
         ) from error
+
+
+def _has_many_scans(data: bytes) -> bool:
+    """Whether a JPEG has more scans or segments than are allowed; videos that phones append do not count."""
+    at, scans = 2, 0
+    for _ in range(_MAX_READS["JPEG"]):
+        found = _MARKER.search(data, at)
+        if found is None or found[1] == _END or scans > _MAX_SCANS:
+            return scans > _MAX_SCANS
+        scans += found[1] == _SCAN
+        at = found.end() + int.from_bytes(data[found.end() : found.end() + 2])
+    return True
+
+
+class _Pieces:
+    """A binary file that is read in at most `limit` pieces."""
+
+    def __init__(self, file: IO[bytes], where: str, limit: int):
+        self._read, self.seek, self.tell = file.read, file.seek, file.tell
+        self._where, self._limit, self._count = where, limit, 0
+
+    def read(self, size: int = -1) -> bytes:
+        self._count += 1
+        if self._count > self._limit:
+            raise UserError(
+                f"{self._where} consists of too many parts, more than {self._limit:,} reads; expected fewer. "
+                "Save it again with an ordinary program, or remove it."
+            )
+        return self._read(size)
 
 
 def _shape(image: Image.Image, channels: int) -> Shape:

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import stat
-import unicodedata
 import zipfile
 from collections.abc import Collection, Iterator, Sequence
 from decimal import Decimal
@@ -32,7 +31,7 @@ from lora_diffusion_jax.data.image_source import (
 )
 from lora_diffusion_jax.errors import NotThereError, UserError, printable
 from lora_diffusion_jax.files import cannot_use, expand
-from lora_diffusion_jax.untrusted import is_text, open_entry, parse_json, refusing
+from lora_diffusion_jax.untrusted import is_text, normal, open_entry, parse_json, refusing
 
 _FOREIGN = (
     *(".bmp", ".gif", ".webp", ".tif", ".tiff", ".npy", ".heic", ".ppm", ".pgm", ".jp2", ".avif"),
@@ -41,6 +40,7 @@ _FOREIGN = (
 _LABELS = "dataset.json"
 _MAX_HEADERS = 100_000  # image headers checked on opening (0.1 ms each); evenly spaced beyond
 _MAX_CLASSES = 100_000
+_MAX_FOLDERS = 100  # inside one another
 _ADVICE = "Restore or remove it."
 _SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "eval", "dev"}
 _NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?")
@@ -126,7 +126,7 @@ class _Files(abc.ABC):
     Attributes:
         path: of the folder or the ZIP file.
         sizes: name -> bytes, in sorted order of the names.
-        folders: names of all folders, empty ones included.
+        folders: names of all folders with files or nothing in them; others lead to these.
         hidden: how many hidden files there are, without those that macOS puts beside others.
     """
 
@@ -141,14 +141,15 @@ class _Files(abc.ABC):
         self._stored: dict[str, str] = {}  # name -> as it is stored
         sizes = {}
         for stored, size in self._list():
-            name = _spelled(stored)
+            name = _spelled(stored, str(path))
             if name in sizes:
                 raise UserError(
-                    f"{path} holds {printable(name, 200)!r} twice ({self._stored[name]!a} and {stored!a}); "
+                    f"{path} holds {printable(name, 200)!r} twice ({self._stored[name][:200]!a} and "
+                    f"{stored[:200]!a}); "
                     "expected each name once. Remove or rename one."
                 )
             sizes[name], self._stored[name] = size, stored
-            self.folders.update(map(str, PurePosixPath(name).parents))
+            self.folders.add(str(PurePosixPath(name).parent))
         self.sizes = dict(sorted(sizes.items()))
 
     @abc.abstractmethod
@@ -197,6 +198,7 @@ class _Folder(_Files):
         for folder, children, names in os.walk(
             self.path, followlinks=True, onerror=_raise_walk_error
         ):
+            _spelled(self._name(Path(folder)), str(self.path))  # deeper, Python could not walk
             real = os.path.realpath(folder)
             if real in seen:  # its images would count twice, or walking on would never end
                 raise UserError(
@@ -207,7 +209,9 @@ class _Folder(_Files):
             hidden = [child for child in children if _is_hidden(child)]
             children[:] = [child for child in children if not _is_hidden(child)]
             self.hidden += sum(_count_files(Path(folder, child)) for child in hidden)
-            self.folders.update(_spelled(self._name(Path(folder, c))) for c in children)
+            self.folders.update(
+                _spelled(self._name(Path(folder, c)), str(self.path)) for c in children
+            )
             for name in names:
                 if _is_hidden(name):
                     self.hidden += not _is_of_macos(name)
@@ -248,10 +252,10 @@ class _Zip(_Files):
 
     def _list(self) -> Iterator[tuple[str, int]]:
         for entry in self._handle().infolist():
-            parts = _spelled(entry.filename).split("/")
+            parts = _spelled(entry.filename, str(self.path)).split("/")
             if ".." in parts:
                 raise UserError(
-                    f"{self.path} holds {entry.filename!a}, a name that leads out of it. Repack it."
+                    f"{self.path} holds {entry.filename[:200]!a}, a name that leads out of it. Repack it."
                 )
             is_folder = entry.filename.endswith(("/", "\\"))
             if any(map(_is_hidden, parts)):
@@ -293,10 +297,19 @@ def _open(path: Path) -> _Files:
     return _Zip(path)
 
 
-def _spelled(name: str) -> str:
-    """One spelling of a path: old Windows tools write '\\', others './', macOS another Unicode form."""
-    parts = unicodedata.normalize("NFC", name).replace("\\", "/").split("/")
-    return "/".join(part for part in parts if part not in ("", "."))
+def _spelled(name: str, where: str) -> str:
+    """One spelling of a path: old Windows tools write '\\', others './', macOS another Unicode form.
+
+    Raises:
+        UserError: in too many folders, which would take time that grows with their square, or too long.
+    """
+    parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
+    if len(parts) > _MAX_FOLDERS + 1:
+        raise UserError(
+            f"{where} holds {printable(name, 200)!r}, in {len(parts) - 1:,} folders inside one another; "
+            f"expected at most {_MAX_FOLDERS}. Move or remove it."
+        )
+    return "/".join(normal(part, where) for part in parts)
 
 
 def _is_hidden(name: str) -> bool:
@@ -314,7 +327,11 @@ def _count_files(hidden: Path) -> int:
         return 1
     if _is_of_macos(hidden.name):
         return 0
-    return sum(not _is_of_macos(name) for _, _, names in os.walk(hidden) for name in names)
+    count = 0
+    for folder, _, names in os.walk(hidden):
+        _spelled(Path(folder).relative_to(hidden).as_posix(), str(hidden))
+        count += sum(not _is_of_macos(name) for name in names)
+    return count
 
 
 def _raise_walk_error(error: OSError) -> None:
@@ -444,7 +461,7 @@ def _folder_classes(files: _Files, names: Sequence[str]) -> tuple[dict[str, int]
 def _inside(files: _Files, prefix: str) -> set[str]:
     """The names of the folders that lie directly in one; prefix is its path with a '/', or ''."""
     below = (f[len(prefix) :] for f in files.folders if f.startswith(prefix))
-    return {path.split("/")[0] for path in below} - {"", "."}
+    return {path.split("/", 1)[0] for path in below} - {"", "."}
 
 
 def _in_order(names: Collection[str]) -> list[str]:
@@ -480,7 +497,7 @@ def _read_dataset_json(files: _Files, names: Sequence[str]) -> dict[str, int] | 
     for i, entry in enumerate(entries):
         match entry:
             case [str(name), int(label)] if type(label) is int and 0 <= label < _MAX_CLASSES:
-                name = _spelled(name)
+                name = _spelled(name, where)
             case _:
                 raise UserError(
                     f"{where}: entry {i} of 'labels' is {_shown(entry)}; expected [name, class] with a "

@@ -1,9 +1,9 @@
 """Prepared TFDS data sets, read from array_record files without TensorFlow or dataset code."""
 
 import io
+import itertools
 import os
 import re
-import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ import tensorflow_datasets as tfds
 
 from lora_diffusion_jax import files
 from lora_diffusion_jax.data import digits
-from lora_diffusion_jax.data.decode import Shape, colour, read_shape
+from lora_diffusion_jax.data.chunks import unpacked_sizes
+from lora_diffusion_jax.data.decode import MAX_BYTES, Shape, colour, read_shape
 from lora_diffusion_jax.data.image_source import (
     EncodedImage,
     ImageSource,
@@ -20,12 +21,24 @@ from lora_diffusion_jax.data.image_source import (
     evenly_spaced,
 )
 from lora_diffusion_jax.errors import NotThereError, UserError, printable
-from lora_diffusion_jax.untrusted import parse_json, read_file, read_json, reason, refusing
+from lora_diffusion_jax.untrusted import (
+    normal,
+    parse_json,
+    read_file,
+    read_json,
+    reason,
+    refusing,
+)
 
 _VERSION = re.compile(r"[0-9]+\.[0-9]+\.[0-9]+")
 _ADVICE = "Prepare it again."
 _MAX_CLASSES = 100_000
 _MAX_NAMES = 4 << 20  # bytes of a file of class names
+_MAX_RECORD = MAX_BYTES + (1 << 20)  # an image and what is beside it
+_MAX_PACKING = 100  # encoded images hardly pack
+_MAX_HEADERS = (
+    100_000  # of records, read on opening (10 us each); larger data sets are checked in part
+)
 _MAX_SHARDS = 10_000  # files of all splits together; TFDS takes a quarter of a millisecond for each
 # TFDS imports the module of any other class that a data set's files name, and runs what is in it.
 _FEATURES = {
@@ -96,7 +109,25 @@ class TfdsSource(ImageSource):
                     "again or restore the file."
                 )
         self.bytes_on_disk = sum(path.stat().st_size for path in paths)
+        self._check_unpacked(paths)
         self.image_shape = self._find_shape()
+
+    def _check_unpacked(self, paths: Sequence[Path]) -> None:
+        """Raises UserError for records far larger than images, or together than their files."""
+        total = 0
+        sizes = ((path, size) for path in paths for size in unpacked_sizes(path))
+        for path, size in itertools.islice(sizes, _MAX_HEADERS):
+            total += size
+            if size > _MAX_RECORD:
+                raise UserError(
+                    f"{path} holds a record that unpacks to {size:,} bytes; expected at most "
+                    f"{_MAX_RECORD:,}. {_ADVICE}"
+                )
+        if total > _MAX_RECORD + _MAX_PACKING * self.bytes_on_disk:
+            raise UserError(
+                f"The files of {self._full_name} unpack to {total:,} bytes, far more than the "
+                f"{self.bytes_on_disk:,} that they have on disk. {_ADVICE}"
+            )
 
     def _read_class_names(self) -> tuple[str, ...]:
         """One per class: the file beside the data has them, or they are numbers."""
@@ -111,7 +142,7 @@ class TfdsSource(ImageSource):
         if not path.exists():
             return tuple(map(str, range(count)))
         lines = str(read_file(path, _MAX_NAMES, _ADVICE), "utf-8").split("\n")
-        names = tuple(unicodedata.normalize("NFC", line.strip()) for line in lines if line.strip())
+        names = tuple(normal(line.strip(), str(path)) for line in lines if line.strip())
         if len(names) != count or len(set(names)) != count:
             raise UserError(
                 f"{path} names {len(set(names)):,} classes, but {self._full_name} declares {count:,}. "
@@ -179,13 +210,15 @@ class TfdsSource(ImageSource):
 
     def _find_shape(self) -> Shape:
         height, width, channels = self._info.features[self._image_key].shape
-        sample = self.fetch(evenly_spaced(len(self), 64))  # also shows that the files can be read
-        if height is None or width is None:
-            headers = [read_shape(io.BytesIO(image.data), image.where) for image in sample]
-            channels = channels or headers[0][2]
+        found = []
+        for i in evenly_spaced(len(self), 64):  # one at a time: they may be large
+            (image,) = self.fetch([i])  # also shows that the files can be read
+            if height is None or width is None:
+                found.append((read_shape(io.BytesIO(image.data), image.where), image.where))
+        if found:
+            channels = channels or found[0][0][2]
             height, width, _ = common_shape(
-                ((*header[:2], channels), image.where)
-                for header, image in zip(headers, sample, strict=True)
+                ((*shape[:2], channels), where) for shape, where in found
             )
         if channels == 4 and self.background:
             channels = 3

@@ -12,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from lora_diffusion_jax import files, generate, outputs, processes
-from lora_diffusion_jax.errors import UserError, printable
+from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.evaluation.features import tree_hash
 from lora_diffusion_jax.factory.objectives import sampler_settings
 from lora_diffusion_jax.factory.pretrained import Pretrained
@@ -63,7 +63,7 @@ def sample(
     identity = json.dumps({**about, "of": tree_hash((run.sampled_variables, checked, labels))})
     columns = len(seeds) // rows if rows else 0
     output, left = _open_output(
-        lambda: outputs.Output(out, checked, labels, identity, columns, overwrite=overwrite),
+        lambda: outputs.Output(out, checked, labels, identity, columns, names, overwrite=overwrite),
         out,
         len(seeds),
     )
@@ -93,7 +93,7 @@ def sample(
 
     processes.from_leader("finishing --out", finish, FINISH_LIMIT)
     if rows and out.suffix == ".png":
-        log(f"rows of {out}, from the top: class {', '.join(map(str, range(rows)))}")
+        log(f"rows of {out}, from the top: class {', '.join(name_classes(range(rows), names))}")
 
 
 def _open_output(
@@ -156,7 +156,7 @@ def choose_classes(
 
 def name_classes(numbers: Sequence[int], names: Sequence[str], limit: int = 20) -> list[str]:
     """'3 cat' for each class, the first `limit` of them."""
-    shown = [f"{k} {printable(names[k])}" for k in numbers[:limit]]
+    shown = [outputs.class_title(k, names) for k in numbers[:limit]]
     return [*shown, f"... ({len(numbers):,} in all)"] if len(numbers) > limit else shown
 
 

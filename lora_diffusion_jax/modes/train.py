@@ -3,7 +3,7 @@
 import functools
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -211,7 +211,8 @@ def callbacks(
         quick = build_generator(quick_config(config), denoiser, mesh)
 
     def samples(now: state.TrainState, step: int) -> Mapping[str, Any]:
-        picture = sample_grid(quick, state.ema_variables(now))
+        names = tuple(config.data.class_names)
+        picture = sample_grid(quick, state.ema_variables(now), names)
         name = f"{step * config.train.batch_size:010d}.png"
         if processes.is_leader():
             with files.disk_errors(directory):
@@ -266,9 +267,14 @@ def quick_config(config: ConfigDict) -> ConfigDict:
 
 
 def sample_grid(
-    generator: generate.Generator, variables: Variables, *, columns: int = 8, rows: int = 10
+    generator: generate.Generator,
+    variables: Variables,
+    class_names: Sequence[str] = (),
+    *,
+    columns: int = 8,
+    rows: int = 10,
 ) -> np.ndarray:
-    """A uint8 picture of samples: a row per class, for up to `rows` classes, or `rows` rows."""
+    """A uint8 picture of samples: a titled row per class, for up to `rows` classes, or `rows` rows."""
     rows = min(rows, generator.num_classes) if generator.num_classes else rows
     classes = [k for k in range(rows) for _ in range(columns)] if generator.num_classes else None
     batches = list(
@@ -276,4 +282,5 @@ def sample_grid(
     )
     if bad := sum(len(batch.not_finite()) for batch in batches):
         log(f"warning: {bad} of {rows * columns} samples hold NaN or infinity")
-    return outputs.grid(np.concatenate([b.images for b in batches]), columns)
+    images, labels = (np.concatenate([b[i] for b in batches]) for i in (0, 2))
+    return outputs.grid(images, columns, outputs.row_titles(labels, columns, class_names))

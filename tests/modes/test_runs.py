@@ -21,7 +21,8 @@ def test_a_run_is_a_directory(workdir):
     assert np.isfinite(losses).all()
     assert list(workdir.glob("events.out.tfevents.*"))
     with Image.open(workdir / "samples" / "0000000096.png") as grid:
-        assert grid.size == (4 + 8 * 52, 4 + 10 * 52)
+        assert grid.height == 4 + 10 * 52
+        assert 8 < grid.width - (4 + 8 * 52) < 30  # the number of each row
     assert "lora/down/kernel" in (workdir / "parameters.txt").read_text()
     page = (workdir / "index.html").read_text()
     assert "./samples/0000000096.png" in page
@@ -71,7 +72,8 @@ def test_samples_are_functions_of_seed_class_and_weights(workdir, tmp_path):
             assert difference.max() <= 1
     run(*sample, "--seeds=0-19", "--class_id=all", "--weights=raw", f"--out={tmp_path / 'g.png'}")
     with Image.open(tmp_path / "g.png") as grid:
-        assert grid.size == (4 + 2 * 52, 4 + 10 * 52)
+        assert grid.height == 4 + 10 * 52
+        assert 8 < grid.width - (4 + 2 * 52) < 30
 
 
 def test_info_counts_the_paper_row():

@@ -18,7 +18,7 @@ def test_grids_are_drawn_with_the_sampler_of_training(quick, nfe, tmp_path, monk
     denoiser = build_denoiser(config)
     used = []
 
-    def grid(generator, variables):
+    def grid(generator, variables, names):
         used.append(evaluations(generator.sampler, denoiser))
         return np.zeros((8, 8, 1), np.uint8)
 

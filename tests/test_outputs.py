@@ -153,7 +153,7 @@ from lora_diffusion_jax.outputs import Output
 Output(Path({str(tmp_path / name)!r}), np.array([1]), np.zeros(1, np.int32), "one")
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert "UserError: Another process is writing" in done.stderr
+    assert "TakenError: Another process is writing" in done.stderr
     held.write(IMAGES)
     held.finish(ABOUT)
 

@@ -20,7 +20,7 @@ from lora_diffusion_jax.factory.pretrained import (
 )
 from lora_diffusion_jax.interop.export import Export, export_network, read_export
 from lora_diffusion_jax.interop.infer import infer_config
-from lora_diffusion_jax.interop.names import base_hash, to_state_dict, to_variables
+from lora_diffusion_jax.interop.names import base_hash, is_openai, to_state_dict, to_variables
 from lora_diffusion_jax.readers.pickles import (
     is_torch_file,
     read_snapshot,
@@ -72,6 +72,11 @@ def _load_state_dict(path: str | Path, config: ConfigDict | None) -> Pretrained:
         raise UserError(
             f"{path} holds tensors by name and does not describe their network; give its config too: "
             "--config=configs/cifar10_iddpm.py, or load_pretrained(path, config=...)."
+        )
+    if "input_blocks.0.0.weight" in weights and not is_openai(config):
+        raise UserError(
+            f"{path} is a network of improved-diffusion, and the config has model.name={config.model.name}; "
+            "give its own config, with model.name=improved."
         )
     config = config.copy_and_resolve_references()
     if not has_map(config) and "label_emb.weight" not in weights:

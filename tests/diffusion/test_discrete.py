@@ -278,7 +278,8 @@ def test_ddim_keeps_to_the_levels_of_the_network():
 @pytest.mark.parametrize(
     ("name", "settings", "words"),
     [
-        ("ddpm", {"num_steps": 31}, "31 steps of a section of 30"),
+        ("ddpm", {"num_steps": 31}, "num_steps is 31, and the process has 30 steps to visit"),
+        ("ddpm", {"respacing": "31"}, "31 steps of a section of 30"),
         ("ddpm", {"num_steps": -1}, "at least 2"),
         ("ddim", {"num_steps": 1}, "at least 2"),
         ("ddpm", {"respacing": "1"}, "respacing=1 visits a single step; ask for at least 2"),

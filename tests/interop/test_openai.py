@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from lora_diffusion_jax import lora
+from lora_diffusion_jax.default_config import base
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.factory.networks import variable_shapes
 from lora_diffusion_jax.factory.pretrained import start_from
@@ -131,6 +132,9 @@ def test_a_state_dict_asks_for_its_config(tmp_path):
     path = write(tmp_path / "net.pt", {"w": np.zeros(1, np.float32)})
     with pytest.raises(UserError, match=r"net\.pt holds tensors by name.*--config="):
         load_pretrained(path)
+    path = write(tmp_path / "net.pt", {"input_blocks.0.0.weight": np.zeros(1, np.float32)})
+    with pytest.raises(UserError, match=r"has model\.name=ddpmpp; .* model\.name=improved"):
+        load_pretrained(path, config=base())
     with pytest.raises(UserError, match="whole network"):
         load_pretrained(path, base=path, config=case("shift").config)
     legacy = tmp_path / "legacy.pt"

@@ -39,7 +39,8 @@ def test_adapters_train_alone_and_rejoin_their_state_dict(source, data_dir, tmp_
     official, tuned, joined = (tmp_path / name for name in ("official", "tuned", "joined"))
     run("--mode=import", *TINY, *NETWORK, f"--source={source}", f"--workdir={official}")
     start = config_flags(init_from=source, train__freeze_base=True, lora__mode=mode)
-    train(tuned, data_dir, 48, *NETWORK, *start)
+    far = config_flags(train__learning_rate=0.1, train__ema_halflife_images=10)
+    train(tuned, data_dir, 48, *NETWORK, *start, *far)
     base, adapters = lora.split(load_workdir(tuned, weights="raw").variables["params"])
     before = dict(jax.tree_util.tree_leaves_with_path(load_workdir(official).variables["params"]))
     for path, value in jax.tree_util.tree_leaves_with_path(base):

@@ -16,7 +16,7 @@ def test_grids_are_drawn_with_the_sampler_of_training(quick, nfe, tmp_path, monk
     config.sampler, config.eval.num_steps = sampler("ddpm"), quick
     config.sampler.respacing = "10"
     denoiser = build_denoiser(config)
-    used = []
+    used, shown = [], []
 
     def grid(generator, variables, names):
         used.append(evaluations(generator.sampler, denoiser))
@@ -25,6 +25,7 @@ def test_grids_are_drawn_with_the_sampler_of_training(quick, nfe, tmp_path, monk
     monkeypatch.setattr(train, "sample_grid", grid)
     monkeypatch.setattr(train.state, "ema_variables", lambda now: now)
     mesh = train.build_mesh(config)
-    train.callbacks(config, tmp_path, denoiser, mesh, None)["samples"]({}, 1)
+    train.callbacks(config, tmp_path, denoiser, mesh, None, shown.append)["samples"]({}, 1)
     assert used == [nfe]
+    assert shown == ["running"]  # with the new grid
     assert evaluations(build_sampler(config, denoiser), denoiser) == 10  # at the end

@@ -267,8 +267,14 @@ def choose_process(
     inside = (process.sigmas > low * (1 - 1e-6)) & (process.sigmas < high * (1 + 1e-6))
     if not inside.any():
         raise UserError(f"No step of the process has a noise level from {low:g} to {high:g}.")
+    process = process.select(np.flatnonzero(inside))
+    if num_steps > len(process):
+        raise UserError(
+            f"sampler.num_steps is {num_steps}, and the process has {len(process)} steps to visit; ask for "
+            "at most as many."
+        )
     steps = str(num_steps) if num_steps else respacing
-    chosen = process.select(np.flatnonzero(inside)).respace(steps)
+    chosen = process.respace(steps)
     if len(chosen) < 2:
         raise UserError(
             f"sampler.{'num_steps' if num_steps else 'respacing'}={steps} visits a single step; ask for at "

@@ -3,7 +3,7 @@
 python -m benchmarks.samplers --workdir=workdirs/digits [--step=N] [--num=64] [--distance=500] \
     [--budgets=4,5,6,8,10,14,20] [--grids=rho,searched] [--plot=FILE.png --lines=FILE.jsonl]
 
-error       root mean square difference to 200 steps of Heun's method on the same latents, images in [-1, 1]
+error       root mean square difference to --fine steps of Heun's method on the same latents, in [-1, 1]
 fd          `fd_classifier` of that many samples against the data set's held-out images (as in training)
 
 The network is compiled once, for one batch: solvers are replayed step by step around it. With --lines
@@ -118,12 +118,13 @@ def measure(
     bench: Bench,
     budgets: list[int],
     grids: list[str],
+    fine_steps: int,
     num: int,
     distance: Callable[[Images], float] | None,
 ) -> Iterator[dict[str, Any]]:
     """One record per solver, grid and number of steps."""
     count = max(num, bench.batch)
-    fine, _ = bench.images("heun", count, num_steps=200)
+    fine, _ = bench.images("heun", count, num_steps=fine_steps)
     for steps in budgets:
         for solver, (name, own) in SOLVERS.items():
             for grid in grids:
@@ -181,6 +182,7 @@ def main() -> None:
     add("--num", type=int, default=64, help="images that the error is a mean of")
     add("--distance", type=int, default=0, help="samples of the distance; 0: leave it out")
     add("--budgets", default="4,5,6,8,10,14,20", help="evaluations, about")
+    add("--fine", type=int, default=100, help="steps of the reference")
     add("--grids", default=",".join(GRIDS))
     add("--plot", type=Path)
     add("--lines", type=Path, help="what earlier runs printed, for --plot")
@@ -205,7 +207,7 @@ def main() -> None:
         bench = Bench(run, max(args.num, args.distance))
         about = {"step": run.step, "device": jax.devices()[0].device_kind}
         budgets = [int(n) for n in args.budgets.split(",")]
-        for record in measure(bench, budgets, args.grids.split(","), args.num, distance):
+        for record in measure(bench, budgets, args.grids.split(","), args.fine, args.num, distance):
             print(json.dumps(record | about), flush=True)
             records.append(record)
     if args.plot:

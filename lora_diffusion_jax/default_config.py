@@ -77,7 +77,7 @@ def base() -> ConfigDict:
     config.data.background = ""  # colour behind transparent pixels, such as white; "" refuses them
     config.data.split = "train"
     config.data.eval_split = "test"
-    config.data.eval_path = ""  # with path: held-out images for the evaluation
+    config.data.eval_path = ""  # held-out images, instead of eval_split
     config.data.image_size = 0  # height, which names the U-Net's levels and places its attention
     config.data.image_width = 0  # 0: square
     config.data.channels = 0

@@ -32,21 +32,23 @@ def open_source(config: ConfigDict) -> image_source.ImageSource:
 
 
 def open_heldout(config: ConfigDict, labels: bool = False) -> image_source.ImageSource | None:
-    """Held-out images that training never sees; None for a folder or ZIP without data.eval_path.
+    """Held-out images that training never sees: those of data.eval_path, or else the TFDS data set's own.
+
+    None for a folder or ZIP without data.eval_path.
 
     Args:
         config: of the run.
         labels: whether a folder's or ZIP's labels are needed; images alone may lie without class folders.
     """
     d = config.data
-    if d.name:
-        data_dir = files.expand(d.data_dir, "data.data_dir")
-        return sources.open_source(d.name, data_dir, "", d.eval_split, background=d.background)
     if d.eval_path:
         path = files.expand(d.eval_path, "data.eval_path")
         return sources.open_source(
             path=path, class_folders=d.class_folders and labels, background=d.background
         )
+    if d.name:
+        data_dir = files.expand(d.data_dir, "data.data_dir")
+        return sources.open_source(d.name, data_dir, "", d.eval_split, background=d.background)
     return None
 
 

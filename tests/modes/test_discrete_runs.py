@@ -106,6 +106,7 @@ def test_likelihoods_of_a_discrete_network_by_both_routes(discrete):
     # What is drawn depends on the image, not on the batch.
     small = result(run(*command, "--config.sampler.batch_size=4"))
     assert small["bpd_vlb"] == pytest.approx(bound["bpd_vlb"], rel=1e-4)
+    assert "/nope does not exist" in run(*command, "--config.data.eval_path=/nope", status=2)
     flow = result(run(*command, "--route=ode"))
     assert flow["nfe"] == 2 * 18  # between the 19 levels below 80
     assert 2 < flow["bpd_ode"] < 100

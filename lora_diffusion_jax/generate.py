@@ -93,7 +93,7 @@ class Generator:
         Kept, so that a training run compiles its sampler once and not at every grid of samples.
         """
         spread = NamedSharding(self.mesh, P(self.mesh.axis_names))
-        return jax.jit(self._sample, in_shardings=(None, spread, spread), out_shardings=spread)
+        return jax.jit(self.sample, in_shardings=(None, spread, spread), out_shardings=spread)
 
     def latents(self, seeds: jax.Array) -> Images:
         """Unit normal noise [B, H, W, C], each image's from its seed."""
@@ -107,7 +107,7 @@ class Generator:
         """Labels of `choose_labels` as rows, [B, num_classes] float32; [B, 1] without classes."""
         return np.eye(max(self.num_classes, 1), dtype=np.float32)[np.maximum(labels, 0)]
 
-    def _sample(
+    def sample(
         self, variables: Variables, seeds: jax.Array, labels: Labels
     ) -> tuple[jax.Array, jax.Array]:
         churn = jax.vmap(functools.partial(purpose_key, purpose=CHURN))(seeds)

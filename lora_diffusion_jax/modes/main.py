@@ -8,6 +8,7 @@
     main.py --mode=doctor [--config=FILE] [--workdir=DIR]
     main.py --mode=import --source=FILE --workdir=DIR [--config=FILE, for a state dict (.pt)]
     main.py --mode=export --workdir=DIR --out=FILE.safetensors [--adapters_only]
+    main.py --mode=export --workdir=DIR --out=FILE.jax --what=sampler
 
 Without --config, the config of the run in --workdir is used; overrides apply to it as well.
 """
@@ -57,6 +58,8 @@ def build_parser() -> cli.Parser:
     add("--slurm", default="", help=text)
     parser.add_switch("overwrite", False, "sample: remove other samples from the folder --out")
     parser.add_switch("adapters_only", False, "export: leave the base out")
+    text = "export: the weights, or the whole sampler as a program for JAX alone"
+    add("--what", default="network", choices=("network", "sampler"), help=text)
     parser.add_config_help(with_file=True)
     parser.add_process_flags()
     return parser
@@ -177,12 +180,23 @@ def import_file(args: argparse.Namespace, config: ConfigDict | None) -> int:
 
 
 def export_file(args: argparse.Namespace, config: ConfigDict) -> int:
-    """Writes a run's weights as safetensors."""
+    """Writes a run's weights as safetensors, or its sampler."""
     from lora_diffusion_jax import interop
     from lora_diffusion_jax.factory.pretrained import load_workdir, with_config
 
     run = load_workdir(args.workdir, weights=args.weights, at_step=args.step)
     run = with_config(run, config)
+    if args.what == "sampler":
+        from lora_diffusion_jax.factory.sampling import prepare
+        from lora_diffusion_jax.interop.sampler_export import export_sampler
+        from lora_diffusion_jax.modes.sample import describe
+
+        if args.adapters_only:
+            raise UserError("--adapters_only is for weights; a sampler needs the whole network.")
+        run = prepare(run)
+        export_sampler(args.out, run, describe(run.config, args.weights, run.step))
+        print(f"wrote the sampler with the {args.weights} weights of step {run.step} to {args.out}")
+        return 0
     interop.export_network(
         args.out,
         run.variables,

@@ -72,12 +72,17 @@ class UNetBlock(nn.Module):
         skip = self._skip(x)
         x = nn.silu(self._norm("norm0")(x))
         x = conv3x3(
-            self._resample(x), self.features, self.layer_init, name="conv0", dtype=self.dtype
+            self._resample(x),
+            self.features,
+            self.layer_init,
+            name="conv0",
+            dtype=self.dtype,
+            train=train,
         )
         x = checkpoint_name(x, "conv0")
         x = self._conditioned_norm(x, emb)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        x = conv3x3(x, self.features, self.zero_init, name="conv1", dtype=self.dtype)
+        x = conv3x3(x, self.features, self.zero_init, name="conv1", dtype=self.dtype, train=train)
         x = (x + skip) * self.skip_scale
         return self._attend(x) if self.num_heads else x
 

@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.models.convolution import conv_general_dilated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +79,9 @@ def conv3x3(
     stride: int = 1,
     padding: int = 1,
     dtype: DTypeLike = jnp.float32,
+    train: bool = False,
 ) -> Float[Array, "B H2 W2 features"]:
-    """A 3x3 convolution with zero padding."""
+    """A 3x3 convolution with zero padding; in training with the gradient of `models.convolution`."""
     return nn.Conv(
         features,
         (3, 3),
@@ -88,6 +90,7 @@ def conv3x3(
         dtype=dtype,
         kernel_init=init.kernel_init(),
         bias_init=init.bias_init(9 * x.shape[-1]),
+        conv_general_dilated=conv_general_dilated if train else None,
         name=name,
     )(x)
 

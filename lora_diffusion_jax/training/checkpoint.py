@@ -236,10 +236,9 @@ def _write_sums(folder: Path) -> None:
     """Writes the checksums of a checkpoint; an error is only logged, as the checkpoint itself is whole."""
     try:
         files.write_sums(folder)
-    except OSError as error:
-        log(
-            f"warning: {folder} has no checksums ({error.strerror}); damage to it would go unnoticed"
-        )
+    except (OSError, UserError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        log(f"warning: {folder} has no checksums ({reason}); damage to it would go unnoticed")
 
 
 def find_damage(folder: Path, parts: Sequence[str] = PARTS) -> str:

@@ -14,11 +14,11 @@ import re
 import secrets
 import stat
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.errors import UserError, printable
 
 # A library may wrap the system's error in one of its own: these are looked for in its text.
 _DISK_CODES = (
@@ -40,6 +40,7 @@ _UNSET = re.compile(r"\$(\w+|\{[^}]*\})")
 _CHECKSUM = re.compile(rb', "[^"]*": "[0-9a-f]{8}"\}$')  # the end of a line of JSON
 # In a folder: the checksums of all files in it, as `sha256sum --check` reads them.
 SUMS = "SHA256SUMS"
+MAX_FOLDERS = 100  # inside one another
 
 
 # Paths that users give.
@@ -72,6 +73,22 @@ def expand(path: str | os.PathLike, name: str = "path") -> str:
             "name that begins with ~)."
         )
     return found
+
+
+def check_depth(parts: Sequence[str], where: str | os.PathLike) -> None:
+    """Raises UserError for a path below `where`, given by its parts, in more than MAX_FOLDERS folders."""
+    if len(parts) > MAX_FOLDERS + 1:
+        raise UserError(
+            f"{where} holds {printable('/'.join(parts), 200)!r}, in {len(parts) - 1:,} folders inside one "
+            f"another; expected at most {MAX_FOLDERS}. Move or remove it."
+        )
+
+
+def walk(folder: Path, **options: Any) -> Iterator[tuple[str, list[str], list[str]]]:
+    """`os.walk`, which recurses before Python 3.12, with the bound of `check_depth`."""
+    for parent, children, names in os.walk(folder, **options):
+        check_depth(Path(parent).relative_to(folder).parts, folder)
+        yield parent, children, names
 
 
 # Writing.
@@ -214,7 +231,8 @@ def sha256(path: str | os.PathLike) -> str:
 
 def write_sums(folder: Path) -> None:
     """Writes the checksums of all files in a folder into its file SUMS."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / SUMS)
+    found = (Path(parent, name) for parent, _, names in walk(folder) for name in names)
+    paths = sorted(path for path in found if path.is_file() and path != folder / SUMS)
     lines = [f"{sha256(path)}  {path.relative_to(folder)}\n" for path in paths]
     write_text(folder / SUMS, "".join(lines))
 

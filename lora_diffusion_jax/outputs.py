@@ -146,7 +146,7 @@ class Output:
 def _images_below(folder: Path) -> Iterator[Path]:
     """What a data set of this folder would count or refuse: images by ending or content, not hidden."""
     seen = set()
-    for parent, children, names in os.walk(folder, followlinks=True):
+    for parent, children, names in files.walk(folder, followlinks=True):
         if (real := os.path.realpath(parent)) in seen:  # a link back
             children.clear()
             continue

@@ -1,8 +1,10 @@
 """Small configs and networks shared by all tests, and ways to run them fast."""
 
+import contextlib
 import lzma
 import os
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -113,3 +115,19 @@ def unpacked(path: Path, folder: Path) -> Path:
     target = folder / path.stem
     target.write_bytes(lzma.decompress(path.read_bytes()))
     return target
+
+
+@contextlib.contextmanager
+def deep_folders(folder: Path, top: str, depth: int = 1500) -> Iterator[None]:
+    """Folders inside one another below `folder`, deeper than Python can recurse, while inside."""
+    place = os.open(folder, os.O_RDONLY)
+    for name in (top, *["d"] * depth):
+        os.mkdir(name, dir_fd=place)
+        inner = os.open(name, os.O_RDONLY, dir_fd=place)
+        os.close(place)
+        place = inner
+    os.close(place)
+    try:
+        yield
+    finally:  # pytest's own removal would recurse
+        subprocess.run(["rm", "-r", str(folder / top)], check=True)

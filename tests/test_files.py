@@ -6,10 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lora_diffusion_jax import files
 from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.modes.evaluate import newest_change
+from lora_diffusion_jax.outputs import Output
+from tests.small import deep_folders
 
 
 def test_a_file_is_replaced_whole_or_stays(tmp_path):
@@ -162,6 +166,16 @@ def test_checksums_are_those_of_sha256sum_and_notice_changes(tmp_path):
     assert files.check_sums(tmp_path) == "y is missing"
     (tmp_path / files.SUMS).write_text("ba78")
     assert files.check_sums(tmp_path) == "SHA256SUMS is damaged"
+
+
+@pytest.mark.parametrize(
+    "work",
+    [files.write_sums, newest_change, lambda folder: Output(folder, np.zeros(1, int), None, "")],
+)
+def test_folders_deeper_than_python_recurses_are_refused(tmp_path, work):
+    inside = pytest.raises(UserError, match="folders inside one another; expected at most 100")
+    with deep_folders(tmp_path, "a"), inside:
+        work(tmp_path)
 
 
 def test_what_is_set_aside_keeps_its_content(tmp_path):

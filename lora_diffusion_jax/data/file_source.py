@@ -30,7 +30,7 @@ from lora_diffusion_jax.data.image_source import (
     evenly_spaced,
 )
 from lora_diffusion_jax.errors import NotThereError, UserError, printable
-from lora_diffusion_jax.files import cannot_use, expand
+from lora_diffusion_jax.files import cannot_use, check_depth, expand, walk
 from lora_diffusion_jax.untrusted import is_text, normal, open_entry, parse_json, refusing
 
 _FOREIGN = (
@@ -40,7 +40,6 @@ _FOREIGN = (
 _LABELS = "dataset.json"
 _MAX_HEADERS = 100_000  # image headers checked on opening (0.1 ms each); evenly spaced beyond
 _MAX_CLASSES = 100_000
-_MAX_FOLDERS = 100  # inside one another
 _ADVICE = "Restore or remove it."
 _SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "eval", "dev"}
 _NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?")
@@ -195,10 +194,7 @@ class _Folder(_Files):
 
     def _list(self) -> Iterator[tuple[str, int]]:
         seen: dict[str, str] = {}
-        for folder, children, names in os.walk(
-            self.path, followlinks=True, onerror=_raise_walk_error
-        ):
-            _spelled(self._name(Path(folder)), str(self.path))  # deeper, Python could not walk
+        for folder, children, names in walk(self.path, followlinks=True, onerror=_raise_walk_error):
             real = os.path.realpath(folder)
             if real in seen:  # its images would count twice, or walking on would never end
                 raise UserError(
@@ -304,11 +300,7 @@ def _spelled(name: str, where: str) -> str:
         UserError: in too many folders, which would take time that grows with their square, or too long.
     """
     parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
-    if len(parts) > _MAX_FOLDERS + 1:
-        raise UserError(
-            f"{where} holds {printable(name, 200)!r}, in {len(parts) - 1:,} folders inside one another; "
-            f"expected at most {_MAX_FOLDERS}. Move or remove it."
-        )
+    check_depth(parts, where)
     return "/".join(normal(part, where) for part in parts)
 
 
@@ -327,11 +319,7 @@ def _count_files(hidden: Path) -> int:
         return 1
     if _is_of_macos(hidden.name):
         return 0
-    count = 0
-    for folder, _, names in os.walk(hidden):
-        _spelled(Path(folder).relative_to(hidden).as_posix(), str(hidden))
-        count += sum(not _is_of_macos(name) for name in names)
-    return count
+    return sum(not _is_of_macos(name) for _, _, names in walk(hidden) for name in names)
 
 
 def _raise_walk_error(error: OSError) -> None:

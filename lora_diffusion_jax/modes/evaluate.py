@@ -19,7 +19,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from lora_diffusion_jax import cli, generate, interop, processes
+from lora_diffusion_jax import cli, files, generate, interop, processes
 from lora_diffusion_jax.array_types import Source
 from lora_diffusion_jax.data.sources import open_source
 from lora_diffusion_jax.errors import UserError
@@ -249,7 +249,8 @@ def open_images(args: argparse.Namespace, flag: str) -> tuple[Source, str, Recor
 
 def newest_change(path: Path) -> int:
     """When a file, or anything below a folder, last changed: nanoseconds since 1970."""
-    return max(p.lstat().st_mtime_ns for p in (path, *path.rglob("*")))  # links may be broken
+    below = (Path(parent, n) for parent, *both in files.walk(path) for names in both for n in names)
+    return max(p.lstat().st_mtime_ns for p in (path, *below))  # links may be broken
 
 
 # Networks.

@@ -38,8 +38,20 @@ WEIGHTS = ("params", "frozen", "buffers", "ema")
 RESTORE_LIMIT = 1800.0
 Parts = Mapping[str, PyTree]
 
-# Drops orbax's log records: its errors reach us as exceptions.
-logging.getLogger("absl").addFilter(lambda record: "orbax" not in Path(record.pathname).parts)
+# What ended orbax's threads. It logs that at once, but raises it only when all processes have saved.
+_thread_errors: list[BaseException] = []
+
+
+def _is_of_others(record: logging.LogRecord) -> bool:
+    """Drops orbax's log records: its errors reach us as exceptions."""
+    if "orbax" not in Path(record.pathname).parts:
+        return True
+    if record.levelno >= logging.ERROR and record.exc_info and record.exc_info[1]:
+        _thread_errors.append(record.exc_info[1])
+    return False
+
+
+logging.getLogger("absl").addFilter(_is_of_others)
 # A full disk fails hundreds of its tasks, of which it awaits one; asyncio would print the others.
 logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
 
@@ -63,6 +75,7 @@ class Checkpoints:
         self.directory = Path(workdir).absolute() / FOLDER
         self.waited = 0.0
         self.saving = False  # a save was begun whose outcome is not known yet
+        self.failed = False  # here, while orbax waits for other processes
         self.summing: threading.Thread | None = None  # writes the checksums of the last one
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
@@ -100,6 +113,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type | None, *error: Any) -> None:
+        if self.failed:  # `ending_together` ends the others, which orbax would await for minutes
+            return
         try:
             self.wait()
         except Exception:
@@ -128,12 +143,13 @@ class Checkpoints:
         self.wait()  # saving may delete the checkpoint whose checksums are being computed
         with files.disk_errors(self.directory):
             self.saving = True
+            _thread_errors.clear()
             self.manager.save(step, args=ocp.args.Composite(**items))
         self.waited += time.perf_counter() - began
 
     def check(self) -> None:
         """Raises what went wrong in the background since the last call; costs next to nothing."""
-        if self.saving and not self.manager.is_saving_in_progress():
+        if self.saving and (self._fails() or not self.manager.is_saving_in_progress()):
             self._finish()
 
     def wait(self) -> None:
@@ -145,12 +161,21 @@ class Checkpoints:
         """Waits for the save that was begun, and begins to write its checksums."""
         with files.disk_errors(self.directory):
             saving, self.saving = self.saving, False  # first, so that an error is raised once
+            while saving and not self._fails() and self.manager.is_saving_in_progress():
+                time.sleep(0.005)
+            self.failed = saving and self._fails()
+            if self.failed:
+                raise _thread_errors[0]
             self.manager.wait_until_finished()
             self.manager.check_for_errors()
         if saving and processes.is_leader():
             folder = self.directory / str(self.manager.latest_step())
             self.summing = threading.Thread(target=_write_sums, args=(folder,))
             self.summing.start()
+
+    def _fails(self) -> bool:
+        """Whether the save has failed in this process, one of several."""
+        return bool(_thread_errors) and not processes.alone()
 
     def _join(self) -> None:
         if self.summing is not None:
@@ -236,10 +261,9 @@ def _write_sums(folder: Path) -> None:
     """Writes the checksums of a checkpoint; an error is only logged, as the checkpoint itself is whole."""
     try:
         files.write_sums(folder)
-    except OSError as error:
-        log(
-            f"warning: {folder} has no checksums ({error.strerror}); damage to it would go unnoticed"
-        )
+    except (OSError, UserError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        log(f"warning: {folder} has no checksums ({reason}); damage to it would go unnoticed")
 
 
 def find_damage(folder: Path, parts: Sequence[str] = PARTS) -> str:

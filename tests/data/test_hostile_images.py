@@ -1,7 +1,6 @@
 """Images and archives made to cost time or memory: one sentence each, within seconds."""
 
 import io
-import os
 import struct
 import subprocess
 import sys
@@ -18,10 +17,12 @@ from lora_diffusion_jax.data.decode import decode, read_shape
 from lora_diffusion_jax.data.image_source import summarize
 from lora_diffusion_jax.data.sources import open_source
 from lora_diffusion_jax.errors import UserError
+from tests.small import deep_folders
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # as outside of pytest
 SHAPE = (64, 64, 3)
 SECONDS = 10.0  # of the processor that one image may take
+TOO_DEEP = "folders inside one another; expected at most 100"
 MEMORY = 250 << 20  # bytes, beside the file's own
 
 
@@ -259,15 +260,5 @@ def test_names_that_are_no_utf8(tmp_path, raw, flag):
 def test_folders_inside_one_another_end(tmp_path, top):
     """Deeper than Python can recurse, and hidden ones as well."""
     (tmp_path / "0.png").write_bytes(PNG)
-    place = os.open(tmp_path, os.O_RDONLY)
-    for name in (top, *["d"] * 1500):
-        os.mkdir(name, dir_fd=place)
-        inner = os.open(name, os.O_RDONLY, dir_fd=place)
-        os.close(place)
-        place = inner
-    os.close(place)
-    try:
-        with pytest.raises(UserError, match="folders inside one another; expected at most 100"):
-            open_source(path=str(tmp_path))
-    finally:  # pytest's own removal would recurse
-        subprocess.run(["rm", "-r", str(tmp_path / top)], check=True)
+    with deep_folders(tmp_path, top), pytest.raises(UserError, match=TOO_DEEP):
+        open_source(path=str(tmp_path))

@@ -50,17 +50,17 @@ def images_done(run):
 @pytest.mark.slow
 def test_killed_three_times(tmp_path, reference):  # noqa: F811
     runs = [write_run(tmp_path / name) for name in ("whole", "killed")]
-    expected, _ = start(runs[0], reference, "fid,pr").communicate(timeout=300)
+    expected, _ = start(runs[0], reference, "fid,pr").communicate(timeout=900)
     for least in (1, 600, 1800):
         process = start(runs[1], reference, "fid,pr")
-        deadline = time.monotonic() + 200
+        deadline = time.monotonic() + 600
         while images_done(runs[1]) < least and time.monotonic() < deadline:
             time.sleep(0.02)
         assert process.poll() is None, "it ended before it could be killed"
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert least <= images_done(runs[1]) < 4000
-    out, _ = start(runs[1], reference, "fid,pr").communicate(timeout=300)
+    out, _ = start(runs[1], reference, "fid,pr").communicate(timeout=900)
     rows, others = ([json.loads(line) for line in text.splitlines()] for text in (out, expected))
     assert len(rows) == 5
     assert [row["value"] for row in rows] == [row["value"] for row in others]
@@ -88,7 +88,7 @@ def test_two_processes_go_on_where_they_were(tmp_path, reference, index, number,
         assert job.end() == [0, 0], job.output
     expected = values(job)
     with start_two(run, reference) as job:
-        deadline = time.monotonic() + 200
+        deadline = time.monotonic() + 600
         while images_done(run) < 200 and time.monotonic() < deadline:
             time.sleep(0.02)
         job.members[index].send_signal(number)

@@ -61,7 +61,7 @@ class Job:
         return [member.returncode for member in self.members]
 
     def _finish(self, index):
-        self.output[index] += self.members[index].communicate(timeout=300)[0]
+        self.output[index] += self.members[index].communicate(timeout=500)[0]
 
     def __enter__(self):
         return self

@@ -1,4 +1,4 @@
-"""A run's whole sampler as one file that JAX can run without this package: seeds and labels in, uint8 images out."""
+"""A run's whole sampler as one file that JAX runs without this package: seeds in, uint8 images out."""
 
 import dataclasses
 import json

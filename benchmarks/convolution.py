@@ -10,8 +10,8 @@ import functools
 import json
 
 import jax
-from benchmarks.network import ratio
 
+from benchmarks.network import ratio
 from lora_diffusion_jax.models import convolution
 
 SAME = ((1, 1), (1, 1))

@@ -123,8 +123,8 @@ def _delta(site: Any, attachment: Attachment, x: jax.Array) -> jax.Array:
             )
         except flax.errors.TraceContextError:
             raise UserError(
-                f"The LoRA site '{site.lora_path}' lies in an nnx.scan, nnx.remat, nnx.jit or nnx.vmap region, "
-                "which hides its composition weights. Call the model without it to see them."
+                f"The LoRA site '{site.lora_path}' lies in an nnx.scan, nnx.remat, nnx.jit or nnx.vmap "
+                "region, which hides its composition weights. Call the model without it to see them."
             ) from None
         call.sown[key] = sown["intermediates"]
     return delta
@@ -421,6 +421,7 @@ def update_adapters(model: nnx.Module, tree: Mapping[str, Any]) -> None:
                 f"{array.shape}, the model's {variable.shape}. Attach with the sizes that they have."
             )
         variable.set_value(jnp.asarray(array, variable.dtype))
+    nnx.update(model, state)
 
 
 def _named(tree: Mapping[Any, Any]) -> dict[str, Any]:

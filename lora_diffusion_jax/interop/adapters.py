@@ -235,7 +235,9 @@ def _filled(
     if (*heads[0], "bias") in flat:
         bias = np.zeros_like(flat[*heads[0], "bias"])
         if shift.size not in (0, bias.shape[1]):
-            raise UserError(f"LoRA site '{site}' does not fit PEFT's bias of the shape {shift.shape}.")
+            raise UserError(
+                f"LoRA site '{site}' does not fit PEFT's bias of the shape {shift.shape}."
+            )
         bias[0] = shift if shift.size else 0
         filled[*heads[0], "bias"] = bias
     elif np.any(shift):

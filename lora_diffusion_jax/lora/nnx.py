@@ -184,6 +184,12 @@ class _Call:
             # the module objects, with the same variables, can.
             self.model = nnx.clone(self.model, variables=False)
         self.sites = _sites(self.model)
+        if self.measured is not None or self.sown is not None:
+            unlike_others = (
+                object()
+            )  # or a region that was traced before would not run, and tell nothing
+            for site in self.sites:
+                site.lora_trial = unlike_others
         token = _CALL.set(self)
         try:
             for name, condition in self.given.items():
@@ -192,7 +198,7 @@ class _Call:
         finally:
             _CALL.reset(token)
             for module in [*self.sites, self.model]:
-                for name in ("lora_conditions", "lora_running"):
+                for name in ("lora_conditions", "lora_running", "lora_trial"):
                     if name in vars(module):
                         delattr(module, name)
 
@@ -356,6 +362,8 @@ def _complete(model: Any, args: tuple, kwargs: dict) -> None:
 
 def _make(model: Any, examples: Mapping[tuple[str, str], tuple[Any, Any]]) -> None:
     """Initialises adapters, in one program: (site's path, name) -> (input, condition), or their shapes."""
+    if not examples:  # what the call does not reach has no parameters, as in linen
+        return
     sites = {site.lora_path: site for site in _sites(model)}
     names = [attachment.name for attachment in model.lora_attachments]
 

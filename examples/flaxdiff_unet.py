@@ -3,7 +3,7 @@
     pip install --no-deps flaxdiff==0.2.11 && pip install einops
     python examples/flaxdiff_unet.py
 
-The U-Net comes from PyPI as it is: 12 to 40 layers named to_q, to_k, to_v and to_out_0 in its attention get
+The U-Net comes from PyPI as it is: the 20 layers named to_q, to_k, to_v and to_out_0 in its attention get
 adapters, and the output of its `TimeProjection` is their condition. It predicts the noise in
 x_t = cos(t) x_0 + sin(t) noise. Its parameters keep their random start, and the adapters alone learn stripes.
 """

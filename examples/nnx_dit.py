@@ -7,6 +7,8 @@ x_t = cos(t) x_0 + sin(t) noise. It is first trained on horizontal stripes; then
 and adapters on its attention layers learn vertical stripes.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax  # a dependency of flax
@@ -113,7 +115,7 @@ def main(pretraining: int = 100, adaptation: int = 200) -> dict[str, float]:
     x, t = jax.random.normal(jax.random.key(2), (2, 8, 8, 1)), jnp.array([0.2, 1.2])
 
     # 1. Attach. The result is a clone of the model with adapters; the model stays as it is.
-    settings = {
+    settings: dict[str, Any] = {
         "sites": r".*/attention/(query|key|value|out)",
         "adapter": lora.UCLoRA(rank=4, bases=6),
         "condition": "time",  # the output of `model.time`

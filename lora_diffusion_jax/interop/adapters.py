@@ -145,7 +145,7 @@ def load_peft(folder: str | Path, adapters: PyTree) -> PyTree:
             f"{folder / _WEIGHTS} holds {printable(unknown[0])}, for which the model has no site. "
             f"Attach adapters there; the sites are {', '.join(sites)}."
         )
-    filled = {}
+    filled: dict[tuple[str, ...], np.ndarray] = {}
     for site, name in names.items():
         if missing := [end for end in (_DOWN, _UP) if name + end not in arrays]:
             raise UserError(

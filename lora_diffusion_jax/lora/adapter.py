@@ -257,7 +257,7 @@ class SumOfAdapters(nn.Module):
         adapters: name -> adapter; the condition is a mapping with the same names.
     """
 
-    adapters: Mapping[str, LowRankAdapter]
+    adapters: Mapping[str, Any]
 
     def validate(self) -> None:
         """Raises UserError for other things than adapters by name, or invalid sizes."""

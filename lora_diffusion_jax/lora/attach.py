@@ -1,7 +1,7 @@
 """Attaching adapters to the layers of any linen or nnx module, from outside; linen by method interception."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import flax
 import flax.linen as nn
@@ -148,8 +148,20 @@ class Adapted(nn.Module):
         return result
 
 
+@overload
 def attach(
-    module: nn.Module | Model,
+    module: nn.Module,
+    *,
+    sites: str,
+    adapter: nn.Module,
+    condition: str | Callable[..., Any],
+    name: str = "",
+) -> Adapted: ...
+
+
+@overload
+def attach(
+    module: Model,
     *,
     sites: str,
     adapter: nn.Module,
@@ -157,7 +169,19 @@ def attach(
     name: str = "",
     inputs: Sequence[Any] | None = None,
     seed: int = 0,
-) -> Adapted | Model:
+) -> Model: ...
+
+
+def attach(
+    module: Any,
+    *,
+    sites: str,
+    adapter: nn.Module,
+    condition: str | Callable[..., Any],
+    name: str = "",
+    inputs: Sequence[Any] | None = None,
+    seed: int = 0,
+) -> Any:
     """Returns `module` with a conditioned low-rank adapter at each site (arXiv 2405.03958).
 
     At initialisation the result computes exactly what `module` does, and its base parameters have
@@ -208,7 +232,7 @@ def attach(
 
 
 def composition_weights(
-    wrapped: nn.Module | nnx.Module, *args: Any, **kwargs: Any
+    wrapped: Any, *args: Any, **kwargs: Any
 ) -> dict[str, jax.Array | dict[tuple[str, ...], jax.Array]]:
     """Runs a module with adapters and returns site path -> omega [B or 1, m], times the adapter's scale.
 

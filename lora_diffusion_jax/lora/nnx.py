@@ -9,7 +9,7 @@ import contextlib
 import contextvars
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import flax
 import flax.linen as nn
@@ -149,7 +149,21 @@ def _condition(site: Any, attachment: Attachment) -> Any:
 
 # ------------------------------------------------------------------------------------------ a call
 
+
+class _Trial(NamedTuple):
+    """What a call is asked to tell about its sites: (site's path, attachment's name) -> value.
+
+    Attributes:
+        measured: shapes of input and condition; the call then runs no adapter.
+        sown: what the adapter sowed.
+    """
+
+    measured: dict[tuple[str, str], Any] | None = None
+    sown: dict[tuple[str, str], Any] | None = None
+
+
 _CALL: contextvars.ContextVar["_Call | None"] = contextvars.ContextVar("lora_call", default=None)
+_TRIAL = contextvars.ContextVar("lora_trial", default=_Trial())  # noqa: B039 - a constant
 
 
 class _Call:
@@ -157,16 +171,13 @@ class _Call:
 
     Attributes:
         conditions: of the attachments that have theirs already, by name.
-        measured: (site's path, attachment's name) -> shapes of input and condition, in a trial call that
-            calls no adapter.
-        sown: (site's path, attachment's name) -> what the adapter sowed, if asked for.
+        measured, sown: see `_Trial`.
     """
 
     def __init__(self, model: Any, args: tuple, kwargs: dict) -> None:
-        outer = _CALL.get()
+        trial = _TRIAL.get()
         self.model = model
-        self.measured = outer.measured if outer is not None and outer.model is None else None
-        self.sown = outer.sown if outer is not None and outer.model is None else None
+        self.measured, self.sown = trial.measured, trial.sown
         self.conditions: dict[str, Any] = {}
         self.given = {
             a.name: a.given(args, kwargs) for a in model.lora_attachments if callable(a.condition)
@@ -232,18 +243,6 @@ class _Call:
                 site.lora_conditions = nnx.data({**others, name: variable})
 
 
-class _Trial:
-    """Stands around a call to ask for what its sites see: shapes, or what they sow."""
-
-    model = None
-
-    def __init__(self, measured: dict | None = None, sown: dict | None = None) -> None:
-        self.measured, self.sown = measured, sown
-
-    def tap(self, names: Sequence[str], output: Any) -> None:
-        """Nothing is tapped outside of a call."""
-
-
 def sown_by_sites(model: Any, *args: Any, **kwargs: Any) -> dict[tuple[str, str], Any]:
     """Calls an adapted model; returns what its adapters sowed: (site's path, attachment's name) -> tree.
 
@@ -251,11 +250,11 @@ def sown_by_sites(model: Any, *args: Any, **kwargs: Any) -> dict[tuple[str, str]
         UserError: a site lies in an nnx.scan, nnx.remat, nnx.jit or nnx.vmap region of the model.
     """
     sown: dict[tuple[str, str], Any] = {}
-    token = _CALL.set(_Trial(sown=sown))  # type: ignore[arg-type]
+    token = _TRIAL.set(_Trial(sown=sown))
     try:
         model(*args, **kwargs)
     finally:
-        _CALL.reset(token)
+        _TRIAL.reset(token)
     return sown
 
 
@@ -267,7 +266,7 @@ def attach_nnx(
 ) -> Model:
     """`lora.attach` for an nnx module: a clone of it with the adapters."""
     clone: Any = nnx.clone(model)
-    modules = {
+    modules: dict[str, Any] = {
         "/".join(map(str, path)): module
         for path, module in nnx.iter_graph(clone)
         if isinstance(module, nnx.Module) and path
@@ -350,13 +349,13 @@ def _complete(model: Any, args: tuple, kwargs: dict) -> None:
         return
     measured: dict = {}
     definition, state = nnx.split(model)
-    token = _CALL.set(_Trial(measured=measured))  # type: ignore[arg-type]
+    token = _TRIAL.set(_Trial(measured=measured))
     try:
         jax.eval_shape(
             lambda state: jax.tree.leaves(nnx.merge(definition, state)(*args, **kwargs)), state
         )
     finally:
-        _CALL.reset(token)
+        _TRIAL.reset(token)
     _make(model, {key: measured[key] for key in sorted(missing & set(measured))})
 
 
@@ -470,25 +469,18 @@ def _stack(layer: Any) -> tuple[int, ...]:
 
 def _input(layer: Any) -> jax.ShapeDtypeStruct:
     """The smallest input of a layer."""
+    shape: Any = (1, layer.in_features)
     if isinstance(layer, nnx.Conv):
         dilation = layer.kernel_dilation or 1
         dilations = (dilation,) * len(layer.kernel_size) if isinstance(dilation, int) else dilation
         window = [1 + (k - 1) * d for k, d in zip(layer.kernel_size, dilations, strict=True)]
         shape = (1, *window, layer.in_features)
     elif isinstance(layer, nnx.LinearGeneral):
-        ndim = max(
-            [
-                len(layer.axis) + 1,
-                *[axis + 1 for axis in layer.axis],
-                *[-axis for axis in layer.axis],
-            ]
-        )
+        ndim = max(len(layer.axis) + 1, *(max(axis + 1, -axis) for axis in layer.axis))
         sizes = [1] * ndim
         for axis, size in zip(layer.axis, layer.in_features, strict=True):
             sizes[axis] = size
         shape = tuple(sizes)
-    else:
-        shape = (1, layer.in_features)
     return jax.ShapeDtypeStruct(shape, layer.param_dtype)
 
 

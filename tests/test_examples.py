@@ -8,7 +8,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import nnx
 
 from tests.small import ROOT, fast_compile_env
 
@@ -38,6 +40,16 @@ def test_transformer():
     assert results["error with TimeLoRA and ClassLoRA"] < results["error without classes"] / 10
 
 
+def test_nnx_dit():
+    results = run("nnx_dit.py")
+    assert results["sites"] == 8
+    assert results["difference at the start"] == 0
+    assert results["change of the base"] == 0
+    assert results["difference of the second copy"] == 0
+    base, adapted = (results[f"error on vertical stripes, {n}"] for n in ("base", "with LoRA"))
+    assert adapted < 0.7 * base
+
+
 class Model(nn.Module):
     """What the README's snippet calls `model`."""
 
@@ -61,3 +73,35 @@ def test_readme_snippet(heading):
     np.testing.assert_array_equal(
         names["wrapped"].apply(variables, x, t), model.apply({"params": base}, x, t)
     )
+
+
+class NNXModel(nnx.Module):
+    """What docs/own-networks.md calls `nnx_model`: the same in nnx."""
+
+    def __init__(self, rngs):
+        self.time_embedding = nnx.Linear(1, 8, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(2, 8, decode=False, rngs=rngs)
+
+    def __call__(self, x, t):
+        return self.attention(x + self.time_embedding(t[:, None])[:, None])
+
+
+def test_the_guide_to_own_networks(tmp_path, monkeypatch):
+    """Its blocks run one after the other, and the adapters that come back from PEFT's files do the same."""
+    monkeypatch.chdir(tmp_path)
+    x, t = jax.random.normal(jax.random.key(0), (2, 3, 8)), jnp.ones(2)
+    model = Model()
+    trained = jax.jit(model.init)(jax.random.key(1), x, t)["params"]
+    names = {"jax": jax, "jnp": jnp, "optax": optax, "nnx": nnx, "x": x, "t": t}
+    names |= {"model": model, "trained": trained, "nnx_model": NNXModel(nnx.Rngs(0))}
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/own-networks.md").read_text(), re.S)
+    assert len(blocks) == 6
+    for block in blocks:
+        exec(block, names)
+    folded = model.apply({"params": names["folded"]}, x[:1], t[:1])
+    unfolded = names["wrapped"].apply({"params": names["params"]}, x[:1], t[:1])
+    np.testing.assert_allclose(folded, unfolded, atol=1e-5)
+    np.testing.assert_allclose(
+        names["plain"](x[:1], t[:1]), names["adapted"](x[:1], t[:1]), atol=1e-4
+    )
+    assert np.abs(names["plain"](x, t) - names["nnx_model"](x, t)).max() > 1e-5

@@ -18,6 +18,12 @@ from lora_diffusion_jax.factory.pretrained import (
     with_config,
     without_conditioning,
 )
+from lora_diffusion_jax.interop.adapters import (
+    load_adapters,
+    load_peft,
+    save_adapters,
+    save_peft,
+)
 from lora_diffusion_jax.interop.export import Export, export_network, read_export
 from lora_diffusion_jax.interop.infer import infer_config
 from lora_diffusion_jax.interop.names import base_hash, is_openai, to_state_dict, to_variables
@@ -33,8 +39,12 @@ __all__ = [
     "export_network",
     "infer_config",
     "is_torch_file",
+    "load_adapters",
+    "load_peft",
     "load_pretrained",
     "read_export",
+    "save_adapters",
+    "save_peft",
     "to_state_dict",
     "to_variables",
 ]

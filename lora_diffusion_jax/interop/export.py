@@ -88,15 +88,25 @@ def export_network(
         "base_hash": base_hash(variables),
     }
     fields = network_fields(config)
+    write_safetensors(path, state_dict, {**facts, "config": json.dumps(fields)})
+    with disk_errors(path):
+        readable = json.dumps({**facts, "config": fields}, indent=2)
+        write_text(path.with_suffix(".json"), readable + "\n")
+
+
+def write_safetensors(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+    """Writes a safetensors file, whole or not at all, and the folder for it.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic(path) as temporary:
-            save_file(state_dict, temporary, {**facts, "config": json.dumps(fields)})
+            save_file(arrays, temporary, metadata)
             mask = os.umask(0)  # the library makes files that only their owner can read
             os.umask(mask)
             temporary.chmod(0o666 & ~mask)
-        readable = json.dumps({**facts, "config": fields}, indent=2)
-        write_text(path.with_suffix(".json"), readable + "\n")
 
 
 def read_export(path: str | Path) -> Export:

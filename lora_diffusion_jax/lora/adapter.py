@@ -3,9 +3,10 @@
     y = W x + b + sum_i omega_i(condition) (B_i A_i x + sum_r bias_{i r})
 
 with A_i: r x d_in ~ N(0, 1/r^2), and B_i: d_out x r and bias zero at initialisation, so that the layer
-starts unchanged. There is no alpha / r factor: the scale is 1.
+starts unchanged. There is no alpha / r factor: the scale is 1, unless an adapter has another.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -82,23 +83,35 @@ class LowRankAdapter(nn.Module):
     Inputs may lack their batch axis, as under jax.vmap: then the condition lacks it too.
 
     Called as adapter(layer, x, condition) -> what to add to the layer's output. The inner channel is
-    basis * rank + r. A subclass defines `compose(condition) -> omega [B or 1, m]`, which also fixes
-    the number m of bases. The weights are sown as ('intermediates', 'omega').
+    basis * rank + r. A subclass defines `compose(condition) -> omega [*leading, m]`, which also fixes
+    the number m of bases. The leading axes are those of the layer's input, or 1: [B, m] has one row per
+    sample, [B, tokens, m] one per token, [1, m] one for all. The weights, times the scale, are sown as
+    ('intermediates', 'omega').
 
     Attributes:
         rank: r of each basis.
         use_bias: whether a bias per inner channel, [m * r, d_out], is mixed in with the same weights.
+        scale: factor of all that the adapter adds.
     """
 
     rank: int = 4
     use_bias: bool = False
+    scale: float = dataclasses.field(default=1.0, kw_only=True)
 
-    def compose(self, condition: Any) -> Float[Array, "B bases"]:
+    def compose(self, condition: Any) -> Float[Array, "*leading bases"]:
         """Composition weights for a condition."""
         raise NotImplementedError
 
+    def example(self, width: int | None) -> Any:
+        """A condition for initialisation: None if it takes the width E, and that is not known."""
+        return None if width is None else jnp.zeros((1, width))
+
     def validate(self) -> None:
-        """Raises UserError unless all sizes are positive integers."""
+        """Raises UserError unless all sizes are positive integers, and the scale a finite number."""
+        if isinstance(self.scale, bool) or not isinstance(self.scale, int | float):
+            raise UserError(f"LoRA scale is {self.scale!r}; it must be a number.")
+        if not np.isfinite(self.scale):
+            raise UserError(f"LoRA scale is {self.scale!r}; it must be finite.")
         for name in ("rank", "bases", "num_timesteps", "num_classes"):
             value = getattr(self, name, 1)
             if not isinstance(value, int) or value < 1:
@@ -109,35 +122,51 @@ class LowRankAdapter(nn.Module):
 
     @nn.compact
     def __call__(self, layer: nn.Module, x: Array, condition: Any) -> Array:
-        omega = self.compose(condition)  # [B or 1, m]
+        omega = self.compose(condition)  # [*leading, m]
+        if self.scale != 1:
+            omega = self.scale * omega
         self.sow("intermediates", "omega", omega)
         if self.has_variable(SCALES, "scale"):  # of `params.with_scale`
-            omega = self.get_variable(SCALES, "scale").reshape(-1, 1) * omega
-        if omega.ndim != 2:
+            scale = self.get_variable(SCALES, "scale")
+            omega = scale.reshape(-1, *[1] * (omega.ndim - 1)) * omega
+        if omega.ndim < 2:
             raise UserError(
                 f"compose returned weights of shape {omega.shape} at '{'/'.join(self.path)}'; it must "
                 "return [B, m], or [1, m] for all samples."
             )
-        weights = jnp.repeat(omega, self.rank, axis=-1)  # [B or 1, m * r]
-        rows, width = weights.shape
-        hidden = _down(layer, width, self.rank)(x)
-        # Only inputs with a batch axis, [B, ..., m * r], can have one row of weights per sample.
-        samples = hidden.shape[0] if hidden.ndim > 1 else 1
-        if rows not in (1, samples):
-            raise UserError(
-                f"The LoRA condition has {rows} rows for a batch of {samples} at "
-                f"'{'/'.join(self.path)}'; it must be [1, E] or one row per sample."
-            )
-        # The axes that go before the channels: none for one row, which serves any input; else the batch,
-        # and an axis of 1 for each position between (height and width, or the sequence).
-        batch = () if rows == 1 else (rows, *[1] * (hidden.ndim - 2))
-        delta = _up(layer)(hidden * weights.reshape(*batch, width).astype(hidden.dtype))
+        weights = jnp.repeat(omega, self.rank, axis=-1)  # [*leading, m * r]
+        width = weights.shape[-1]
+        hidden = _down(layer, width, self.rank)(x)  # [B, ..., m * r]
+        leading = self._leading(omega.shape[:-1], hidden.shape[:-1])
+        scaled = hidden * weights.reshape(*leading, width).astype(hidden.dtype)
+        delta = _up(layer)(scaled)
         if self.use_bias:
             features = delta.shape[hidden.ndim - 1 :]
             shape = (width, int(np.prod(features)))
             mixed = weights @ self.param("bias", nn.initializers.zeros, shape)
-            delta = delta + mixed.astype(delta.dtype).reshape(*batch, *features)
+            delta = delta + mixed.astype(delta.dtype).reshape(*leading, *features)
         return delta
+
+    def _leading(self, axes: tuple[int, ...], positions: tuple[int, ...]) -> tuple[int, ...]:
+        """The weights' axes before the channels, with an axis of 1 for each position that they lack.
+
+        None if they are all 1: such weights serve any input, also one without a batch axis. Weights per
+        sample get them for height and width, or for the sequence.
+        """
+        if all(size == 1 for size in axes):
+            return ()
+        while axes[-1] == 1:
+            axes = axes[:-1]
+        fits = len(axes) <= len(positions) and all(
+            size in (1, position) for size, position in zip(axes, positions, strict=False)
+        )
+        if not fits:
+            raise UserError(
+                f"The LoRA condition at '{'/'.join(self.path)}' has the leading shape {axes}, the layer's "
+                f"input {positions}; they must agree from the left, or be 1: [1, E] for all, [B, E] for "
+                "one row per sample, [B, tokens, E] for one per token."
+            )
+        return (*axes, *[1] * (len(positions) - len(axes)))
 
 
 class UCLoRA(LowRankAdapter):
@@ -152,15 +181,17 @@ class UCLoRA(LowRankAdapter):
     bases: int = 18
     widths: Sequence[int] = (128, 64)
 
-    def compose(self, condition: Float[Array, "B E"]) -> Float[Array, "B bases"]:
-        """The MLP's output for the embedding [B, E], or [E] for a single input."""
-        if jnp.ndim(condition) not in (1, 2):
+    def compose(self, condition: Float[Array, "*leading E"]) -> Float[Array, "*leading bases"]:
+        """The MLP's output for the embedding [B, E] or [B, tokens, E], or [E] for a single input."""
+        if jnp.ndim(condition) < 1:
             raise UserError(
-                f"The LoRA condition at '{'/'.join(self.path)}' has the shape {jnp.shape(condition)}; "
-                "UC-LoRA needs an embedding [B, E], one vector per sample."
+                f"The LoRA condition at '{'/'.join(self.path)}' is one number; UC-LoRA needs an embedding "
+                "[B, E], one vector per sample."
             )
         condition = jnp.atleast_2d(condition)
-        return ConditionMLP(self.bases, tuple(self.widths), name="composition")(condition)
+        rows = condition.reshape(-1, condition.shape[-1])  # group norm is of each vector
+        omega = ConditionMLP(self.bases, tuple(self.widths), name="composition")(rows)
+        return omega.reshape(*condition.shape[:-1], self.bases)
 
     def validate(self) -> None:
         """Raises UserError unless all sizes are positive integers that a group norm can split."""
@@ -184,6 +215,8 @@ class UCLoRA(LowRankAdapter):
 class TimeLoRA(LowRankAdapter):
     """TimeLoRA: weights from a learned table per site over discrete times; the condition is the time [B].
 
+    A time per token is [B, tokens].
+
     Attributes:
         bases: number m of low-rank pairs, anchored at equally spaced times.
         num_timesteps: T; times lie in [0, T].
@@ -192,13 +225,19 @@ class TimeLoRA(LowRankAdapter):
     bases: int = 11
     num_timesteps: int = 4000
 
-    def compose(self, condition: Float[Array, " B"]) -> Float[Array, "B bases"]:
+    def compose(self, condition: Float[Array, "*leading"]) -> Float[Array, "*leading bases"]:
         """The table's rows at the times, interpolated between two."""
         return TimeTable(self.bases, self.num_timesteps, name="composition")(condition)
+
+    def example(self, width: int | None) -> Any:
+        """The time 0."""
+        return jnp.zeros(1)
 
 
 class ClassLoRA(LowRankAdapter):
     """ClassLoRA: one pair per class, weighted by the label (ids [B] or one-hot [B, num_classes]).
+
+    With one class and the condition 0 it is LoRA without a condition.
 
     Attributes:
         num_classes: number of classes, and of pairs.
@@ -206,9 +245,13 @@ class ClassLoRA(LowRankAdapter):
 
     num_classes: int = 10
 
-    def compose(self, condition: jax.Array) -> Float[Array, "B num_classes"]:
+    def compose(self, condition: jax.Array) -> Float[Array, "*leading num_classes"]:
         """The label itself."""
         return class_weights(condition, self.num_classes)
+
+    def example(self, width: int | None) -> Any:
+        """The class 0."""
+        return jnp.zeros(1, jnp.int32)
 
 
 class SumOfAdapters(nn.Module):
@@ -218,7 +261,7 @@ class SumOfAdapters(nn.Module):
         adapters: name -> adapter; the condition is a mapping with the same names.
     """
 
-    adapters: Mapping[str, LowRankAdapter]
+    adapters: Mapping[str, Any]
 
     def validate(self) -> None:
         """Raises UserError for other things than adapters by name, or invalid sizes."""
@@ -230,6 +273,11 @@ class SumOfAdapters(nn.Module):
             )
         for adapter in given:
             adapter.validate()
+
+    def example(self, width: int | None) -> Any:
+        """A condition for each adapter, None if one of them has none."""
+        parts = {name: adapter.example(width) for name, adapter in self.adapters.items()}
+        return None if any(part is None for part in parts.values()) else parts
 
     @nn.compact
     def __call__(self, layer: nn.Module, x: Array, condition: Mapping[str, Any]) -> Array:

@@ -68,26 +68,28 @@ class TimeTable(nn.Module):
     num_timesteps: int
 
     @nn.compact
-    def __call__(self, time: Float[Array, " B"] | Int[Array, " B"]) -> Float[Array, "B bases"]:
+    def __call__(
+        self, time: Float[Array, "*leading"] | Int[Array, "*leading"]
+    ) -> Float[Array, "*leading bases"]:
         table = self.param(
             "table", lambda key: jnp.asarray(hat_functions(self.num_timesteps, self.bases))
         )
-        time = jnp.clip(jnp.reshape(time, -1).astype(jnp.float32), 0, self.num_timesteps)
+        time = jnp.clip(jnp.atleast_1d(time).astype(jnp.float32), 0, self.num_timesteps)
         low = jnp.clip(jnp.floor(time).astype(jnp.int32), 0, self.num_timesteps - 1)
-        part = (time - low)[:, None]
+        part = (time - low)[..., None]
         return (1 - part) * table[low] + part * table[low + 1]
 
 
-def class_weights(labels: jax.Array, num_classes: int) -> Float[Array, "B num_classes"]:
+def class_weights(labels: jax.Array, num_classes: int) -> Float[Array, "*leading num_classes"]:
     """ClassLoRA's weights: the label itself, one-hot or a mixture; integer ids become one-hot.
 
     Raises:
         UserError: labels of another number of classes.
     """
     if jnp.issubdtype(labels.dtype, jnp.integer):
-        return jax.nn.one_hot(jnp.reshape(labels, -1), num_classes)
+        return jax.nn.one_hot(jnp.atleast_1d(labels), num_classes)
     labels = jnp.atleast_2d(labels)  # a single input has [num_classes]
-    if labels.ndim != 2 or labels.shape[1] != num_classes:
+    if labels.shape[-1] != num_classes:
         raise UserError(
             f"ClassLoRA for {num_classes} classes got labels of shape {labels.shape}; give one-hot "
             f"labels or mixtures [B, {num_classes}], or integer ids [B]."

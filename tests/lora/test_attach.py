@@ -39,7 +39,7 @@ def variables(inputs):
         ({"module": ConditionedNet}, "module .* the class ConditionedNet; .* call it to make one"),
         (
             {"module": lambda x: x},
-            "module .* of type function; expected an instance of a linen module",
+            "module .* of type function; expected an instance of a linen module or of an nnx",
         ),
         ({"adapter": lora.UCLoRA}, "adapter .* the class UCLoRA; .* call it to make one"),
         ({"adapter": None}, "adapter .* of type NoneType"),
@@ -52,6 +52,10 @@ def variables(inputs):
         ({"sites": ["qkv"]}, "sites .* of type list"),
         ({"condition": 3}, "condition .* of type int; expected a regular expression"),
         ({"condition": None}, "condition .* of type NoneType"),
+        ({"name": "a/b"}, "name .* is 'a/b'; expected a word"),
+        ({"seed": 1}, "a seed for a linen module"),
+        ({"adapter": lora.UCLoRA(scale="2")}, "scale is '2'; it must be a number"),
+        ({"adapter": lora.UCLoRA(scale=float("nan"))}, "scale is nan; it must be finite"),
     ],
 )
 def test_arguments_of_another_kind_are_one_sentence(changes, words):
@@ -245,7 +249,10 @@ def test_a_layer_called_twice_has_one_adapter():
         ({"adapter": lora.UCLoRA(rank=0, bases=3)}, ["rank is 0", "positive integer"]),
         ({"adapter": lora.UCLoRA(rank=1, bases=-1)}, ["bases is -1"]),
         ({"adapter": lora.UCLoRA(rank=1, bases=2, widths=(4, 0))}, ["widths are (4, 0)"]),
-        ({"condition": lambda x, c: jnp.ones((3, 8))}, ["3 rows for a batch of 2"]),
+        (
+            {"condition": lambda x, c: jnp.ones((3, 8))},
+            ["leading shape (3,), the layer's input (2, 4, 4)"],
+        ),
     ],
 )
 def test_mistakes_are_named(inputs, change, words):
@@ -331,15 +338,17 @@ def test_what_cannot_be_attached_is_one_sentence():
     x, c = jnp.ones((4, 6)), jnp.ones((4, 5))
     settings = {"adapter": lora.UCLoRA(rank=2, bases=3, widths=(8,)), "sites": ".*/(qkv|lora)"}
     once = lora.attach(Layer(), condition=lambda x, c: c, **settings)
-    with pytest.raises(UserError, match="has adapters already, at"):
+    with pytest.raises(UserError, match="has adapters already, at .* name of its own"):
         lora.attach(once, condition=lambda x, c: c, **settings)
+    twice = lora.attach(once, condition=lambda x, c: c, name="second", **settings)
     named = lora.attach(Layer("lora"), condition=lambda x, c: c, **settings)
     none = lora.attach(Layer(), condition=lambda x, c: None, **settings)
     tokens = jnp.ones((4, 2, 5))
     for module, condition, words in (
         (named, c, "The base has a submodule 'lora'"),
         (none, c, "condition function returned None"),
-        (once, tokens, r"has the shape \(4, 2, 5\)"),
+        (once, tokens, r"has the leading shape \(4, 2\), the layer's input \(4,\)"),
+        (twice, c, "several adapters, of which one has no name"),
     ):
         with pytest.raises(UserError, match=words):
             jax.eval_shape(module.init, jax.random.key(0), x, condition)

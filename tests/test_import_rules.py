@@ -34,9 +34,10 @@ ALLOWED = {
     "evaluation": {"readers", "processes"},
     "factory": BELOW_FACTORY - {"outputs", "evaluation", "readers"},
     "interop": {"factory", "readers", "default_config", "lora", "models", "diffusion"},
+    "analysis": {"lora", "diffusion", "factory"},
     "compile_cache": set(),
     "cli": {"compile_cache", "processes", "default_config"},
-    "modes": {*BELOW_FACTORY, "factory", "interop", "compile_cache", "cli"},
+    "modes": {*BELOW_FACTORY, "factory", "interop", "analysis", "compile_cache", "cli"},
 }
 # Part -> the third-party libraries that it may import: these two serve models and files of anybody.
 LIBRARIES = {

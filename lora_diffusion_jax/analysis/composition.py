@@ -14,7 +14,7 @@ from lora_diffusion_jax.diffusion.precond import Denoiser, Precond
 
 # The noise levels of EDM's sampler, for networks that support every one.
 LOWEST, HIGHEST = 0.002, 80.0
-_FINE = 20_001  # noise levels on which a network's time is inverted
+_FINE = 20_001  # noise levels that are chosen from
 
 
 def noise_levels(precond: Precond, count: int) -> np.ndarray:
@@ -24,10 +24,10 @@ def noise_levels(precond: Precond, count: int) -> np.ndarray:
     """
     low = precond.sigma_min or LOWEST
     high = precond.sigma_max if np.isfinite(precond.sigma_max) else HIGHEST
-    fine = np.geomspace(low, high, _FINE)
+    fine = np.unique(precond.round_sigma(np.geomspace(low, high, _FINE)))
     time = np.asarray(precond.time(precond.coefficients(jnp.asarray(fine, jnp.float32)).noise))
     wanted = np.linspace(time[0], time[-1], count)
-    return np.unique(precond.round_sigma(np.exp(np.interp(wanted, time, np.log(fine)))))
+    return fine[np.unique(np.abs(time - wanted[:, None]).argmin(axis=1))]
 
 
 def by_adapter(weights: Mapping[str, Any]) -> dict[str, dict[str, Array]]:

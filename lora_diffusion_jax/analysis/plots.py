@@ -212,15 +212,14 @@ def between(canvases: Mapping[str, np.ndarray], ticks: Sequence[str], title: str
         title: of the figure.
     """
     height, width = next(iter(canvases.values())).shape[:2]
-    inches = 9.0
-    panel = inches * height / width + 0.7
-    figure = _figure(title, inches + 0.6, panel * len(canvases) + 0.8)
-    axes = figure.subplots(len(canvases), 1, squeeze=False)[:, 0]
+    panel = max(4.5, 7 / len(canvases))  # inches
+    figure = _figure(title, panel * len(canvases), panel * height / width + 1.1)
+    axes = figure.subplots(1, len(canvases), squeeze=False)[0]
     at = (np.arange(len(ticks)) + 0.5) * width / len(ticks)
     for place, (route, canvas) in zip(axes, canvases.items(), strict=True):
         place.imshow(np.squeeze(canvas), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         place.set_title(f"through {route.replace('_', '-')}", fontsize=10)
-        place.set_xticks(at, ticks, fontsize=8)
+        place.set_xticks(at, ticks, fontsize=7)
         place.set_yticks([])
-    axes[-1].set_xlabel("weight: 0 is the first condition, 1 the second")
+    figure.supxlabel("weight: 0 is the first condition, 1 the second", fontsize=10)
     return figure

@@ -91,16 +91,18 @@ def analyze(
     samples = bool(pair or noise_factor)
     checked = generate.check_seeds(USUAL_SEEDS if seeds is None else seeds) if samples else None
     source = training_images(run) if num != 0 or samples else None
+    chosen = choose_images(source, num) if num != 0 and source else None
     found = Found({}, {}, {})
     compose(run, found)
-    if num != 0 and source is not None:
-        lose(run, source, num, found)
-    if samples and checked is not None and source is not None:
+    if chosen is not None and source:
+        lose(run, source, chosen, found)
+    if checked is not None and source:
         detector = detector_for_source(source, "auto")
         if pair:
-            draw_between(run, "classes", checked, detector, found, pair=pair)
+            draw_between(run, "classes", checked, detector, found, pair)
         if noise_factor:
-            draw_between(run, "noise", checked, detector, found, factor=noise_factor)
+            first = pair[:1] if pair else (0,) if num_classes(run.config) else ()
+            draw_between(run, "noise", checked, detector, found, first, noise_factor)
     return write(out, found, overwrite)
 
 
@@ -231,11 +233,11 @@ def _picture(
 # Losses.
 
 
-def lose(run: Pretrained, source: ImageSource, num: int | None, found: Found) -> None:
-    """Adds the loss per noise level with all adapters, without each site's, and without any.
+def choose_images(source: ImageSource, num: int | None) -> np.ndarray:
+    """The numbers of `num` evenly spread images; None: USUAL_NUM.
 
     Raises:
-        UserError: there are not so many images.
+        UserError: there are not so many.
     """
     num = min(USUAL_NUM, len(source)) if num is None else num
     if not 1 <= num <= len(source):
@@ -243,7 +245,11 @@ def lose(run: Pretrained, source: ImageSource, num: int | None, found: Found) ->
             f"--num={num}; there are {len(source)} training images, choose a number from 1 to that, or 0 "
             "to leave the losses out."
         )
-    chosen = np.arange(num) * len(source) // num
+    return np.arange(num) * len(source) // num
+
+
+def lose(run: Pretrained, source: ImageSource, chosen: np.ndarray, found: Found) -> None:
+    """Adds the loss per noise level with all adapters, without each site's, and without any."""
     batch = source.read(chosen.tolist())
     images = to_float(jnp.asarray(batch["image"]))
 
@@ -264,13 +270,13 @@ def lose(run: Pretrained, source: ImageSource, num: int | None, found: Found) ->
     found.arrays["loss_without_site"] = off
     sites = list_sites(run.variables["params"])
     mean, mean_off, mean_none = (part.mean(axis=-1) for part in (whole, off, none))
-    title = f"Loss with and without adapters ({num} training images)"
+    title = f"Loss with and without adapters ({len(chosen)} training images)"
     levels = plots.sigma_names(sigmas)
     found.pictures["ablation"] = plots.ablation(mean, mean_off, mean_none, sites, levels, title)
     change = mean_off / mean - 1
     highest = np.unravel_index(np.argmax(change), change.shape)
     found.record |= {
-        "num": num,
+        "num": len(chosen),
         "largest_loss_increase": float(change.max()),
         "largest_loss_increase_site": sites[highest[0]],
         "loss_increase_without_all": float((mean_none / mean - 1).mean()),
@@ -306,15 +312,23 @@ def draw_between(
     seeds: np.ndarray,
     detector: Detector,
     found: Found,
-    *,
-    pair: tuple[int, int] | None = None,
+    classes: tuple[int, ...],
     factor: float = 1.0,
 ) -> None:
-    """Adds samples along each route: from one class to another, or from the true noise level to another."""
+    """Adds samples along each route: from one class to another, or from the true noise level to another.
+
+    Args:
+        run: the network.
+        name: of the picture and the arrays.
+        seeds: one row of the picture each.
+        detector: of the features in which smoothness is measured.
+        found: gets picture, arrays and measures.
+        classes: two, or the one of all samples; () for an unconditional network.
+        factor: times which the second condition's noise level is the true one.
+    """
     one_hot = np.eye(num_classes(run.config), dtype=np.float32)
-    start, end = (one_hot[k] for k in pair) if pair else (None, None)
-    if pair is None and len(one_hot):
-        start = end = one_hot[0]
+    start, end = (one_hot[classes[0]], one_hot[classes[-1]]) if classes else (None, None)
+    pair = classes if len(classes) == 2 else None
     ticks = [f"{w:g}" for w in WEIGHTS]
     canvases, measures = {}, {}
     for route in routes_of(run, pair is not None):
@@ -339,12 +353,11 @@ def draw_between(
                 zip(ticks, shares[:, 1].tolist(), strict=True)
             )
     found.arrays |= {"between_weights": WEIGHTS, "between_seeds": seeds}
-    to = (
-        f"class {pair[0]} to class {pair[1]}"
-        if pair
-        else f"the true noise level to {factor:g} times it"
-    )
-    found.pictures[name] = plots.between(canvases, ticks, f"Condition from {to}; a row is a seed")
+    path = f"1 to {factor:g} times the noise level"
+    path = f"class {classes[0]} to class {classes[1]}" if pair else path
+    one = f" (class {classes[0]})" if len(classes) == 1 else ""
+    title = f"Condition from {path}{one}; a row is a seed"
+    found.pictures[name] = plots.between(canvases, ticks, title)
     found.record[name] = {"features": detector.name, **measures}
 
 

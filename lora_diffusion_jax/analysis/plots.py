@@ -91,7 +91,7 @@ def heat_map(
 ) -> Any:
     """Values [rows, columns] as colours, with some of the names at the axes."""
     drawn = axes.imshow(values, aspect="auto", norm=scale, cmap=colours, interpolation="nearest")
-    axes.set_xticks(*_ticks(columns))
+    axes.set_xticks(*_ticks(columns, 10 if len(columns) <= 10 else _MOST_TICKS))
     axes.set_yticks(*_ticks(rows, most_rows))
     return drawn
 

@@ -88,15 +88,18 @@ def analyze(
         raise UserError(
             f"--noise_factor={noise_factor:g}; it must be a positive number other than 1, such as 2."
         )
+    for asked, by_class in ((pair, True), (noise_factor, False)):
+        if asked:
+            routes_of(run, by_class)
     samples = bool(pair or noise_factor)
     checked = generate.check_seeds(USUAL_SEEDS if seeds is None else seeds) if samples else None
     source = training_images(run) if num != 0 or samples else None
-    chosen = choose_images(source, num) if num != 0 and source else None
+    chosen = None if source is None or num == 0 else choose_images(source, num)
     found = Found({}, {}, {})
     compose(run, found)
-    if chosen is not None and source:
+    if chosen is not None and source is not None:
         lose(run, source, chosen, found)
-    if checked is not None and source:
+    if checked is not None and source is not None:
         detector = detector_for_source(source, "auto")
         if pair:
             draw_between(run, "classes", checked, detector, found, pair)

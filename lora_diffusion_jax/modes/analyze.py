@@ -157,7 +157,7 @@ def training_images(run: Pretrained) -> ImageSource:
         source = open_source(run.config)
     except NotThereError as error:
         raise NotThereError(
-            f"{error} Without one, --num=0 leaves the losses out, which need images."
+            f"{error} Without one, analyze with --num=0 and neither --classes nor --noise_factor."
         ) from error
     complete(run.config, source)
     return source

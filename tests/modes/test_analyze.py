@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.evaluation.features import Detector
+from lora_diffusion_jax.factory.pretrained import Pretrained
 from lora_diffusion_jax.modes import analyze
 from tests.modes.running import run
+from tests.small import small_config
 
 PICTURES = ("omega", "omega_classes", "similarity", "pca", "norms", "ablation")
 
@@ -99,7 +102,7 @@ def test_an_analysis_is_replaced_only_if_asked(analyzed, workdir):
         (["--noise_factor=0"], "positive number"),
         (["--noise_factor=nan"], "positive number"),
         (["--noise_factor=2", "--seeds=a"], "neither a number nor a range"),
-        (["--config.data.name=", "--config.data.path="], "--num=0 leaves the losses out"),
+        (["--config.data.name=", "--config.data.path="], "analyze with --num=0"),
     ],
 )
 def test_mistakes_are_one_sentence(workdir, tmp_path, monkeypatch, arguments, words):
@@ -112,6 +115,31 @@ def test_mistakes_are_one_sentence(workdir, tmp_path, monkeypatch, arguments, wo
     assert text.startswith("error: ")
     assert text.count("\n") == 1
     assert words in text
+
+
+@pytest.mark.parametrize(
+    ("mode", "adapter", "by_class", "by_noise"),
+    [
+        ("with_lora", "uc", "all", "all"),
+        ("with_lora", "time_class", "all", "all"),
+        ("with_lora", "time", "scale_and_shift", "all"),
+        ("with_lora", "class", "all", "scale_and_shift"),
+        ("only_lora", "uc", "adapters", "adapters"),
+        ("only_lora", "time", None, "adapters"),
+        ("only_lora", "class", "adapters", None),
+    ],
+)
+def test_a_condition_takes_the_routes_that_the_network_has(mode, adapter, by_class, by_noise):
+    config = small_config(lora__mode=mode, lora__adapter=adapter)
+    network = Pretrained(None, {}, config)
+    for expected, of_class in ((by_class, True), (by_noise, False)):
+        if expected is None:
+            with pytest.raises(UserError, match="Nothing in this network depends on the"):
+                analyze.routes_of(network, of_class)
+        else:
+            every = ("adapters", "scale_and_shift", "both")
+            found = analyze.routes_of(network, of_class)
+            assert found == (every if expected == "all" else (expected,))
 
 
 def test_a_run_keeps_its_own_folder(workdir):

@@ -1,5 +1,6 @@
 """How large the adapters' updates are beside the weights, and what is lost without them."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -31,13 +32,14 @@ def update_norms(params: PyTree, weights: Mapping[str, Any]) -> dict[str, Float[
     zeros = {path: jnp.zeros(kernel.shape) for path, kernel in kernels.items()}
     adapted = unflatten_dict({**zeros, **pairs})
 
-    def norms(omegas: Any) -> dict[str, Array]:
+    def norms(adapted: PyTree, omegas: Any) -> dict[str, Array]:
         folded = flatten_dict(lora.fold(adapted, omegas))
         return {"/".join(path[:-1]): jnp.linalg.norm(folded[path].ravel()) for path in kernels}
 
     rows = max(len(omega) for omega in jax.tree.leaves(weights))
     whole = jax.tree.map(lambda w: jnp.broadcast_to(w, (rows, w.shape[-1])), dict(weights))
-    return jax.jit(lambda omegas: jax.lax.map(norms, omegas))(whole)
+    rows_of = jax.jit(lambda tree, omegas: jax.lax.map(functools.partial(norms, tree), omegas))
+    return rows_of(adapted, whole)
 
 
 def base_norms(params: PyTree) -> dict[str, float]:

@@ -186,9 +186,10 @@ def compose(run: Pretrained, found: Found) -> None:
     pause_point()
     flat = jax.tree.map(lambda w: w.reshape(-1, w.shape[-1]), weights)
     norms = updates.update_norms(variables["params"], flat)
-    base = np.array([updates.base_norms(variables["params"])[site] for site in sites])
+    norms_of_base = updates.base_norms(variables["params"])
+    base = np.array([norms_of_base[site] for site in sites])
     update = np.stack([norms[site] for site in sites]).reshape(len(sites), len(sigmas), -1)
-    ratio = update / base[:, None, None]
+    ratio = update / np.where(base > 0, base, np.inf)[:, None, None]  # 0 beside a weight of zeros
     found.arrays |= {"update_norm": update, "base_norm": base}
     found.pictures["norms"] = plots.norms(
         ratio.mean(axis=2), ratio.mean(axis=1), base, sites, levels, class_names

@@ -1,6 +1,8 @@
 """`--mode=analyze` on small runs: files, numbers, refusals."""
 
+import dataclasses
 import json
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from PIL import Image
 
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.evaluation.features import Detector
-from lora_diffusion_jax.factory.pretrained import Pretrained
+from lora_diffusion_jax.factory.pretrained import Pretrained, load_workdir
 from lora_diffusion_jax.modes import analyze
 from tests.modes.running import run
 from tests.small import small_config
@@ -76,45 +78,65 @@ def test_key_figures_follow_from_the_arrays(analyzed):
     assert not np.array_equal(arrays["loss"], arrays["loss_without_all"])
 
 
-def test_an_analysis_is_replaced_only_if_asked(analyzed, workdir):
-    out, _ = analyzed
-    command = ["--mode=analyze", f"--workdir={workdir}", f"--out={out}", "--num=0"]
-    before = (out / "analysis.npz").read_bytes()
-    assert "--overwrite" in run(*command, status=2)
-    assert (out / "analysis.npz").read_bytes() == before
-    run(*command, "--overwrite")
-    assert not (out / "ablation.png").exists()
-    assert "loss" not in arrays_of(out)
+@pytest.fixture(scope="module")
+def loaded(workdir):
+    return load_workdir(workdir)
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--out=x.png"], "name a folder"),
-        (["--config.lora.mode=baseline"], "has no adapters to analyze"),
-        (["--num=-1"], "choose a number from 1"),
-        (["--num=9999"], "choose a number from 1"),
-        (["--classes=3"], "give two"),
-        (["--classes=3,3"], "must differ"),
-        (["--classes=3,12"], "classes run from 0 to 9"),
-        (["--classes=3,all"], "classes run from 0 to 9"),
-        (["--classes=3,cat"], "neither a class number"),
-        (["--noise_factor=0"], "positive number"),
-        (["--noise_factor=nan"], "positive number"),
-        (["--noise_factor=2", "--seeds=a"], "neither a number nor a range"),
-        (["--config.data.name=", "--config.data.path="], "analyze with --num=0"),
+        ({"out": "x.png"}, "name a folder"),
+        ({"num": -1}, "choose a number from 1"),
+        ({"num": 9999}, "choose a number from 1"),
+        ({"classes": "3"}, "give two"),
+        ({"classes": "3,3"}, "must differ"),
+        ({"classes": "3,12"}, "classes run from 0 to 9"),
+        ({"classes": "3,all"}, "classes run from 0 to 9"),
+        ({"classes": "3,cat"}, "neither a class number"),
+        ({"noise_factor": 0.0}, "positive number"),
+        ({"noise_factor": float("nan")}, "positive number"),
+        ({"noise_factor": 2.0, "seeds": [-1]}, "must lie in"),
     ],
 )
-def test_mistakes_are_one_sentence(workdir, tmp_path, monkeypatch, arguments, words):
-    def compose(*_):  # what would take time
-        return None
+def test_mistakes_are_found_before_the_work(loaded, tmp_path, monkeypatch, arguments, words):
+    monkeypatch.setattr(analyze, "compose", None)
+    arguments = {"out": tmp_path / "out", **arguments}
+    with pytest.raises(UserError, match=words):
+        analyze.analyze(loaded, Path(arguments.pop("out")), **arguments)
 
-    monkeypatch.setattr(analyze, "compose", compose)
-    out = [] if arguments[0].startswith("--out") else [f"--out={tmp_path / 'out'}"]
-    text = run("--mode=analyze", f"--workdir={workdir}", *out, *arguments, status=2)
-    assert text.startswith("error: ")
+
+def test_an_analysis_is_replaced_only_if_asked(loaded, tmp_path, monkeypatch):
+    monkeypatch.setattr(analyze, "compose", lambda *_: None)
+    for name in ("analysis.npz", "ablation.png", "mine.png"):
+        (tmp_path / name).write_text("before")
+    with pytest.raises(UserError, match="2 files that this command would replace.*--overwrite"):
+        analyze.analyze(loaded, tmp_path, num=0)
+    assert {path.read_text() for path in tmp_path.iterdir()} == {"before"}
+    analyze.analyze(loaded, tmp_path, num=0, overwrite=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"analysis.npz", "mine.png"}
+    assert set(arrays_of(tmp_path)) == {"sha256"}
+
+
+def test_a_run_without_data_is_analyzed_without_losses(loaded, tmp_path, monkeypatch):
+    config = loaded.config.copy_and_resolve_references()
+    config.data.name = ""
+    monkeypatch.setattr(analyze, "compose", lambda *_: None)
+    run_without = dataclasses.replace(loaded, config=config)
+    with pytest.raises(UserError, match="analyze with --num=0"):
+        analyze.analyze(run_without, tmp_path / "out")
+    found = analyze.analyze(run_without, tmp_path / "out", num=0)
+    assert found["files"] == ["analysis.npz"]
+
+
+def test_a_network_without_adapters_has_nothing_to_analyze(workdir, tmp_path):
+    text = run(
+        *("--mode=analyze", f"--workdir={workdir}", f"--out={tmp_path / 'out'}"),
+        "--config.lora.mode=baseline",
+        status=2,
+    )
+    assert text.startswith("error: This run has no adapters to analyze")
     assert text.count("\n") == 1
-    assert words in text
 
 
 @pytest.mark.parametrize(
@@ -142,9 +164,9 @@ def test_a_condition_takes_the_routes_that_the_network_has(mode, adapter, by_cla
             assert found == (every if expected == "all" else (expected,))
 
 
-def test_a_run_keeps_its_own_folder(workdir):
-    text = run("--mode=analyze", f"--workdir={workdir}", f"--out={workdir}", status=2)
-    assert "which are its own" in text
+def test_a_run_keeps_its_own_folder(loaded, workdir):
+    with pytest.raises(UserError, match="which are its own"):
+        analyze.analyze(loaded, workdir)
 
 
 def test_samples_at_the_ends_are_those_of_the_classes(workdir, tmp_path, monkeypatch):
@@ -155,6 +177,7 @@ def test_samples_at_the_ends_are_those_of_the_classes(workdir, tmp_path, monkeyp
     detector = Detector("halves", 2, halves, {})
     monkeypatch.setattr(analyze, "detector_for_source", lambda *_: detector)
     monkeypatch.setattr(analyze, "WEIGHTS", np.array([0.0, 0.5, 1.0]))
+    monkeypatch.setattr(analyze, "compose", lambda *_: None)
     out, command = tmp_path / "out", [f"--workdir={workdir}", "--seeds=0-2"]
     text = run("--mode=analyze", *command, f"--out={out}", "--num=0", "--classes=3,8")
     arrays, record = arrays_of(out), json.loads(text.splitlines()[-1])

@@ -194,11 +194,11 @@ def ablation(
     drawn = heat_map(bottom, change, levels, rows, scale, "RdBu_r", len(rows))
     for (row, column), value in np.ndenumerate(change):
         dark = abs(scale(value) - 0.5) > 0.35
-        text = f"{value:+.2g}"
+        text = f"{value:+.0f}" if abs(value) >= 10 else f"{value:+.2g}"
         bottom.text(column, row, text, ha="center", va="center", color="w" if dark else "k", size=8)
     bottom.set_xticks(*_ticks(levels, len(levels)))
     bottom.set_xlabel(NOISE)
-    bottom.set_title("change of the loss when one site's adapters are off")
+    bottom.set_title("change of the loss in % when one site's adapters are off")
     figure.colorbar(drawn, ax=bottom, label="change in %", pad=0.01)
     return figure
 

@@ -18,8 +18,8 @@ def data(key):
 
 def test_purposes_keep_their_numbers():
     """A run that resumes, and an image made again, need the numbers of before."""
-    names = ("INIT", "TRAIN", "LATENT", "CLASS", "CHURN", "CLASSIFIER", "LIKELIHOOD")
-    assert [getattr(keys, name) for name in names] == PURPOSES == list(range(7))
+    names = ("INIT", "TRAIN", "LATENT", "CLASS", "CHURN", "CLASSIFIER", "LIKELIHOOD", "ANALYSIS")
+    assert [getattr(keys, name) for name in names] == PURPOSES == list(range(8))
 
 
 def test_no_two_purposes_or_seeds_share_a_key():

@@ -3,6 +3,7 @@
     main.py --mode=train  --config=configs/digits.py --workdir=DIR [--config.a.b=value ...]
     main.py --mode=sample --workdir=DIR --seeds=0-63 [--class_id=3|cat|all] --out=FOLDER|FILE.npz|FILE.png
     main.py --mode=likelihood --workdir=DIR [--num=1000] [--route=vlb|ode]
+    main.py --mode=analyze --workdir=DIR --out=FOLDER [--classes=3,8] [--noise_factor=2]
     main.py --mode=info   --config=configs/cifar10_edm.py [--config.a.b=value ...]
     main.py --mode=sweep  --config=FILE --workdir=DIR [--sweep='lora.rank=1,2,4;train.seed=0-2'] [--jobs=2]
     main.py --mode=doctor [--config=FILE] [--workdir=DIR]
@@ -34,18 +35,39 @@ def build_parser() -> cli.Parser:
     add = parser.add_argument
     add("--mode", required=True, choices=MODES, help="what to do")
     parser.add_path("--workdir", help="directory of the run")
-    add("--seeds", default="0-63", help="sample: one image per seed, such as 0-63 or 0,5,7-9")
+    add("--seeds", help="sample: one image per seed, such as 0,5,7-9; default: 0-63 (analyze: 0-7)")
     add(
         "--class_id",
         help="sample: a class's number or name (number:1, name:1 where both fit), or `all`",
     )
     add(
-        "--weights", default="ema", choices=("ema", "raw"), help="sample, likelihood, export: which"
+        "--weights",
+        default="ema",
+        choices=("ema", "raw"),
+        help="sample, likelihood, analyze, export: which",
     )
-    add("--step", type=int, help="sample, likelihood, export: checkpoint; default: the newest")
-    add("--num", type=int, help="likelihood: how many held-out images; default: up to 1000")
+    add(
+        "--step",
+        type=int,
+        help="sample, likelihood, analyze, export: checkpoint; default: the newest",
+    )
+    add(
+        "--num",
+        type=int,
+        help="likelihood: how many held-out images; default: up to 1000. analyze: how many training "
+        "images for the losses; default: up to 32; 0: no losses",
+    )
     add("--route", choices=("vlb", "ode"), help="likelihood: variational bound or probability flow")
-    parser.add_path("--out", help="sample: folder, .npz or .png (a grid); export: .safetensors")
+    add("--classes", help="analyze: samples in between two classes, such as 3,8 or cat,dog")
+    add(
+        "--noise_factor",
+        type=float,
+        help="analyze: samples with a condition of so many times the noise level, such as 2",
+    )
+    parser.add_path(
+        "--out",
+        help="sample: folder, .npz or .png (a grid); analyze: folder; export: .safetensors",
+    )
     parser.add_path("--source", help="import: the checkpoint file")
     parser.add_path(
         "--base", help="import: for a file of adapters alone, the base's file or workdir"
@@ -56,7 +78,11 @@ def build_parser() -> cli.Parser:
     add("--launcher", default="local", choices=launchers, help="sweep: how the runs are started")
     text = "sweep: of --launcher=slurm, such as partition=gpu;timeout_min=600;gpus_per_node=1"
     add("--slurm", default="", help=text)
-    parser.add_switch("overwrite", False, "sample: remove other samples from the folder --out")
+    parser.add_switch(
+        "overwrite",
+        False,
+        "sample: remove other samples from the folder --out; analyze: replace an analysis there",
+    )
     parser.add_switch("adapters_only", False, "export: leave the base out")
     text = "export: the weights, or the whole sampler as a program for JAX alone"
     add("--what", default="network", choices=("network", "sampler"), help=text)
@@ -91,7 +117,7 @@ def work(argv: list[str]) -> int:
     args.gives_data = any(re.match(r"--config\.data\.(name|path|data_dir)=.", o) for o in overrides)
     with cli.joined(args, config):
         args.command = shlex.join([*cli.program(), *given])
-        if mode in (info, import_file, export_file) and not processes.alone():
+        if mode in (info, import_file, export_file, analyze) and not processes.alone():
             raise processes.SharedError(f"--mode={args.mode} runs in a single process.")
         return mode(args, config)
 
@@ -131,7 +157,7 @@ def sample(args: argparse.Namespace, config: ConfigDict) -> int:
     from lora_diffusion_jax.modes.sample import describe, sample
     from lora_diffusion_jax.training.writers import log
 
-    seeds = generate.parse_seeds(args.seeds)
+    seeds = generate.parse_seeds(args.seeds or "0-63")
     run = load_workdir(args.workdir, weights=args.weights, at_step=args.step)
     run = prepare(with_config(run, config))
     about = describe(run.config, args.weights, run.step)
@@ -155,6 +181,32 @@ def likelihood(args: argparse.Namespace, config: ConfigDict) -> int:
 
     def work() -> None:
         found = measure(run, args.num, args.route)
+        log(json.dumps({**found, "weights": args.weights, "step": run.step}))
+
+    return cli.cut_short(work, "stopping")
+
+
+def analyze(args: argparse.Namespace, config: ConfigDict) -> int:
+    """Writes pictures of what the adapters do, and prints key figures as a line of JSON."""
+    from lora_diffusion_jax import generate
+    from lora_diffusion_jax.factory.pretrained import load_workdir, with_config
+    from lora_diffusion_jax.modes.analyze import analyze
+    from lora_diffusion_jax.training.writers import log
+
+    seeds = generate.parse_seeds(args.seeds) if args.seeds else None
+    run = load_workdir(args.workdir, weights=args.weights, at_step=args.step)
+    run = with_config(run, config)
+
+    def work() -> None:
+        found = analyze(
+            run,
+            Path(args.out),
+            num=args.num,
+            classes=args.classes,
+            noise_factor=args.noise_factor,
+            seeds=seeds,
+            overwrite=args.overwrite,
+        )
         log(json.dumps({**found, "weights": args.weights, "step": run.step}))
 
     return cli.cut_short(work, "stopping")
@@ -227,6 +279,7 @@ MODES: dict[str, tuple[Callable[..., int], tuple[str, ...]]] = {
     "train": (train, ("workdir",)),
     "sample": (sample, ("workdir", "out")),
     "likelihood": (likelihood, ("workdir",)),
+    "analyze": (analyze, ("workdir", "out")),
     "info": (info, ()),
     "import": (import_file, ("source", "workdir")),
     "export": (export_file, ("workdir", "out")),

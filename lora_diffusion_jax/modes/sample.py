@@ -168,16 +168,7 @@ def check_out(out: Path, seeds: np.ndarray, rows: int) -> None:
         seeds: of all images.
         rows: of a grid with one row per class; 0 for any other.
     """
-    whole = Path(os.path.realpath(out))
-    for folder in (whole, *whole.parents):
-        in_checkpoints = folder.name == checkpoint.FOLDER and folder.parent / workdir.CONFIG
-        if (folder == whole and (folder / workdir.CONFIG).exists()) or (
-            in_checkpoints and in_checkpoints.exists()
-        ):
-            raise UserError(
-                f"--out={out} is a run or lies among its checkpoints, which are its own; choose another "
-                f"folder, such as {folder.parent / 'out'}."
-            )
+    check_outside_runs(out)
     if out.suffix in outputs.FILES and out.is_dir():
         raise UserError(
             f"--out={out} is a folder, but {out.suffix} names a file; remove it or choose another --out."
@@ -194,6 +185,20 @@ def check_out(out: Path, seeds: np.ndarray, rows: int) -> None:
             f"{len(seeds)} seeds do not fill {rows} rows, one per class; give a multiple of {rows}, "
             f"such as --seeds=0-{10 * rows - 1}."
         )
+
+
+def check_outside_runs(out: Path) -> None:
+    """Raises UserError for an --out that is a run's own folder, or lies among its checkpoints."""
+    whole = Path(os.path.realpath(out))
+    for folder in (whole, *whole.parents):
+        in_checkpoints = folder.name == checkpoint.FOLDER and folder.parent / workdir.CONFIG
+        if (folder == whole and (folder / workdir.CONFIG).exists()) or (
+            in_checkpoints and in_checkpoints.exists()
+        ):
+            raise UserError(
+                f"--out={out} is a run or lies among its checkpoints, which are its own; choose another "
+                f"folder, such as {folder.parent / 'out'}."
+            )
 
 
 def describe(config: ConfigDict, weights: str, step: int | None) -> dict[str, Any]:

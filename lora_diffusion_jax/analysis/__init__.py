@@ -1,0 +1,1 @@
+"""What adapters do: composition weights, size of the updates, loss without them, conditions in between."""

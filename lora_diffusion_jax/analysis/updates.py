@@ -1,6 +1,7 @@
 """How large the adapters' updates are beside the weights, and what is lost without them."""
 
 import functools
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -113,7 +114,8 @@ def loss_by_level(
         def level(sigma: Array) -> Array:
             draws = {"sigma": jnp.full(len(images), sigma), "noise": noise}
             draws["dropout"] = jax.random.key(0)  # off
-            return objective.loss(variables, images, labels, draws, False).mean(axis=(1, 2, 3))
+            terms = objective.loss(variables, images, labels, draws, False)
+            return jax.tree.reduce(operator.add, terms).mean(axis=(1, 2, 3))
 
         return jax.lax.map(level, jnp.asarray(sigmas, jnp.float32))
 

@@ -127,7 +127,7 @@ class LowRankAdapter(nn.Module):
             omega = self.scale * omega
         self.sow("intermediates", "omega", omega)
         if self.has_variable(SCALES, "scale"):  # of `params.with_scale`
-            scale = self.get_variable(SCALES, "scale")
+            scale: Array = self.get_variable(SCALES, "scale")
             omega = scale.reshape(-1, *[1] * (omega.ndim - 1)) * omega
         if omega.ndim < 2:
             raise UserError(
@@ -286,7 +286,7 @@ class SumOfAdapters(nn.Module):
                 f"The LoRA condition has the parts {sorted(condition)}, the adapters are "
                 f"{sorted(self.adapters)}; give one condition per adapter."
             )
-        return sum(  # type: ignore[return-value]  # there is at least one
+        return sum(
             adapter.clone(parent=self, name=name)(layer, x, condition[name])
             for name, adapter in self.adapters.items()
         )

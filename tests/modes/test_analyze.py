@@ -11,10 +11,11 @@ from PIL import Image
 
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.evaluation.features import Detector
+from lora_diffusion_jax.factory.networks import build_denoiser
 from lora_diffusion_jax.factory.pretrained import Pretrained, load_workdir
 from lora_diffusion_jax.modes import analyze
 from tests.modes.running import run
-from tests.small import small_config
+from tests.small import random_variables, small_config
 
 PICTURES = ("omega", "omega_classes", "similarity", "pca", "norms", "ablation")
 
@@ -169,6 +170,7 @@ def test_a_run_keeps_its_own_folder(loaded, workdir):
         analyze.analyze(loaded, workdir)
 
 
+@pytest.mark.slow
 def test_samples_at_the_ends_are_those_of_the_classes(workdir, tmp_path, monkeypatch):
     def halves(_, images):  # features: the mean of each half of an image
         x = jnp.asarray(images, jnp.float32).reshape(len(images), 2, -1).mean(axis=-1)
@@ -196,3 +198,30 @@ def test_samples_at_the_ends_are_those_of_the_classes(workdir, tmp_path, monkeyp
     ends = np.linalg.norm(points[2] - points[0], axis=-1).mean()
     assert measured["ends"] == pytest.approx(ends)
     assert (out / "classes.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("adapter", "pictures"),
+    [
+        ("class", {"omega_classes", "norms"}),
+        pytest.param("time", {"omega", "similarity", "pca", "norms"}, marks=pytest.mark.slow),
+        pytest.param(
+            "time_class",
+            {"omega", "omega_classes", "similarity", "pca", "norms"},
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_pictures_show_what_the_weights_depend_on(adapter, pictures):
+    process = {"precond__name": "ddpm", "precond__num_steps": 20, "lora__adapter": adapter}
+    config = small_config(class_conditional=True, data__num_classes=3, **process)
+    denoiser = build_denoiser(config)
+    example = (jnp.zeros((1, 8, 8, 1)), jnp.ones(1), jnp.eye(3)[:1])
+    found = analyze.Found({}, {}, {})
+    analyze.compose(Pretrained(denoiser, random_variables(denoiser, *example), config), found)
+    assert set(found.pictures) == pictures
+    assert found.arrays["update_norm"].shape == (found.record["sites"], 20, 3)
+    assert (found.arrays["update_norm"] > 0).all()
+    if adapter == "class":
+        np.testing.assert_array_equal(found.arrays["similarity_classes"][0], np.eye(3))
+        assert np.ptp(found.arrays["update_norm"], axis=1).max() < 1e-5

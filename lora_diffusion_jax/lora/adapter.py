@@ -282,7 +282,7 @@ class SumOfAdapters(nn.Module):
                 f"The LoRA condition has the parts {sorted(condition)}, the adapters are "
                 f"{sorted(self.adapters)}; give one condition per adapter."
             )
-        return sum(  # type: ignore[return-value]  # there is at least one
+        return sum(
             adapter.clone(parent=self, name=name)(layer, x, condition[name])
             for name, adapter in self.adapters.items()
         )

@@ -488,7 +488,7 @@ def _width(module: Any) -> int | None:
     """The width E of a submodule's output [1, E], None if trial calls on times and vectors do not tell."""
     definition, state = nnx.split(module)
     layers = [layer for _, layer in nnx.iter_graph(module) if isinstance(layer, nnx.Linear)]
-    trials = [((1,), jnp.float32), ((1,), jnp.int32)]
+    trials: list[tuple[tuple[int, ...], Any]] = [((1,), jnp.float32), ((1,), jnp.int32)]
     trials += [((1, width), jnp.float32) for width in {layer.in_features for layer in layers}]
     found = set()
     for shape, dtype in trials:

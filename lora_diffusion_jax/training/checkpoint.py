@@ -38,7 +38,7 @@ WEIGHTS = ("params", "frozen", "buffers", "ema")
 RESTORE_LIMIT = 1800.0
 Parts = Mapping[str, PyTree]
 
-# What ended orbax's threads. It logs that at once, but raises it only when all processes have saved.
+# What ended orbax's thread of a save. It logs that at once, but raises it only when all processes have saved.
 _thread_errors: list[BaseException] = []
 
 
@@ -46,7 +46,7 @@ def _is_of_others(record: logging.LogRecord) -> bool:
     """Drops orbax's log records: its errors reach us as exceptions."""
     if "orbax" not in Path(record.pathname).parts:
         return True
-    if record.levelno >= logging.ERROR and record.exc_info and record.exc_info[1]:
+    if record.threadName == "async_save" and record.exc_info and record.exc_info[1]:
         _thread_errors.append(record.exc_info[1])
     return False
 

@@ -299,7 +299,8 @@ def disk_errors(path: str | os.PathLike, advice: str = _ADVICE) -> Iterator[None
         for code in _DISK_CODES:
             if os.strerror(code) in str(error):
                 raise cannot_use(path, os.strerror(code), advice) from error
-        if not Path(path).exists():
+        # NOT_FOUND: TensorStore missed a file, and may have created the folder anew.
+        if not Path(path).exists() or str(error).startswith("NOT_FOUND:"):
             raise disappeared(path) from error
         raise
 

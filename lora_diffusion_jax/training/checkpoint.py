@@ -38,7 +38,7 @@ WEIGHTS = ("params", "frozen", "buffers", "ema")
 RESTORE_LIMIT = 1800.0
 Parts = Mapping[str, PyTree]
 
-# What ended orbax's threads. It logs that at once, but raises it only when all processes have saved.
+# What ended orbax's thread of a save. It logs that at once, but raises it only when all processes have saved.
 _thread_errors: list[BaseException] = []
 
 
@@ -46,7 +46,7 @@ def _is_of_others(record: logging.LogRecord) -> bool:
     """Drops orbax's log records: its errors reach us as exceptions."""
     if "orbax" not in Path(record.pathname).parts:
         return True
-    if record.levelno >= logging.ERROR and record.exc_info and record.exc_info[1]:
+    if record.threadName == "async_save" and record.exc_info and record.exc_info[1]:
         _thread_errors.append(record.exc_info[1])
     return False
 
@@ -113,16 +113,16 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type | None, *error: Any) -> None:
-        if self.failed:  # `ending_together` ends the others, which orbax would await for minutes
-            return
         try:
-            self.wait()
+            if not self.failed:
+                self.wait()
         except Exception:
             if kind is None:  # else it would replace the error that is being raised
                 raise
         finally:
             self._join()
-            self.manager.close()
+            if not self.failed:  # else orbax would await the others, which `ending_together` ends
+                self.manager.close()
 
     def latest_step(self) -> int | None:
         """The newest step saved, or None."""
@@ -163,8 +163,8 @@ class Checkpoints:
             saving, self.saving = self.saving, False  # first, so that an error is raised once
             while saving and not self._fails() and self.manager.is_saving_in_progress():
                 time.sleep(0.005)
-            self.failed = saving and self._fails()
-            if self.failed:
+            if saving and self._fails():
+                self.failed = True
                 raise _thread_errors[0]
             self.manager.wait_until_finished()
             self.manager.check_for_errors()

@@ -5,8 +5,10 @@ import signal
 
 import pytest
 
+from lora_diffusion_jax.modes import evaluate
 from lora_diffusion_jax.training.checkpoint import saved_steps
 from tests.modes.running import TINY
+from tests.modes.running import run as command
 from tests.processes.test_processes import Job
 from tests.small import config_flags
 
@@ -33,9 +35,23 @@ SIZES = config_flags(
 )
 
 
-def job(workdir, data_dir, count, number=0):
+@pytest.fixture(scope="module")
+def inputs(data_dir, tmp_path_factory):
+    """Flags of data and reference."""
+    reference = tmp_path_factory.mktemp("reference") / "digits.npz"
+    flags = [
+        "--data=digits",
+        f"--data_dir={data_dir}",
+        "--features=rotation",
+        f"--dest={reference}",
+    ]
+    command("ref", *flags, program=evaluate.main)
+    return [f"--config.data.data_dir={data_dir}", f"--config.eval.reference={reference}"]
+
+
+def job(workdir, inputs, count, number=0):
     """Trains with two evaluations; the last process sends itself the signal in the first one."""
-    where = (f"--workdir={workdir}", f"--config.data.data_dir={data_dir}")
+    where = (f"--workdir={workdir}", *inputs)
     each = lambda index: (number if index == count - 1 else 0,)  # noqa: E731
     return Job(count, "-c", PROGRAM, "--mode=train", *TINY, *SIZES, *where, each=each)
 
@@ -50,11 +66,11 @@ def results(workdir):
 @pytest.mark.parametrize(
     ("count", "number"), [(1, signal.SIGKILL), (2, signal.SIGTERM), (2, signal.SIGKILL)]
 )
-def test_an_evaluation_is_repeated(tmp_path, data_dir, count, number):
+def test_an_evaluation_is_repeated(tmp_path, inputs, count, number):
     whole, run = tmp_path / "whole", tmp_path / "run"
-    with job(whole, data_dir, count) as undisturbed:
+    with job(whole, inputs, count) as undisturbed:
         assert undisturbed.end() == [0] * count, undisturbed.output
-    with job(run, data_dir, count, number) as disturbed:
+    with job(run, inputs, count, number) as disturbed:
         codes = disturbed.end()
     assert "in an evaluation" in disturbed.output[-1]
     if number == signal.SIGTERM:
@@ -63,8 +79,8 @@ def test_an_evaluation_is_repeated(tmp_path, data_dir, count, number):
         assert codes == [2] * (count - 1) + [-number], disturbed.output
     assert saved_steps(run) == [3]
     assert not any("eval/" in str(line) for line in results(run))
-    with job(run, data_dir, count) as resumed:
+    with job(run, inputs, count) as resumed:
         assert resumed.end() == [0] * count, resumed.output
     assert "resuming from the checkpoint of step 3" in resumed.output[0]
     assert results(run) == results(whole)
-    assert str(results(run)).count("'eval/f") == 2
+    assert str(results(run)).count("'eval/fd_rotation_48'") == 2

@@ -8,6 +8,8 @@ import random
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
+
 from lora_diffusion_jax.errors import UserError
 
 Changes = dict[str, Any]  # the fields in which a run departs from the config: {"lora.rank": 4}
@@ -17,7 +19,8 @@ Add = Callable[[Changes | Grid], None]  # what `sweep` is called with
 
 def over(field: str, values: Iterable[Any]) -> Grid:
     """One run for each value of a field."""
-    return [{field: value} for value in values]
+    plain = (value.item() if isinstance(value, np.generic) else value for value in values)
+    return [{field: value} for value in plain]
 
 
 def product(*grids: Grid) -> Grid:

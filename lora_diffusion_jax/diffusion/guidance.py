@@ -78,7 +78,9 @@ def guide(
             return jax.lax.cond(inside, led, alone, x, sigma)
         return jnp.where(inside[:, None, None, None], led(x, sigma), denoise(x, sigma))
 
-    return BoundDenoiser(alone if scale == 1 else guided, precond_of(denoise))
+    if scale == 1:
+        return BoundDenoiser(alone, precond_of(denoise), getattr(denoise, "raw", None))
+    return BoundDenoiser(guided, precond_of(denoise))
 
 
 def is_inside(sigma: Sigma | np.float32, interval: Interval) -> jax.Array:

@@ -110,7 +110,7 @@ def resolved(config: ConfigDict) -> dict[str, Any]:
         used |= {
             "adapter",
             "sites",
-            *inspect.signature(lora.ADAPTERS[config.lora.adapter]).parameters,
+            *inspect.signature(lora.ADAPTERS[config.lora.adapter]).parameters.keys() - {"scale"},
         }
     fields["lora"]["num_timesteps"] = num_timesteps(config, precond)
     fields["lora"] = {field: value for field, value in fields["lora"].items() if field in used}
@@ -211,7 +211,8 @@ def _attach(config: ConfigDict, unet: nn.Module, precond: Precond) -> lora.Adapt
     condition: str | Condition = (
         "map" if sees == ("map",) else Condition(sees, precond, steps, classes)
     )
-    sizes = {"num_timesteps": steps, "num_classes": classes}
+    # lora.scale is for sampling alone, where `lora.with_scale` applies it.
+    sizes = {"num_timesteps": steps, "num_classes": classes, "scale": None}
     adapter = _build(lora.ADAPTERS[kind], config, "lora", **sizes)
     return lora.attach(unet, sites=config.lora.sites, adapter=adapter, condition=condition)
 

@@ -85,6 +85,15 @@ def sampler_settings(config: ConfigDict) -> dict[str, Any]:
     return settings
 
 
+def refuse_changes(config: ConfigDict, who: str) -> None:
+    """Raises UserError if the config changes the network in sampling: guidance, scaled adapters."""
+    if sampler_settings(config).keys() & {"guidance", "adapters"}:
+        raise UserError(
+            f"{who} measures the network as it was trained; leave out guidance.*, lora.scale and "
+            "lora.interval."
+        )
+
+
 def count_evaluations(
     config: ConfigDict, sampler: Callable[..., Images], denoiser: Denoiser
 ) -> int:

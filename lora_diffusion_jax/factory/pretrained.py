@@ -142,8 +142,8 @@ def with_config(loaded: Pretrained, config: ConfigDict) -> Pretrained:
         listed = ", ".join(f"{k} {old[k]!r}, now {new[k]!r}" for k in changed)
         raise UserError(
             f"The config describes another network than the one these weights belong to: {listed}. Remove "
-            "these overrides; only sampler, guidance, mesh, dtype and lora.scale can change, and lora.mode "
-            "to baseline."
+            "these overrides; only sampler, guidance, mesh, dtype, lora.scale, lora.interval and "
+            "lora.scaled can change, and lora.mode to baseline."
         )
     return dataclasses.replace(loaded, denoiser=build_denoiser(config), config=config)
 

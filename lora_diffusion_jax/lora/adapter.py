@@ -125,7 +125,6 @@ class LowRankAdapter(nn.Module):
         omega = self.compose(condition)  # [*leading, m]
         if self.scale != 1:
             omega = self.scale * omega
-        self.sow("intermediates", "omega", omega)
         if self.has_variable(SCALES, "scale"):  # of `params.with_scale`
             scale: Array = self.get_variable(SCALES, "scale")
             omega = scale.reshape(-1, *[1] * (omega.ndim - 1)) * omega
@@ -134,6 +133,7 @@ class LowRankAdapter(nn.Module):
                 f"compose returned weights of shape {omega.shape} at '{'/'.join(self.path)}'; it must "
                 "return [B, m], or [1, m] for all samples."
             )
+        self.sow("intermediates", "omega", omega)
         weights = jnp.repeat(omega, self.rank, axis=-1)  # [*leading, m * r]
         width = weights.shape[-1]
         hidden = _down(layer, width, self.rank)(x)  # [B, ..., m * r]

@@ -19,6 +19,7 @@ from lora_diffusion_jax.evaluation.features import Detector, extract
 from lora_diffusion_jax.evaluation.npz import write_npz
 from lora_diffusion_jax.factory.data import complete, open_source
 from lora_diffusion_jax.factory.networks import has_map, num_classes
+from lora_diffusion_jax.factory.objectives import refuse_changes
 from lora_diffusion_jax.factory.pretrained import Pretrained
 from lora_diffusion_jax.factory.training import build_generator, build_mesh
 from lora_diffusion_jax.keys import ANALYSIS, purpose_key
@@ -82,7 +83,7 @@ def analyze(
             "This run has no adapters to analyze (lora.mode=baseline); name one with lora.mode=with_lora or "
             "only_lora."
         )
-    check_folder(out, overwrite)
+    refuse_changes(run.config, "--mode=analyze")
     pair = None if classes is None else choose_pair(run, classes)
     if noise_factor is not None and not (0 < noise_factor < float("inf") and noise_factor != 1):
         raise UserError(
@@ -91,6 +92,7 @@ def analyze(
     for asked, by_class in ((pair, True), (noise_factor, False)):
         if asked:
             routes_of(run, by_class)
+    check_folder(out, overwrite)
     samples = bool(pair or noise_factor)
     checked = generate.check_seeds(USUAL_SEEDS if seeds is None else seeds) if samples else None
     source = training_images(run) if num != 0 or samples else None

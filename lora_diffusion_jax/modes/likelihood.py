@@ -24,7 +24,7 @@ from lora_diffusion_jax.diffusion.samplers import BoundDenoiser, bind
 from lora_diffusion_jax.errors import UserError, choose, printable
 from lora_diffusion_jax.factory.data import named_classes, open_heldout
 from lora_diffusion_jax.factory.networks import image_shape, num_classes
-from lora_diffusion_jax.factory.objectives import sampler_settings
+from lora_diffusion_jax.factory.objectives import refuse_changes
 from lora_diffusion_jax.factory.pretrained import Pretrained
 from lora_diffusion_jax.factory.training import build_mesh
 from lora_diffusion_jax.keys import LIKELIHOOD, purpose_key
@@ -63,11 +63,7 @@ def measure(run: Pretrained, num: int | None = None, route: str | None = None) -
             such route.
         Interrupted: by a signal, inside `with Interrupts()`.
     """
-    if sampler_settings(run.config).keys() & {"guidance", "adapters"}:
-        raise UserError(
-            "--mode=likelihood measures the network as it was trained; leave out guidance.*, lora.scale and "
-            "lora.interval."
-        )
+    refuse_changes(run.config, "--mode=likelihood")
     precond = run.denoiser.precond
     route = route or ("vlb" if isinstance(precond, DDPM) else "ode")
     function = choose("--route", route, ROUTES)

@@ -163,11 +163,11 @@ def update(
             entry.state, entry.detail = "running", holder
         elif name in configs and state.is_done(folder, configs[name]):
             entry.state, entry.detail = "done", ""
-        elif entry.state == "submitted" and slurm.is_queued(directory, entry.job):
-            pass
+        elif entry.job and slurm.is_queued(directory, entry.job):
+            entry.state, entry.detail = "submitted", f"job {entry.job.partition(':')[2]}"
         elif entry.listed:
             entry.state, entry.detail = "waiting", ""
-        elif entry.state == "running":
+        elif entry.state in ("running", "waiting", "submitted"):
             entry.state, entry.detail = "stopped", ""
     state.write(directory, entries)
 

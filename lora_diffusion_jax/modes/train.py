@@ -118,6 +118,11 @@ def check_training(config: ConfigDict) -> None:
             "Training in float16 would need loss scaling, which does not exist here; use "
             "dtype=bfloat16 (float16 works for sampling)."
         )
+    if config.guidance.name == "autoguidance":
+        raise UserError(
+            "guidance.name=autoguidance is for finished runs; leave it out of the training's config and give "
+            "it to --mode=sample."
+        )
     build_cadence(config)
 
 
@@ -200,11 +205,6 @@ def callbacks(
 
     `show` is called with the run's state when there is a new grid.
     """
-    if config.guidance.name == "autoguidance":
-        raise UserError(
-            "guidance.name=autoguidance is for finished runs; leave it out of the training's config and give "
-            "it to --mode=sample."
-        )
     generator = build_generator(config, denoiser, mesh)
     quick = generator
     if config.eval.num_steps:

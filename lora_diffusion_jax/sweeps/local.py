@@ -110,7 +110,9 @@ class Runner:
 
     def _start(self) -> bool:
         """Starts runs while there are free slots."""
-        waiting = [name for name, entry in self.entries.items() if entry.state == "waiting"]
+        waiting = [
+            n for n, entry in self.entries.items() if entry.state == "waiting" and entry.listed
+        ]
         started = waiting[: len(self.free)]
         for name in started:
             entry, slot = self.entries[name], self.free.popleft()
@@ -126,6 +128,11 @@ class Runner:
         ended = [name for name, child in self.children.items() if child.process.poll() is not None]
         for name in ended:
             child = self.children.pop(name)
+            if child.process.returncode and (holder := state.holder(self.directory / name)):
+                # A process that an earlier sweep left had not locked its directory yet.
+                self.entries[name].detail = holder
+                self.others[name] = child.slot
+                continue
             self.free.append(child.slot)
             self._note_end(name, child.process.returncode, child.log_start)
         return bool(ended)

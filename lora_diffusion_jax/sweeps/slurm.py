@@ -97,7 +97,7 @@ def submit(
     """
     submitit, settings = _submitit(), dict(settings)
     cluster = settings.pop("cluster", "slurm")
-    waiting = [name for name, entry in entries.items() if entry.state == "waiting"]
+    waiting = [n for n, entry in entries.items() if entry.state == "waiting" and entry.listed]
     if jobs is not None:
         settings.setdefault("slurm_array_parallelism", jobs)
     settings.setdefault("name", directory.name)

@@ -135,7 +135,10 @@ def is_done(directory: Path, config: Mapping[str, Any]) -> bool:
     if not steps or steps[-1] * train["batch_size"] < train["total_images"]:
         return False
     last = [line for line in read_metrics(directory) if line["step"] == steps[-1]]
-    wanted = {"samples"} | ({"eval"} if config["eval"]["num_samples"] else set())
+    evaluation, data = config["eval"], config["data"]
+    # Training images of a folder or ZIP have nothing beside them to be compared with.
+    compared = evaluation["reference"] or data["eval_path"] or data["name"]
+    wanted = {"samples"} | ({"eval"} if evaluation["num_samples"] and compared else set())
     return wanted <= {line.get("callback") for line in last}
 
 

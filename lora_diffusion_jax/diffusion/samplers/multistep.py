@@ -87,8 +87,9 @@ def dpmpp_plan(
 
     Args:
         sigmas, to_zero, precond: as in `ipndm_plan`.
-        order: 2 or 3.
+        order: 1 (Euler's method in ln sigma) to 3.
     """
+    check_order(order, 3)
 
     def weights(levels: np.ndarray, i: int) -> tuple[float, ...]:
         nodes = _log_nodes(levels, i, order, to_zero)

@@ -180,8 +180,10 @@ def _ode_sampler(
         settings: the solver's own.
     """
     precond = precond_of(denoise)
-    ends = precond.clip(sigma_min, sigma_max)
-    levels = noise_levels(grid, num_steps + (not to_zero), *ends, rho, sigmas)
+    low, high = precond.clip(sigma_min, sigma_max)
+    if grid == "searched":  # among the levels that the network knows
+        low, high = map(float, precond.round_sigma(np.array([low, high])))
+    levels = noise_levels(grid, num_steps + (not to_zero), low, high, rho, sigmas)
     plan = make(levels, to_zero=to_zero, precond=precond, **settings)
     if afs:
         plan = plan._replace(analytic=np.arange(len(plan.sigma)) == 0)
@@ -213,11 +215,11 @@ def noise_levels(
         )
     schedules.check_grid(count, sigma_min, sigma_max)
     levels = np.asarray(sigmas, np.float64)
-    inside = (sigma_min * (1 - 1e-6) <= levels) & (levels <= sigma_max * (1 + 1e-6))
+    inside = (sigma_min * (1 - 1e-5) <= levels) & (levels <= sigma_max * (1 + 1e-5))
     if len(levels) != count or not (np.diff(levels) < 0).all() or not inside.all():
         raise UserError(
-            f"sigmas has {len(levels)} values; expected {count} for these steps, decreasing, from "
-            f"{sigma_max:g} to {sigma_min:g}."
+            f"sigmas has {len(levels)} values, {levels.max():g} to {levels.min():g}; expected {count} for "
+            f"these steps, decreasing, within {sigma_max:g} and {sigma_min:g}."
         )
     return levels
 

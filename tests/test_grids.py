@@ -1,5 +1,6 @@
 """Grids of changes and how they combine."""
 
+import numpy as np
 import pytest
 
 from lora_diffusion_jax import grids
@@ -47,3 +48,9 @@ def test_a_sample_is_a_part_of_the_grid_and_the_same_for_a_seed():
 def test_mistakes_are_plain_errors(mistake, words):
     with pytest.raises(UserError, match=words):
         mistake()
+
+
+def test_values_of_numpy_are_plain_ones():
+    (first, second) = grids.over("train.learning_rate", np.array([1e-3, 1e-4]))
+    assert [type(run["train.learning_rate"]) for run in (first, second)] == [float, float]
+    assert first == {"train.learning_rate": 1e-3}

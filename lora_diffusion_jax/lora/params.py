@@ -57,8 +57,8 @@ def count(params: PyTree) -> int:
 def with_scale(variables: PyTree, scale: jax.Array, pattern: str = ".*") -> PyTree:
     """Variables under which adapters add `scale` times as much; 0 switches them off.
 
-    For sampling; an adapter's own `scale` is part of the adapter. Under `nn.scan` and `nn.vmap` the collection
-    `scales` has to be passed on like the parameters.
+    For sampling; an adapter's own `scale` is part of the adapter. Under `nn.scan` and `nn.vmap`, pass the
+    collection `scales` on like the parameters.
 
     Args:
         variables: with `params` that hold adapters.

@@ -31,6 +31,8 @@ def latents():
 def test_scale_1_is_the_network_itself_bit_for_bit(latents, guide):
     run = functools.partial(SAMPLERS["heun"], latents=latents, num_steps=6)
     np.testing.assert_array_equal(run(guide(STRONG, WEAK, 1.0)), run(STRONG))
+    learned = BoundDenoiser(STRONG, VE(), raw=lambda x, sigma: (x, x))
+    assert guide(learned, WEAK, 1.0).raw is learned.raw  # ddpm keeps the learned variances
 
 
 @pytest.mark.parametrize("guide", [classifier_free, autoguidance])

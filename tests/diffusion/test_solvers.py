@@ -10,7 +10,7 @@ import pytest
 from scipy.integrate import quad_vec, solve_ivp
 
 from lora_diffusion_jax.diffusion import schedules
-from lora_diffusion_jax.diffusion.precond import EDM, VE, Denoiser
+from lora_diffusion_jax.diffusion.precond import DDPM, EDM, IDDPM, VE, Denoiser
 from lora_diffusion_jax.diffusion.samplers import (
     SAMPLERS,
     BoundDenoiser,
@@ -322,7 +322,7 @@ def test_grids_by_name(latents):
         ({"sigmas": (80.0, 0.002)}, "sigmas are given beside grid=rho"),
         ({"grid": "searched", "sigmas": (80.0, 1.0, 0.002)}, "3 values; expected 4"),
         ({"grid": "searched", "sigmas": (80.0, 1.0, 2.0, 0.002)}, "4 values; expected 4"),
-        ({"grid": "searched", "sigmas": (90.0, 2.0, 1.0, 0.002)}, "from 80 to 0.002"),
+        ({"grid": "searched", "sigmas": (90.0, 2.0, 1.0, 0.002)}, "within 80 and 0.002"),
         ({"grid": "searched", "sigmas": (80.0, np.nan, 1.0, 0.002)}, "decreasing"),
         ({"order": 5}, "order is 5; this sampler has the orders 1 to 4"),
         ({"order": 0}, "order is 0"),
@@ -372,6 +372,16 @@ def test_a_searched_grid_beats_the_usual_one():
     assert len(searched_grid(sharp, chosen_on, 6, to_zero=False)) == 7
     with pytest.raises(UserError, match="A grid of 9 levels cannot be chosen out of 6"):
         searched_grid(sharp, chosen_on, 9, fine_steps=5)
+
+
+@pytest.mark.parametrize("precond", [DDPM(num_steps=50), IDDPM()])
+def test_a_searched_grid_of_known_levels_is_accepted(precond):
+    """Its ends are levels of the network, which may lie outside of the range that was asked for."""
+    chosen_on = np.random.default_rng(3).normal(size=(8, 2, 2, 1)).astype(np.float32)
+    denoise = BoundDenoiser(mixture, precond)
+    sigmas = [float(f"{level:.6g}") for level in searched_grid(denoise, chosen_on, 5)]
+    images = SAMPLERS["euler"](denoise, chosen_on, num_steps=5, grid="searched", sigmas=sigmas)
+    assert np.isfinite(images).all()
 
 
 class Whole(EDM):

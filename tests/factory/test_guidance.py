@@ -10,7 +10,7 @@ from lora_diffusion_jax import lora
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.factory.checks import check
 from lora_diffusion_jax.factory.guidance import build_bind
-from lora_diffusion_jax.factory.networks import build_denoiser
+from lora_diffusion_jax.factory.networks import build_denoiser, resolved
 from lora_diffusion_jax.factory.objectives import build_sampler, count_evaluations
 from lora_diffusion_jax.paths import path_of
 from tests.small import fast_jit, random_variables, small_config
@@ -213,3 +213,25 @@ def test_evaluations_of_the_guide_count(network, changes, expected):
 def test_bad_settings_are_one_sentence(changes, words):
     with pytest.raises(UserError, match=words):
         check(config_of(**changes))
+
+
+def test_the_config_s_scale_is_for_sampling_alone():
+    """The network itself, and so its training, has adapters of scale 1; sampling applies the factor once."""
+    config = config_of(lora__scale=0.5)
+    (attachment,) = build_denoiser(config).model.attachments
+    assert attachment.adapter.scale == 1
+    assert resolved(config)["lora"] == resolved(config_of())["lora"]
+
+
+def test_half_a_scale_is_half_of_what_adapters_add(network):
+    """To first order, at adapters so small that the network is linear in them."""
+    denoiser, variables = network
+
+    def small(path, value):
+        return 1e-4 * value if "lora" in path_of(path) and "up" in path_of(path) else value
+
+    small_network = denoiser, jax.tree_util.tree_map_with_path(small, variables)
+    off, half, full = (denoised(small_network, lora__scale=k) for k in (0.0, 0.5, 1.0))
+    change = full - off
+    assert float(jnp.abs(change).max()) > 1e-5
+    np.testing.assert_allclose(half - off, 0.5 * change, atol=0.02 * float(jnp.abs(change).max()))

@@ -13,7 +13,11 @@ from pathlib import Path
 
 from lora_diffusion_jax import files
 
-CONFIG = {"train": {"batch_size": 10, "total_images": 30}, "eval": {"num_samples": 0}}
+CONFIG = {
+    "train": {"batch_size": 10, "total_images": 30},
+    "eval": {"num_samples": 0, "reference": ""},
+    "data": {"name": "digits", "eval_path": ""},
+}
 
 
 def main():

@@ -191,3 +191,19 @@ def test_a_damaged_file_is_a_plain_error(tmp_path, text):
     (tmp_path / state.FILE).write_text(text)
     with pytest.raises(UserError, match=r"sweep\.json"):
         state.read(tmp_path)
+
+
+def test_runs_that_are_not_asked_for_are_not_started(tmp_path):
+    sweep = Sweep(tmp_path, a="ends", old="ends")
+    sweep.entries["old"].listed = False
+    assert sweep.run() is None
+    assert sweep.states == {"a": "done", "old": "waiting"}
+    assert not (tmp_path / "old").exists()
+
+
+def test_a_run_with_nothing_to_compare_with_is_done_without_an_evaluation(tmp_path):
+    sweep = Sweep(tmp_path, a="ends")
+    sweep.run()
+    evaluated = {**CONFIG, "eval": {"num_samples": 10, "reference": ""}}
+    assert not state.is_done(tmp_path / "a", evaluated)  # of digits, which have held-out images
+    assert state.is_done(tmp_path / "a", {**evaluated, "data": {"name": "", "eval_path": ""}})

@@ -13,7 +13,6 @@ from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.factory.pretrained import Pretrained
 from lora_diffusion_jax.factory.sampling import open_generator
 from lora_diffusion_jax.files import atomic, disk_errors, write_text
-from lora_diffusion_jax.training.sharding import make_mesh
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 SUFFIX = ".jax"
@@ -38,7 +37,8 @@ def export_sampler(path: str | Path, run: Pretrained, about: dict[str, Any]) -> 
     if path.suffix != SUFFIX:
         raise UserError(f"{path} must end in {SUFFIX}: a sampler is a program for JAX.")
     generator = open_generator(run)
-    generator = dataclasses.replace(generator, mesh=make_mesh(devices=jax.devices()[:1]))
+    mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+    generator = dataclasses.replace(generator, mesh=mesh)
     batch, classes = generator.call_size, generator.num_classes
     weights = jax.device_get(run.sampled_variables)
 

@@ -38,6 +38,13 @@ def two(denoiser, variables, row):
     return apply(variables, X, SIGMA, jnp.tile(row, (2, 1)))
 
 
+def told_by(model, factor):
+    """The model whose adapters get the condition of `Fixed`."""
+    (attachment,) = model.attachments
+    fixed = Fixed(attachment.condition, factor)
+    return model.clone(attachments=(dataclasses.replace(attachment, condition=fixed),))
+
+
 @pytest.mark.parametrize("adapter", ["uc", "time_class"])
 def test_one_condition_for_both_is_the_network_itself(adapter):
     denoiser, variables = network(lora__adapter=adapter)
@@ -49,7 +56,7 @@ def test_one_condition_for_both_is_the_network_itself(adapter):
 def test_adapters_alone_see_the_second_condition():
     denoiser, variables = network(lora__adapter="time_class")
     row = routes.condition_rows("adapters", np.array([1.0]), LABELS[0], LABELS[1], factor=3.0)
-    model = denoiser.model.clone(condition=Fixed(denoiser.model.condition, 3.0))
+    model = told_by(denoiser.model, 3.0)
     apply = fast_jit(denoiser.clone(model=model).apply)
     expected = apply(variables, X, SIGMA, LABELS[:1])
     np.testing.assert_allclose(two(denoiser, variables, row), expected, atol=1e-4)
@@ -62,7 +69,7 @@ def test_scale_and_shift_alone_sees_the_second_condition():
     row = routes.condition_rows(
         "scale_and_shift", np.array([1.0]), LABELS[1], LABELS[2], factor=3.0
     )
-    model = denoiser.model.clone(condition=Fixed(denoiser.model.condition, 1.0))
+    model = told_by(denoiser.model, 1.0)
 
     @fast_jit
     def by_hand(variables):  # D = c_skip x + c_out F(c_in x; c_noise of three times the level)

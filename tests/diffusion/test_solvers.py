@@ -320,8 +320,11 @@ def test_grids_by_name(latents):
         ({"grid": "cosine"}, "grid is 'cosine'; it must be one of rho, log_snr"),
         ({"grid": "searched"}, "grid=searched has no sigmas yet"),
         ({"sigmas": (80.0, 0.002)}, "sigmas are given beside grid=rho"),
-        ({"grid": "searched", "sigmas": (80.0, 1.0, 0.002)}, "3 values; expected 4"),
-        ({"grid": "searched", "sigmas": (80.0, 1.0, 2.0, 0.002)}, "4 values; expected 4"),
+        ({"grid": "searched", "sigmas": (80.0, 1.0, 0.002)}, "3 values, 80 to 0.002; expected 4"),
+        (
+            {"grid": "searched", "sigmas": (80.0, 1.0, 2.0, 0.002)},
+            "4 values, 80 to 0.002; expected 4",
+        ),
         ({"grid": "searched", "sigmas": (90.0, 2.0, 1.0, 0.002)}, "within 80 and 0.002"),
         ({"grid": "searched", "sigmas": (80.0, np.nan, 1.0, 0.002)}, "decreasing"),
         ({"order": 5}, "order is 5; this sampler has the orders 1 to 4"),

@@ -228,10 +228,11 @@ def test_half_a_scale_is_half_of_what_adapters_add(network):
     denoiser, variables = network
 
     def small(path, value):
-        return 1e-4 * value if "lora" in path_of(path) and "up" in path_of(path) else value
+        added = "lora/up/" in path_of(path) or path_of(path).endswith("lora/bias")
+        return 1e-3 * value if added else value
 
     small_network = denoiser, jax.tree_util.tree_map_with_path(small, variables)
     off, half, full = (denoised(small_network, lora__scale=k) for k in (0.0, 0.5, 1.0))
     change = full - off
-    assert float(jnp.abs(change).max()) > 1e-5
+    assert float(jnp.abs(change).max()) > 1e-4  # far above rounding
     np.testing.assert_allclose(half - off, 0.5 * change, atol=0.02 * float(jnp.abs(change).max()))

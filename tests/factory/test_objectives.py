@@ -21,7 +21,7 @@ def objective_value(config, train=True, moved=0.0):
     images = jnp.linspace(-1, 1, 4 * 64).reshape(4, 8, 8, 1)
     draws = objective.draw(jax.random.key(1), images.shape)
     loss = fast_jit(objective.loss, static_argnums=4)
-    return np.asarray(loss(variables, images, None, draws, train)), draws
+    return np.asarray(loss(variables, images, None, draws, train)["loss"]), draws
 
 
 @pytest.mark.parametrize("precond", ["edm", "vp", "ve", "iddpm", "ddpm"])

@@ -155,7 +155,7 @@ def test_a_run_is_done_when_its_samples_and_evaluation_are(tmp_path):
     assert state.is_done(tmp_path / "a", CONFIG)
     longer = {**CONFIG, "train": {"batch_size": 10, "total_images": 31}}
     assert not state.is_done(tmp_path / "a", longer)
-    evaluated = {**CONFIG, "eval": {"num_samples": 10}}
+    evaluated = {**CONFIG, "eval": {"num_samples": 10, "reference": ""}}
     assert not state.is_done(tmp_path / "a", evaluated)
     assert not state.is_done(tmp_path / "b", CONFIG)
 

@@ -229,7 +229,7 @@ def test_half_a_scale_is_half_of_what_adapters_add(network):
 
     def small(path, value):
         added = "lora/up/" in path_of(path) or path_of(path).endswith("lora/bias")
-        return 1e-3 * value if added else value
+        return 5e-3 * value if added else value
 
     small_network = denoiser, jax.tree_util.tree_map_with_path(small, variables)
     off, half, full = (denoised(small_network, lora__scale=k) for k in (0.0, 0.5, 1.0))

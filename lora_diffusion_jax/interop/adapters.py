@@ -53,7 +53,8 @@ def load_adapters(path: str | Path) -> PyTree:
     if metadata.get("format") != FORMAT:
         raise UserError(
             f"{path} is a safetensors file of another kind (format {printable(metadata.get('format'))}); "
-            "expected one that save_adapters wrote."
+            "expected one that save_adapters wrote. Those of --mode=export --adapters_only are for "
+            "--mode=import --base=FILE."
         )
     tree: dict[tuple[str, ...], np.ndarray] = {tuple(k.split("/")): v for k, v in arrays.items()}
     if any(k[:i] in tree for k in tree for i in range(1, len(k))):
@@ -177,10 +178,10 @@ def _pair(
     start = len(site.split("/")) + 1
     for head in _heads(flat, site):
         down, up = flat[*head, "down", "kernel"], flat[*head, "up", "kernel"]
-        given = omega[head[start:]] if isinstance(omega, Mapping) else omega
-        mixed = np.asarray(given, np.float32)
+        given = omega.get(head[start:], ()) if isinstance(omega, Mapping) else omega
+        mixed = np.atleast_1d(np.asarray(given, np.float32))
         width = down.shape[-1]
-        if mixed.size != mixed.shape[-1] or width % mixed.size:
+        if not mixed.size or mixed.size != mixed.shape[-1] or width % mixed.size:
             raise UserError(
                 f"LoRA site '{site}' got composition weights of shape {mixed.shape} for {width} inner "
                 "channels; PEFT's format holds one condition: give [m] or [1, m]."

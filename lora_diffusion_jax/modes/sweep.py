@@ -55,6 +55,7 @@ def sweep(args: argparse.Namespace, name: str | None, overrides: Sequence[str]) 
             "--workdir."
         )
     jax.config.update("jax_platforms", "cpu")  # the devices are for the runs
+    devices.check_jobs(args.jobs)
     slots = devices.slots(args.jobs) if args.launcher == "local" else []
     settings = slurm.parse_settings(args.slurm)
     runs = plan_runs(args, name, overrides, directory)

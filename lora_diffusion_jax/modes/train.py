@@ -1,5 +1,6 @@
 """Training a config in a workdir: what is built, where it starts from, what it shows on the way."""
 
+import contextlib
 import functools
 import os
 import shutil
@@ -105,7 +106,12 @@ def train(config: ConfigDict, directory: str | os.PathLike, command: str = "") -
         look = functools.partial(check_disk, config, denoiser, path)
         processes.from_leader("checking the free disk space", look)
         show = functools.partial(write_page, config, path, command)
-        result = run(path, callbacks=callbacks(config, path, denoiser, mesh, source, show))
+        try:
+            result = run(path, callbacks=callbacks(config, path, denoiser, mesh, source, show))
+        except Exception:
+            with contextlib.suppress(Exception):  # the first error is the one to report
+                show("failed")
+            raise
         show("done" if result.stopped_by is None else "stopped")
         return result
 

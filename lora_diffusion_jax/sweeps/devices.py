@@ -52,8 +52,7 @@ def slots(
     Raises:
         UserError: `jobs` is less than 1, or TPU chips cannot be shared out so.
     """
-    if jobs is not None and jobs < 1:
-        raise UserError(f"--jobs is {jobs}; it must be at least 1.")
+    check_jobs(jobs)
     kind, names = visible(environment, dev)
     jobs = jobs or max(1, len(names))
     if jobs == 1 or not names:
@@ -65,6 +64,12 @@ def slots(
         more = {} if _sets_memory(environment) else {_FRACTION: f"{share:.3f}"}
         return [{"CUDA_VISIBLE_DEVICES": names[k % len(names)], **more} for k in range(jobs)]
     return [{"CUDA_VISIBLE_DEVICES": ",".join(names[k::jobs])} for k in range(jobs)]
+
+
+def check_jobs(jobs: int | None) -> None:
+    """Raises UserError for a number of runs at a time that is less than 1."""
+    if jobs is not None and jobs < 1:
+        raise UserError(f"--jobs is {jobs}; it must be at least 1.")
 
 
 _FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"

@@ -278,6 +278,10 @@ def set_aside(path: Path, name: str) -> Path:
 # Errors and locks.
 
 
+# How TensorStore and orbax begin when they miss a file of theirs; they may have created the folder anew.
+_MISSED = ("NOT_FOUND:", "No ArrayMetadata found")
+
+
 @contextlib.contextmanager
 def disk_errors(path: str | os.PathLike, advice: str = _ADVICE) -> Iterator[None]:
     """Turns a full, read-only, forbidden or vanished disk into a UserError that names the path.
@@ -299,8 +303,7 @@ def disk_errors(path: str | os.PathLike, advice: str = _ADVICE) -> Iterator[None
         for code in _DISK_CODES:
             if os.strerror(code) in str(error):
                 raise cannot_use(path, os.strerror(code), advice) from error
-        # NOT_FOUND: TensorStore missed a file, and may have created the folder anew.
-        if not Path(path).exists() or str(error).startswith("NOT_FOUND:"):
+        if not Path(path).exists() or str(error).startswith(_MISSED):
             raise disappeared(path) from error
         raise
 

@@ -1,6 +1,6 @@
 """Paths of parameters, such as 'model/enc/32x32_block0/qkv/lora/down/kernel'."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -23,6 +23,20 @@ def list_sites(params: Any) -> list[str]:
     """Paths of the adapted layers in a parameter tree, sorted."""
     adapted = [path for path in traverse_util.flatten_dict(params) if ADAPTER in path]
     return sorted({"/".join(path[: path.index(ADAPTER)]) for path in adapted})
+
+
+def list_adapters(
+    paths: Iterable[tuple[str, ...]], site: str | None = None
+) -> list[tuple[str, ...]]:
+    """Where adapters are, of parameters' paths: those that end in `lora`, or in an adapter's name below it.
+
+    Args:
+        paths: of all parameters.
+        site: the adapted layer's path; None: of all sites.
+    """
+    start = () if site is None else (*site.split("/"), ADAPTER)
+    heads = [p[:-2] for p in paths if ADAPTER in p and p[-2:] == ("down", "kernel")]
+    return [head for head in heads if head[: len(start)] == start]
 
 
 def split(params: Any, chosen: Callable[[str], bool]) -> tuple[Any, Any]:

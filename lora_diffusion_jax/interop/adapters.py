@@ -14,8 +14,8 @@ from flax import traverse_util
 from lora_diffusion_jax.array_types import PyTree
 from lora_diffusion_jax.errors import UserError, printable
 from lora_diffusion_jax.files import disk_errors, write_text
-from lora_diffusion_jax.interop.export import write_safetensors
-from lora_diffusion_jax.paths import ADAPTER, list_sites
+from lora_diffusion_jax.interop.export import check_suffix, write_safetensors
+from lora_diffusion_jax.paths import ADAPTER, list_adapters, list_sites
 from lora_diffusion_jax.readers.safetensors import read_safetensors
 from lora_diffusion_jax.untrusted import read_json
 
@@ -36,9 +36,7 @@ def save_adapters(path: str | Path, adapters: PyTree) -> None:
     Raises:
         UserError: the tree has no adapters or other parameters, or the file cannot be written.
     """
-    path = Path(path)
-    if path.suffix != ".safetensors":
-        raise UserError(f"{path} must end in .safetensors, so that other programs know it.")
+    path = check_suffix(path)
     flat = _flat(adapters)
     write_safetensors(path, {"/".join(k): v for k, v in flat.items()}, {"format": FORMAT})
 
@@ -163,20 +161,13 @@ def load_peft(folder: str | Path, adapters: PyTree) -> PyTree:
 # ---------------------------------------------------------------------------------- one site
 
 
-def _heads(flat: Mapping[tuple[str, ...], Any], site: str) -> list[tuple[str, ...]]:
-    """Where a site's adapters are: the paths that end in their `lora`, or their name below it."""
-    start = (*site.split("/"), ADAPTER)
-    ends = [k[:-2] for k in flat if k[-2:] == ("down", "kernel")]
-    return [head for head in ends if head[: len(start)] == start]
-
-
 def _pair(
     flat: Mapping[tuple[str, ...], np.ndarray], site: str, omega: Any
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """PEFT's lora_A [r, in] (Conv: [r, in, *window]), lora_B [out, r] and the bias [out] of a site."""
     downs, ups, shifts = [], [], []
     start = len(site.split("/")) + 1
-    for head in _heads(flat, site):
+    for head in list_adapters(flat, site):
         down, up = flat[*head, "down", "kernel"], flat[*head, "up", "kernel"]
         given = omega.get(head[start:], ()) if isinstance(omega, Mapping) else omega
         mixed = np.atleast_1d(np.asarray(given, np.float32))
@@ -206,7 +197,7 @@ def _filled(
     shift: np.ndarray,
 ) -> dict[tuple[str, ...], np.ndarray]:
     """A site's parameters with PEFT's values."""
-    heads = _heads(flat, site)
+    heads = list_adapters(flat, site)
     parameters = {k for k in flat if k[: len(heads[0])] == heads[0]}
     expected = {(*heads[0], *k) for k in (("down", "kernel"), ("up", "kernel"), ("bias",))}
     if len(heads) > 1 or parameters - expected:

@@ -71,9 +71,7 @@ def export_network(
         UserError: the variables are not the network's, it has no adapters to export, or the file
             cannot be written.
     """
-    path = Path(path)
-    if path.suffix != ".safetensors":
-        raise UserError(f"{path} must end in .safetensors, so that other programs know it.")
+    path = check_suffix(path)
     state_dict = to_state_dict(variables, config)
     if adapters_only:
         names = official_names(traverse_util.flatten_dict(variables), is_openai(config))
@@ -92,6 +90,14 @@ def export_network(
     with disk_errors(path):
         readable = json.dumps({**facts, "config": fields}, indent=2)
         write_text(path.with_suffix(".json"), readable + "\n")
+
+
+def check_suffix(path: str | Path) -> Path:
+    """The path of a file to write; raises UserError unless it ends in .safetensors."""
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise UserError(f"{path} must end in .safetensors, so that other programs know it.")
+    return path
 
 
 def write_safetensors(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> None:

@@ -13,7 +13,7 @@ from lora_diffusion_jax import paths
 from lora_diffusion_jax.array_types import PyTree
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.lora.adapter import SCALES
-from lora_diffusion_jax.paths import ADAPTER, is_adapter, list_sites
+from lora_diffusion_jax.paths import is_adapter, list_adapters, list_sites
 
 
 def split(params: PyTree) -> tuple[PyTree, PyTree]:
@@ -70,7 +70,7 @@ def with_scale(variables: PyTree, scale: jax.Array, pattern: str = ".*") -> PyTr
         UserError: no adapter has such a path.
     """
     flat = traverse_util.flatten_dict(variables["params"])
-    adapters = {path[:-2] for path in flat if ADAPTER in path and path[-2:] == ("down", "kernel")}
+    adapters = list_adapters(flat)
     chosen = {path: scale for path in adapters if re.fullmatch(pattern, "/".join(path))}
     if not chosen:
         known = ", ".join(sorted("/".join(path) for path in adapters))
@@ -101,11 +101,7 @@ def fold(params: PyTree, omegas: Mapping[str, Any]) -> PyTree:
         )
     for site, omega in omegas.items():
         path = tuple(site.split("/"))
-        for head in {
-            k[: -len(("down", "kernel"))]
-            for k in flat
-            if k[: len(path)] == path and k[-2:] == ("down", "kernel")
-        }:
+        for head in list_adapters(flat, site):
             weights = omega[head[len(path) + 1 :]] if isinstance(omega, Mapping) else omega
             _fold_site(flat_base, flat, path, head, jnp.asarray(weights).reshape(-1))
     return traverse_util.unflatten_dict(flat_base)

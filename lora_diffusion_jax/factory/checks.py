@@ -155,19 +155,24 @@ def _check_training(config: ConfigDict) -> None:
         )
 
 
+def scales_adapters(config: ConfigDict) -> bool:
+    """Whether adapters add more or less in sampling than they were trained to."""
+    return config.lora.scale != 1 or config.lora.interval != ()
+
+
 def _check_guidance(config: ConfigDict) -> None:
     """Guidance and the scale of adapters, as far as the config tells."""
     for field in ("guidance.interval", "lora.interval"):
         interval = _get(config, field)
         if interval != ():
             check_interval(field, interval)
-    guidance, scaled = config.guidance, config.lora.scale != 1 or config.lora.interval != ()
+    guidance = config.guidance
     if guidance.name == "none" and guidance.scale != 1:
         raise UserError(
             f"guidance.scale is {guidance.scale:g}, but guidance.name=none; choose classifier_free, "
             "autoguidance or adapters."
         )
-    if config.lora.mode == "baseline" and (scaled or guidance.name == "adapters"):
+    if config.lora.mode == "baseline" and (scales_adapters(config) or guidance.name == "adapters"):
         raise UserError(
             "lora.mode=baseline has no adapters to scale; leave out lora.scale, lora.interval and "
             "guidance.name=adapters."

@@ -12,6 +12,7 @@ from lora_diffusion_jax.array_types import Images, Labels, Sigma, Variables
 from lora_diffusion_jax.diffusion import guidance
 from lora_diffusion_jax.diffusion.precond import Denoiser
 from lora_diffusion_jax.diffusion.samplers import BoundDenoiser, bind
+from lora_diffusion_jax.factory.checks import scales_adapters
 from lora_diffusion_jax.generate import Bind
 
 
@@ -24,7 +25,7 @@ def build_bind(config: ConfigDict, weaker: Denoiser | None = None) -> Bind:
             {'network', 'weaker'}.
     """
     name = config.guidance.name
-    if name == "none" and not _scales_adapters(config):
+    if name == "none" and not scales_adapters(config):
         return bind
 
     def bind_guided(
@@ -70,10 +71,6 @@ def _pairs(first: jax.Array, second: jax.Array) -> jax.Array:
     return jnp.stack([first, second], axis=1).reshape(-1, *first.shape[1:])
 
 
-def _scales_adapters(config: ConfigDict) -> bool:
-    return config.lora.scale != 1 or config.lora.interval != ()
-
-
 def _apply(
     config: ConfigDict,
     denoiser: Denoiser,
@@ -86,7 +83,7 @@ def _apply(
     with_raw: bool = False,
 ) -> Any:
     """D(x; sigma) with the adapters scaled: by `factors` [B], or None by lora.scale, in lora.interval."""
-    if factors is not None or _scales_adapters(config):
+    if factors is not None or scales_adapters(config):
         scale = jnp.asarray(config.lora.scale if factors is None else factors, jnp.float32)
         if config.lora.interval:
             scale = jnp.where(guidance.is_inside(sigma, config.lora.interval), scale, 0.0)

@@ -18,7 +18,7 @@ from lora_diffusion_jax.diffusion.objective import Augmentation, Objective
 from lora_diffusion_jax.diffusion.precond import DDPM, Denoiser
 from lora_diffusion_jax.diffusion.samplers import SAMPLERS, BoundDenoiser
 from lora_diffusion_jax.errors import UserError
-from lora_diffusion_jax.factory.checks import CLASS_ADAPTERS
+from lora_diffusion_jax.factory.checks import CLASS_ADAPTERS, scales_adapters
 
 
 def build_objective(config: ConfigDict, denoiser: Denoiser) -> Objective:
@@ -79,9 +79,8 @@ def sampler_settings(config: ConfigDict) -> dict[str, Any]:
     settings = {k: v for k, v in config.sampler.items() if k != "batch_size"}
     if config.guidance.name != "none":
         settings["guidance"] = config.guidance.to_dict()
-    adapters = {k: config.lora[k] for k in ("scale", "interval", "scaled")}
-    if adapters["scale"] != 1 or adapters["interval"]:
-        settings["adapters"] = adapters
+    if scales_adapters(config):
+        settings["adapters"] = {k: config.lora[k] for k in ("scale", "interval", "scaled")}
     return settings
 
 

@@ -37,7 +37,7 @@ class Batch(NamedTuple):
 
     images: np.ndarray  # uint8 [N, H, W, C]
     seeds: np.ndarray  # int64 [N]
-    labels: np.ndarray  # int32 [N]; NO_LABEL without classes
+    labels: np.ndarray  # int32 [N], NO_LABEL without classes; or the rows that were given
     finite: np.ndarray | bool = True  # bool [N]: without NaN or infinity, which no uint8 shows
 
     def not_finite(self) -> list[int]:
@@ -104,7 +104,9 @@ class Generator:
         return jax.vmap(latent)(seeds)
 
     def one_hot(self, labels: np.ndarray) -> np.ndarray:
-        """Labels of `choose_labels` as rows, [B, num_classes] float32; [B, 1] without classes."""
+        """Labels of `choose_labels` as rows, [B, num_classes] float32; [B, 1] without classes. Rows pass."""
+        if labels.ndim == 2:
+            return labels.astype(np.float32)
         return np.eye(max(self.num_classes, 1), dtype=np.float32)[np.maximum(labels, 0)]
 
     def sample(
@@ -133,7 +135,8 @@ class Generator:
         Args:
             variables: of the network.
             seeds: integers in [0, 2^32).
-            labels: from `choose_labels`, for seeds from `check_seeds`; None calls both.
+            labels: from `choose_labels`, for seeds from `check_seeds`; None calls both. Or rows
+                [N, num_classes], which may mix classes.
             progress: show a bar, on a terminal.
             between: called ahead of every batch; it may raise to stop.
 
@@ -143,7 +146,8 @@ class Generator:
         if labels is None:
             seeds = check_seeds(seeds)
             labels = self.choose_labels(seeds)
-        seeds, labels = np.asarray(seeds, np.int64), np.asarray(labels, np.int32)
+        seeds, labels = np.asarray(seeds, np.int64), np.asarray(labels)
+        labels = labels if labels.ndim == 2 else labels.astype(np.int32)
         whole = NamedSharding(self.mesh, P())  # host arrays go to the devices once, not every call
         variables = jax.tree.map(
             lambda v: v if isinstance(v, jax.Array) else processes.place(v, whole), variables

@@ -383,18 +383,12 @@ def sample_rows(
         num_classes=two.num_classes,
         batch_size=min(plain.batch_size, len(seeds)),
     )
-    size, images = generator.call_size, []
-    for row in rows:
-        for start in range(0, len(seeds), size):
-            between()
-            part = seeds[start : start + size]
-            padded = jnp.asarray(np.resize(part, size), jnp.uint32)
-            found = generator.compiled(run.variables, padded, jnp.tile(row, (size, 1)))
-            pixels, finite = (np.asarray(array)[: len(part)] for array in found)
-            generate.Batch(
-                pixels, part, np.full(len(part), generate.NO_LABEL), finite
-            ).check_finite()
-            images.append(pixels)
+    images = []
+    for row in rows:  # a batch has one condition
+        labels = np.tile(row, (len(seeds), 1))
+        for batch in generator.batches(run.variables, seeds, labels, between=between):
+            batch.check_finite()
+            images.append(batch.images)
     return np.concatenate(images).reshape(len(rows), len(seeds), *plain.image_shape)
 
 

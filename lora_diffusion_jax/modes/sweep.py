@@ -26,7 +26,7 @@ from lora_diffusion_jax.sweeps.display import Display
 from lora_diffusion_jax.training import workdir
 
 PROCESS_FLAGS = ("coordinator_address", "num_processes", "process_id", "distributed")
-PAGE_SECONDS = 10.0  # between two versions of the page while runs are at work
+PAGE_SECONDS = 10.0  # at least, between two versions of the page while runs are at work
 
 
 def sweep(args: argparse.Namespace, name: str | None, overrides: Sequence[str]) -> int:
@@ -210,16 +210,18 @@ def run_here(
         flush=True,
     )
 
-    written = time.monotonic()
+    due = time.monotonic() + PAGE_SECONDS
 
     def changed(states: bool) -> None:
-        nonlocal written
+        nonlocal due
         if states:
             state.write(directory, entries)
         display.update()
-        if time.monotonic() - written > PAGE_SECONDS:
-            write_page(directory, entries)
-            written = time.monotonic()
+        if (start := time.monotonic()) > due:
+            write_page(
+                directory, entries
+            )  # reads all runs: at most a tenth of the time goes into it
+            due = time.monotonic() + max(PAGE_SECONDS, 10 * (time.monotonic() - start))
 
     configs = {run.name: run.config.to_dict() for run in runs}
     number = local.Runner(directory, entries, configs, slots, changed).run()

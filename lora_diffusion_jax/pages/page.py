@@ -31,14 +31,14 @@ def write(directory: Path, title: str, sources: Sequence[Source]) -> list[Run]:
     """
     runs = [collect(source) for source in sources]
     table = tables.make_table(runs)
-    texts = (render(directory, title, runs), tables.to_csv(table), tables.to_markdown(table))
+    texts = (render(directory, title, runs, table), tables.to_csv(table), tables.to_markdown(table))
     with files.disk_errors(directory):
         for name, text in zip(FILES, texts, strict=True):
             files.write_text(directory / name, text)
     return runs
 
 
-def render(directory: Path, title: str, runs: Sequence[Run]) -> str:
+def render(directory: Path, title: str, runs: Sequence[Run], table: tables.Table) -> str:
     """The page as HTML; grids of samples are links relative to `directory`."""
     style, script = ((_HERE / name).read_text() for name in ("page.css", "page.js"))
     return _template().render(
@@ -47,7 +47,7 @@ def render(directory: Path, title: str, runs: Sequence[Run]) -> str:
         style=markupsafe.Markup(style),
         script=markupsafe.Markup(script),
         runs=runs,
-        table=(table := tables.make_table(runs)),
+        table=table,
         numeric={
             title
             for row in table.rows

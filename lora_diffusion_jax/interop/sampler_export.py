@@ -23,7 +23,8 @@ def export_sampler(path: str | Path, run: Pretrained, about: dict[str, Any]) -> 
 
     `jax.export.deserialize(data).call(seeds, labels)` gives (images uint8 [B, H, W, C], finite bool [B])
     for seeds uint32 [B] and labels float32 [B, num_classes], or [B, 1], ignored, without classes. B is
-    `sampler.batch_size`. JAX keeps such files readable for at least six months, forward and back.
+    `sampler.batch_size`. JAX reads files of other versions for at least six months
+    after and three weeks before.
 
     Args:
         path: the file to write, .jax.

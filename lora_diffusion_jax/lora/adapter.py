@@ -150,7 +150,7 @@ class LowRankAdapter(nn.Module):
     def _leading(self, axes: tuple[int, ...], positions: tuple[int, ...]) -> tuple[int, ...]:
         """The weights' axes before the channels, with an axis of 1 for each position that they lack.
 
-        None if they are all 1: such weights serve any input, also one without a batch axis. Weights per
+        No axes if they are all 1: such weights serve any input, also one without a batch axis. Weights per
         sample get them for height and width, or for the sequence.
         """
         if all(size == 1 for size in axes):

@@ -278,10 +278,6 @@ def set_aside(path: Path, name: str) -> Path:
 # Errors and locks.
 
 
-# How TensorStore and orbax begin when they miss a file of theirs; they may have created the folder anew.
-_MISSED = ("NOT_FOUND:", "No ArrayMetadata found")
-
-
 @contextlib.contextmanager
 def disk_errors(path: str | os.PathLike, advice: str = _ADVICE) -> Iterator[None]:
     """Turns a full, read-only, forbidden or vanished disk into a UserError that names the path.
@@ -303,7 +299,7 @@ def disk_errors(path: str | os.PathLike, advice: str = _ADVICE) -> Iterator[None
         for code in _DISK_CODES:
             if os.strerror(code) in str(error):
                 raise cannot_use(path, os.strerror(code), advice) from error
-        if not Path(path).exists() or str(error).startswith(_MISSED):
+        if not Path(path).exists():
             raise disappeared(path) from error
         raise
 
@@ -319,6 +315,25 @@ def disappeared(path: str | os.PathLike) -> UserError:
         f"{path} has disappeared: it was removed, or its file system is no longer mounted. Restore it "
         "and rerun the same command; without it the run cannot be resumed."
     )
+
+
+class Held:
+    """A folder kept open, so that its disappearance shows even if a library creates another in its place."""
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = path
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    def is_there(self) -> bool:
+        """Whether the path still leads to this folder."""
+        try:
+            return os.path.samestat(os.stat(self.path), os.fstat(self._descriptor))
+        except OSError:
+            return False
+
+    def close(self) -> None:
+        """Lets go of the folder."""
+        os.close(self._descriptor)
 
 
 class TakenError(UserError):

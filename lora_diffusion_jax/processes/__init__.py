@@ -11,7 +11,7 @@ from lora_diffusion_jax.processes.agreement import (
     session,
 )
 from lora_diffusion_jax.processes.arrays import fetch, place, place_rows
-from lora_diffusion_jax.processes.ending import ending_together
+from lora_diffusion_jax.processes.ending import ending_together, raised_by_all
 from lora_diffusion_jax.processes.interrupts import SIGNALS, Interrupted, Interrupts, pause_point
 from lora_diffusion_jax.processes.joining import check_joined, join
 
@@ -33,5 +33,6 @@ __all__ = [
     "pause_point",
     "place",
     "place_rows",
+    "raised_by_all",
     "session",
 ]

@@ -58,14 +58,19 @@ def ending_together() -> Iterator[None]:
     listener.start()
     try:
         yield
-    except (SharedError, Interrupted, SystemExit):  # raised by all processes
-        raise
     except BaseException as error:
+        if raised_by_all(error):
+            raise
         _fail(error)
     finally:  # Python crashes if it exits while a thread is blocked inside JAX
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             client().key_value_set(_inbox(jax.process_index()), "", True)  # wakes the listener
         listener.join(_DELIVERY_MS / 1000)
+
+
+def raised_by_all(error: BaseException) -> bool:
+    """Whether every process raises this error at the same place, or there is only this one."""
+    return alone() or isinstance(error, (SharedError, Interrupted, SystemExit))
 
 
 def _inbox(index: int) -> str:

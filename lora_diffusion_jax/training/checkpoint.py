@@ -5,13 +5,14 @@ into its SHA256SUMS, which every reading compares. A checkpoint that is damaged 
 aside, and the one before it is used.
 """
 
+import contextlib
 import functools
 import logging
 import os
 import re
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ WEIGHTS = ("params", "frozen", "buffers", "ema")
 # Seconds that processes wait for each other's reading. If one cannot read its share, orbax's own
 # barrier holds the others first, and gives up after 300 s.
 RESTORE_LIMIT = 1800.0
+# Seconds for the save that was begun when this process fails; it may be waiting for other processes.
+LAST_SAVE_LIMIT = 30.0
 Parts = Mapping[str, PyTree]
 
 # What ended orbax's thread of a save. It logs that at once, but raises it only when all processes have saved.
@@ -105,6 +108,7 @@ class Checkpoints:
         processes.from_leader("creating the folder of checkpoints", create_folder)
         handlers = {name: ocp.PyTreeCheckpointHandler() for name in PARTS}
         with files.disk_errors(self.directory):
+            self.held = files.Held(self.directory)
             self.manager = ocp.CheckpointManager(
                 self.directory, options=options, item_handlers=handlers
             )
@@ -112,8 +116,10 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, kind: type | None, *error: Any) -> None:
+    def __exit__(self, kind: type | None, error: BaseException | None, *trace: Any) -> None:
         try:
+            if error is not None and not processes.raised_by_all(error):
+                self.failed = not self._saved_within(LAST_SAVE_LIMIT)
             if not self.failed:
                 self.wait()
         except Exception:
@@ -123,6 +129,7 @@ class Checkpoints:
             self._join()
             if not self.failed:  # else orbax would await the others, which `ending_together` ends
                 self.manager.close()
+            self.held.close()
 
     def latest_step(self) -> int | None:
         """The newest step saved, or None."""
@@ -134,14 +141,14 @@ class Checkpoints:
         Raises:
             UserError: the folder has disappeared (orbax would create a new one), or cannot be written.
         """
-        if processes.is_leader() and not self.directory.is_dir():
+        if processes.is_leader() and not self.held.is_there():
             raise files.disappeared(self.directory)
         if step in self.manager.all_steps():
             return
         items = {name: ocp.args.PyTreeSave(part) for name, part in parts.items()}
         began = time.perf_counter()
         self.wait()  # saving may delete the checkpoint whose checksums are being computed
-        with files.disk_errors(self.directory):
+        with self._save_errors():
             self.saving = True
             _thread_errors.clear()
             self.manager.save(step, args=ocp.args.Composite(**items))
@@ -159,19 +166,41 @@ class Checkpoints:
 
     def _finish(self) -> None:
         """Waits for the save that was begun, and begins to write its checksums."""
-        with files.disk_errors(self.directory):
+        with self._save_errors():
             saving, self.saving = self.saving, False  # first, so that an error is raised once
-            while saving and not self._fails() and self.manager.is_saving_in_progress():
-                time.sleep(0.005)
-            if saving and self._fails():
+            if saving and not self._saved_within(float("inf")):
                 self.failed = True
-                raise _thread_errors[0]
+                raise _thread_errors[0] if self._fails() else files.disappeared(self.directory)
             self.manager.wait_until_finished()
             self.manager.check_for_errors()
         if saving and processes.is_leader():
             folder = self.directory / str(self.manager.latest_step())
             self.summing = threading.Thread(target=_write_sums, args=(folder,))
             self.summing.start()
+
+    @contextlib.contextmanager
+    def _save_errors(self) -> Iterator[None]:
+        """`files.disk_errors`; without the folder, orbax fails in many ways and words, or goes on."""
+        try:
+            with files.disk_errors(self.directory):
+                yield
+        except Exception as error:
+            if not self.held.is_there():
+                raise files.disappeared(self.directory) from error
+            raise
+
+    def _saved_within(self, limit: float) -> bool:
+        """Whether the save that was begun ends within so many seconds.
+
+        Where the folder has disappeared, orbax waits for ever: for another process, or for the file
+        system.
+        """
+        deadline = time.monotonic() + limit
+        while self.manager.is_saving_in_progress():
+            if self._fails() or time.monotonic() > deadline or not self.held.is_there():
+                return False
+            time.sleep(0.005)
+        return not self._fails()
 
     def _fails(self) -> bool:
         """Whether the save has failed in this process, one of several."""

@@ -135,6 +135,9 @@ def base() -> ConfigDict:
     return config
 
 
+EXECUTION = ("batch_size", "fold")  # of the group `sampler`: how samples are computed, not which
+
+
 def sampler(name: str, old: ConfigDict | None = None) -> ConfigDict:
     """The group `sampler` for one of `SAMPLERS`: the settings of that sampler and of no other.
 
@@ -154,6 +157,9 @@ def sampler(name: str, old: ConfigDict | None = None) -> ConfigDict:
             # None: the sampler's own choice, here of a noise level
             group[field] = config_dict.placeholder(float) if default is None else default
     group.batch_size = 64  # images per call, all devices together
+    # auto | on | off: where all images of a call have one class or none, fold the adapters into the base
+    # at each noise level, once for all images; auto: if the call is large enough to gain by it
+    group.fold = "auto"
     if old is not None:
         usual = sampler(old.name)
         group.update({k: v for k, v in old.items() if k in group and v != usual[k]})

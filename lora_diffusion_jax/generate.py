@@ -67,6 +67,8 @@ class Generator:
         mesh: devices; a batch is spread over all of them.
         batch_size: images a call; rounded up to a multiple of the devices.
         bind: makes the D(x; sigma) that is sampled from, with guidance for example.
+        bind_shared: the same for batches whose images all have one condition; its labels have one row.
+            With adapters folded into the base, for example; None: as `bind`.
     """
 
     denoiser: Denoiser
@@ -76,6 +78,7 @@ class Generator:
     mesh: Mesh
     batch_size: int = 64
     bind: Bind = bind
+    bind_shared: Bind | None = None
 
     @property
     def call_size(self) -> int:
@@ -95,6 +98,15 @@ class Generator:
         spread = NamedSharding(self.mesh, P(self.mesh.axis_names))
         return jax.jit(self.sample, in_shardings=(None, spread, spread), out_shardings=spread)
 
+    @functools.cached_property
+    def compiled_shared(
+        self,
+    ) -> Callable[[Variables, jax.Array, Labels], tuple[jax.Array, jax.Array]]:
+        """`compiled` for one label [1, n] that all images share: what depends on it is computed once."""
+        spread, whole = (NamedSharding(self.mesh, P(axes)) for axes in (self.mesh.axis_names, ()))
+        sample = functools.partial(self.sample, bind=self.bind_shared)
+        return jax.jit(sample, in_shardings=(None, spread, whole), out_shardings=spread)
+
     def latents(self, seeds: jax.Array) -> Images:
         """Unit normal noise [B, H, W, C], each image's from its seed."""
 
@@ -110,12 +122,18 @@ class Generator:
         return np.eye(max(self.num_classes, 1), dtype=np.float32)[np.maximum(labels, 0)]
 
     def sample(
-        self, variables: Variables, seeds: jax.Array, labels: Labels
+        self,
+        variables: Variables,
+        seeds: jax.Array,
+        labels: Labels,
+        bind: Bind | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         churn = jax.vmap(functools.partial(purpose_key, purpose=CHURN))(seeds)
         # Weights that training splits (`training.sharding.gathered` says why) are used whole.
         variables = jax.lax.with_sharding_constraint(variables, NamedSharding(self.mesh, P()))
-        denoise = self.bind(self.denoiser, variables, labels if self.num_classes else None)
+        denoise = (bind or self.bind)(
+            self.denoiser, variables, labels if self.num_classes else None
+        )
         images = self.sampler(denoise, self.latents(seeds), key=churn)
         return to_uint8(images), jnp.isfinite(images).all(axis=(1, 2, 3))
 
@@ -127,6 +145,7 @@ class Generator:
         *,
         progress: bool = False,
         between: Callable[[], None] = lambda: None,
+        shared: bool | None = None,
     ) -> Iterator[Batch]:
         """Yields the images of the seeds in order; a short last batch is padded and cut.
 
@@ -139,15 +158,19 @@ class Generator:
                 [N, num_classes], which may mix classes.
             progress: show a bar, on a terminal.
             between: called ahead of every batch; it may raise to stop.
+            shared: whether all have one condition; None: as these labels do, or as the network does if
+                they are drawn. A part of a run says what the whole run does, to round as it does.
 
         Raises:
             UserError: without labels, a seed out of range.
         """
         if labels is None:
+            shared = not self.num_classes if shared is None else shared
             seeds = check_seeds(seeds)
             labels = self.choose_labels(seeds)
         seeds, labels = np.asarray(seeds, np.int64), np.asarray(labels)
         labels = labels if labels.ndim == 2 else labels.astype(np.int32)
+        shared = share_condition(labels) if shared is None else shared
         whole = NamedSharding(self.mesh, P())  # host arrays go to the devices once, not every call
         variables = jax.tree.map(
             lambda v: v if isinstance(v, jax.Array) else processes.place(v, whole), variables
@@ -157,14 +180,21 @@ class Generator:
             for start in range(0, len(seeds), self.call_size):
                 between()
                 part = slice(start, start + self.call_size)
-                yield self._run(variables, seeds[part], labels[part])
+                yield self._run(variables, seeds[part], labels[part], shared)
                 bar.update(len(seeds[part]))
 
-    def _run(self, variables: Variables, seeds: np.ndarray, labels: np.ndarray) -> Batch:
-        spread = NamedSharding(self.mesh, P(self.mesh.axis_names))
-        arrays = (seeds.astype(np.uint32), self.one_hot(labels))
-        inputs = (processes.place_rows(array, self.call_size, spread) for array in arrays)
-        images, finite = map(processes.fetch, self.compiled(variables, *inputs))
+    def _run(
+        self, variables: Variables, seeds: np.ndarray, labels: np.ndarray, shared: bool
+    ) -> Batch:
+        spread, whole = (NamedSharding(self.mesh, P(axes)) for axes in (self.mesh.axis_names, ()))
+        inputs = processes.place_rows(seeds.astype(np.uint32), self.call_size, spread)
+        if shared:
+            row = processes.place(self.one_hot(labels[:1]), whole)
+            made = self.compiled_shared(variables, inputs, row)
+        else:
+            rows = processes.place_rows(self.one_hot(labels), self.call_size, spread)
+            made = self.compiled(variables, inputs, rows)
+        images, finite = map(processes.fetch, made)
         return Batch(images[: len(seeds)], seeds, labels, finite[: len(seeds)])
 
     def choose_labels(
@@ -195,6 +225,11 @@ class Generator:
                 f"0 to {self.num_classes - 1}."
             )
         return chosen.astype(np.int32)
+
+
+def share_condition(labels: np.ndarray) -> bool:
+    """Whether images with these labels, of `choose_labels` or rows, all have the same condition."""
+    return bool((labels == labels[:1]).all())
 
 
 def check_seeds(seeds: Sequence[int] | np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ from lora_diffusion_jax.diffusion.samplers import SAMPLERS
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.factory.pretrained import config_from_dict
 
-COMMON = {"name", "num_steps", "sigma_min", "sigma_max", "batch_size"}
+COMMON = {"name", "num_steps", "sigma_min", "sigma_max", "batch_size", "fold"}
 GRID = {"grid", "rho", "sigmas", "to_zero", "afs"}
 
 

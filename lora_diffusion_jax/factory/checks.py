@@ -32,6 +32,7 @@ _CHOICES = {
     "lora.mode": ("baseline", "with_lora", "only_lora"),
     "lora.adapter": lora.ADAPTERS,
     "sampler.name": samplers.SAMPLERS,
+    "sampler.fold": ("auto", "on", "off"),
     "guidance.name": ("none", "classifier_free", "autoguidance", "adapters"),
     "dtype": DTYPES,
     "train.remat": REMAT,

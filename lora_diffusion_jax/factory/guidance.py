@@ -13,26 +13,30 @@ from lora_diffusion_jax.diffusion import guidance
 from lora_diffusion_jax.diffusion.precond import Denoiser
 from lora_diffusion_jax.diffusion.samplers import BoundDenoiser, bind
 from lora_diffusion_jax.factory.checks import scales_adapters
+from lora_diffusion_jax.factory.networks import fold_lora
 from lora_diffusion_jax.generate import Bind
 
 
-def build_bind(config: ConfigDict, weaker: Denoiser | None = None) -> Bind:
+def build_bind(config: ConfigDict, weaker: Denoiser | None = None, *, fold: bool = False) -> Bind:
     """The function (denoiser, variables, labels) -> D(x; sigma) with the config's guidance.
 
     Args:
         config: with the groups `guidance` and `lora`.
         weaker: with guidance.name=autoguidance, the network that guides. The variables are then
             {'network', 'weaker'}.
+        fold: for one label [1, num_classes] and scalar noise levels, without guidance: folds the adapters
+            into the base at each noise level, once for all images.
     """
     name = config.guidance.name
-    if name == "none" and not scales_adapters(config):
+    if name == "none" and not scales_adapters(config) and not fold:
         return bind
 
     def bind_guided(
         denoiser: Denoiser, variables: Variables, labels: Labels | None
     ) -> BoundDenoiser:
         others = variables.get("weaker", {})
-        apply = functools.partial(_apply, config, denoiser, variables.get("network", variables))
+        network = variables.get("network", variables)
+        apply = functools.partial(_apply, config, denoiser, network, fold=fold)
         denoise = BoundDenoiser(
             lambda x, sigma: apply(x, sigma, labels),
             denoiser.precond,
@@ -81,6 +85,7 @@ def _apply(
     factors: jax.Array | None = None,
     *,
     with_raw: bool = False,
+    fold: bool = False,
 ) -> Any:
     """D(x; sigma) with the adapters scaled: by `factors` [B], or None by lora.scale, in lora.interval."""
     if factors is not None or scales_adapters(config):
@@ -88,4 +93,6 @@ def _apply(
         if config.lora.interval:
             scale = jnp.where(guidance.is_inside(sigma, config.lora.interval), scale, 0.0)
         variables = lora.with_scale(variables, scale, config.lora.scaled)
+    if fold:
+        denoiser, variables = fold_lora(denoiser, variables, sigma, labels)
     return denoiser.apply(variables, x, sigma, labels, with_raw=with_raw)

@@ -304,7 +304,7 @@ def bypass_lora(denoiser: Denoiser) -> Denoiser:
 def fold_lora(
     denoiser: Denoiser,
     variables: Variables,
-    sigma: float,
+    sigma: float | jax.Array,
     class_labels: Labels | None = None,
 ) -> tuple[Denoiser, Variables]:
     """A network without adapters that equals this one at one noise level and class label.

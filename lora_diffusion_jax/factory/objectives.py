@@ -68,7 +68,9 @@ def build_sampler(config: ConfigDict, denoiser: Denoiser) -> Callable[..., Image
             f"{', '.join(sorted(known))}. Write config.sampler = default_config.sampler({name!r}) "
             "in a config file to choose a sampler with its settings."
         )
-    settings = {k: v for k, v in config.sampler.items() if k not in ("name", "batch_size")}
+    settings = {
+        k: v for k, v in config.sampler.items() if k not in ("name", *default_config.EXECUTION)
+    }
     sampler = functools.partial(SAMPLERS[name], **settings)
     evaluations(sampler, denoiser)
     return sampler
@@ -76,7 +78,7 @@ def build_sampler(config: ConfigDict, denoiser: Denoiser) -> Callable[..., Image
 
 def sampler_settings(config: ConfigDict) -> dict[str, Any]:
     """The settings that decide what the samples are: of the sampler, and of guidance and adapters if set."""
-    settings = {k: v for k, v in config.sampler.items() if k != "batch_size"}
+    settings = {k: v for k, v in config.sampler.items() if k not in default_config.EXECUTION}
     if config.guidance.name != "none":
         settings["guidance"] = config.guidance.to_dict()
     if scales_adapters(config):

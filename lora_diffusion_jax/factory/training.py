@@ -18,6 +18,9 @@ from lora_diffusion_jax.factory.objectives import build_objective, build_sampler
 from lora_diffusion_jax.paths import is_adapter, path_of
 from lora_diffusion_jax.training import ema, loop, metrics, optimizer, sharding, step
 
+# Images of a batch from which folding pays off: it costs what the adapters do on one or two images.
+FOLD_FROM = 2
+
 
 def build_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The (data, fsdp) mesh of some devices; None: of all."""
@@ -111,4 +114,13 @@ def build_generator(
         mesh=mesh,
         batch_size=config.sampler.batch_size,
         bind=build_bind(config, weaker),
+        bind_shared=build_bind(config, weaker, fold=folds(config)),
     )
+
+
+def folds(config: ConfigDict) -> bool:
+    """Whether sampling folds the adapters where all images of a batch have one condition."""
+    if config.lora.mode == "baseline" or config.guidance.name != "none":
+        return False
+    fold = config.sampler.get("fold", "auto")
+    return fold == "on" or (fold == "auto" and config.sampler.batch_size >= FOLD_FROM)

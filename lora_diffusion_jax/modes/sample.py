@@ -80,6 +80,7 @@ def sample(
             labels[sampled],
             progress=processes.is_leader(),
             between=pause_point,
+            shared=generate.share_condition(labels),
         ):
             batch.check_finite()
             now, sampled = np.split(sampled, [len(batch.images)])

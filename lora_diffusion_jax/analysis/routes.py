@@ -77,7 +77,7 @@ class TwoConditions:
             for half in (of_adapters, of_affine)
         )
         told = jnp.exp(log_factor) * sigma
-        base, folded = fold_lora(self.denoiser, variables, told, label)  # type: ignore[arg-type]
+        base, folded = fold_lora(self.denoiser, variables, told, label)
         base = base.clone(precond=Told(base.precond, jnp.exp(affine_log_factor)))
         return base.apply(folded, x, sigma, affine_label, **more)
 

@@ -173,6 +173,15 @@ class Parser(argparse.ArgumentParser):
         """Raises UserError instead of exiting."""
         raise UserError(f"{message}. See {self.prog} --help.")
 
+    def parse_given(self, argv: Sequence[str]) -> tuple[argparse.Namespace, set[str]]:
+        """The flags of a command line, and the names of those that it gives, be it their defaults."""
+        args, absent = self.parse_args(argv), object()
+        defaults = {name: self.get_default(name) for name in vars(args)}
+        self.set_defaults(**dict.fromkeys(defaults, absent))
+        given = {name for name, v in vars(self.parse_args(argv)).items() if v is not absent}
+        self.set_defaults(**defaults)
+        return args, given
+
     def add_path(self, name: str, **settings: Any) -> None:
         """Adds a flag whose value is a path, with ~ and environment variables replaced."""
         self.add_argument(name, action=_Path, **settings)

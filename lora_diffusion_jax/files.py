@@ -293,6 +293,7 @@ def disk_errors(path: str | os.PathLike, advice: str = _ADVICE) -> Iterator[None
     Raises:
         UserError: instead of an OSError, or of a library's error caused by one.
     """
+    before = next((p for p in (Path(path), *Path(path).parents) if os.path.exists(p)), None)
     try:
         yield
     except UserError:
@@ -303,7 +304,9 @@ def disk_errors(path: str | os.PathLike, advice: str = _ADVICE) -> Iterator[None
         for code in _DISK_CODES:
             if os.strerror(code) in str(error):
                 raise cannot_use(path, os.strerror(code), advice) from error
-        if not Path(path).exists() or str(error).startswith(_MISSED):
+        if before and not before.exists():
+            raise disappeared(before) from error
+        if str(error).startswith(_MISSED):
             raise disappeared(path) from error
         raise
 

@@ -34,7 +34,11 @@ from lora_diffusion_jax.readers.pickles import (
 )
 from lora_diffusion_jax.readers.safetensors import is_safetensors
 
+# What networks are loaded from, for messages.
+FORMS = "a .pkl snapshot, a .pt state dict, a .safetensors file, or the workdir of a run"
+
 __all__ = [
+    "FORMS",
     "base_hash",
     "export_network",
     "infer_config",
@@ -106,7 +110,7 @@ def _load_described(path: str | Path, base: str | Path | None) -> Pretrained:
         if export.content == "adapters":
             below = _base_of(export, path, base)
     else:
-        network = read_snapshot(path)
+        network = read_snapshot(path, FORMS)
         with _naming(path):
             config, weights = infer_config(network), network.state_dict()
     if base is not None and below is None:

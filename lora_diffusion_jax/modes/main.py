@@ -17,10 +17,11 @@ Without --config, the config of the run in --workdir is used; overrides apply to
 # Each mode imports what it needs: --help and mistakes in flags answer at once.
 
 import argparse
+import dataclasses
 import json
 import re
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -100,11 +101,9 @@ def work(argv: list[str]) -> int:
     """Does what --mode says; returns the exit status."""
     given = argv
     argv, name, overrides = cli.take_config(given)
-    args = build_parser().parse_args(argv)
-    mode, needed = MODES[args.mode]
-    missing = [f"--{flag}" for flag in needed if not getattr(args, flag)]
-    if missing:
-        raise UserError(f"--mode={args.mode} needs {' and '.join(missing)}.")
+    args, flags = build_parser().parse_given(argv)
+    mode = MODES[args.mode].work
+    check_flags(args, flags)
     if args.mode == "sweep":
         return sweep(args, name, overrides)
     config = read_config(args, name)
@@ -120,6 +119,23 @@ def work(argv: list[str]) -> int:
         if mode in (info, import_file, export_file, analyze) and not processes.alone():
             raise processes.SharedError(f"--mode={args.mode} runs in a single process.")
         return mode(args, config)
+
+
+def check_flags(args: argparse.Namespace, given: Collection[str]) -> None:
+    """Raises UserError if a mode lacks a flag that it needs, or would ignore one that was given."""
+    mode = MODES[args.mode]
+    missing = [f"--{flag}" for flag in mode.needs if not getattr(args, flag)]
+    if missing:
+        raise UserError(f"--mode={args.mode} needs {' and '.join(missing)}.")
+    read = {"mode", "debug", *mode.needs, *mode.reads}
+    if unread := sorted(set(given) - read):
+        others = [
+            name for name, other in MODES.items() if unread[0] in (*other.needs, *other.reads)
+        ]
+        raise UserError(
+            f"--mode={args.mode} does not read --{unread[0]}, which is for "
+            f"{' and '.join(f'--mode={name}' for name in others)}; leave it out."
+        )
 
 
 def read_config(args: argparse.Namespace, name: str | None) -> ConfigDict | None:
@@ -274,15 +290,42 @@ def doctor(args: argparse.Namespace, config: ConfigDict | None) -> int:
     return examine(config, args.workdir)
 
 
-# Mode -> what it does, and the flags that it needs.
-MODES: dict[str, tuple[Callable[..., int], tuple[str, ...]]] = {
-    "train": (train, ("workdir",)),
-    "sample": (sample, ("workdir", "out")),
-    "likelihood": (likelihood, ("workdir",)),
-    "analyze": (analyze, ("workdir", "out")),
-    "info": (info, ()),
-    "import": (import_file, ("source", "workdir")),
-    "export": (export_file, ("workdir", "out")),
-    "sweep": (sweep, ("workdir",)),
-    "doctor": (doctor, ()),
+@dataclasses.dataclass(frozen=True)
+class Mode:
+    """What main.py can do.
+
+    Attributes:
+        work: does it; returns the exit status.
+        needs: flags that must be given.
+        reads: flags that may be given; all others are errors.
+    """
+
+    work: Callable[..., int]
+    needs: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
+
+
+_JOINED = tuple(cli.PROCESS_FLAGS)  # of modes that several processes may run together
+_WHICH = ("weights", "step")
+MODES = {
+    "train": Mode(train, ("workdir",), _JOINED),
+    "sample": Mode(
+        sample, ("workdir", "out"), (*_WHICH, "seeds", "class_id", "overwrite", *_JOINED)
+    ),
+    "likelihood": Mode(likelihood, ("workdir",), (*_WHICH, "num", "route", *_JOINED)),
+    "analyze": Mode(
+        analyze,
+        ("workdir", "out"),
+        (*_WHICH, "seeds", "num", "classes", "noise_factor", "overwrite", *_JOINED),
+    ),
+    "info": Mode(info, (), ("workdir", *_JOINED)),
+    "import": Mode(import_file, ("source", "workdir"), ("base", *_JOINED)),
+    "export": Mode(export_file, ("workdir", "out"), (*_WHICH, "what", "adapters_only", *_JOINED)),
+    # It refuses the flags that join processes, with the reason.
+    "sweep": Mode(
+        sweep,
+        ("workdir",),
+        ("sweep", "jobs", "launcher", "slurm", *(f for f in _JOINED if "timeout" not in f)),
+    ),
+    "doctor": Mode(doctor, (), ("workdir",)),
 }

@@ -70,8 +70,10 @@ def base() -> ConfigDict:
     config.lora.scaled = ".*"  # of which adapters: a pattern for their paths, such as .*/class
 
     config.data = ConfigDict()
-    config.data.name = ""  # a TFDS data set
+    config.data.name = ""  # a TFDS data set, or hf:OWNER/NAME or hf (with data_dir) of Hugging Face
     config.data.data_dir = ""  # where TFDS data sets are prepared; "" is TFDS's own default
+    config.data.image_key = ""  # hf: the column of images, if there are several
+    config.data.label_key = ""  # hf: the column of labels, likewise
     config.data.path = ""  # or a folder or ZIP of images
     config.data.class_folders = False  # with path: the first folder of an image is its class
     config.data.background = ""  # colour behind transparent pixels, such as white; "" refuses them

@@ -72,8 +72,9 @@ def build_parser() -> cli.Parser:
     calc = add("calc", help="evaluate images in a folder, ZIP or npz")
     calc.add_path("--images", required=True, help="folder, ZIP or npz of images; TFDS name")
     for verb in (ref, calc):
-        verb.add_path("--data_dir", help="directory of TFDS data sets")
-        verb.add_argument("--split", help="TFDS split or slice; default: train")
+        verb.add_path("--data_dir", help="directory of TFDS data sets, or of files for --data=hf")
+        verb.add_argument("--split", help="split or slice of a named data set; default: train")
+        verb.add_argument("--image_key", default="", help="of hf:OWNER/NAME: column of the images")
         verb.add_argument(
             "--class_folders", action="store_true", help="an image's first folder is its class"
         )
@@ -113,7 +114,7 @@ def naming_flags(flag: str) -> Iterator[None]:
         yield
     except UserError as error:
         flags = {"name": flag, "path": flag}
-        fields = r"(?<![\w/])data\.(name|path|data_dir|split|class_folders|background)\b"
+        fields = r"(?<![\w/])data\.(name|path|data_dir|split|class_folders|background|image_key)\b"
         text = re.sub(fields, lambda m: f"--{flags.get(m[1], m[1])}", str(error))
         raise UserError(text) from error
 
@@ -210,9 +211,9 @@ def open_images(args: argparse.Namespace, flag: str) -> tuple[Source, str, Recor
         raise UserError(f"--{flag} is empty; give a folder, a ZIP, an npz or a TFDS data set.")
     path = Path(named)
     is_file = path.suffix in (".npz", ".zip") or path.exists() or named.startswith((".", "/"))
-    if is_file and (args.split or args.data_dir):
+    if is_file and (args.split or args.data_dir or args.image_key):
         raise UserError(
-            f"--split and --data_dir apply to TFDS data sets; {named} is read whole. Omit them."
+            f"--split, --data_dir and --image_key apply to named data sets; {named} is read whole. Omit them."
         )
     split = args.split or "train"
     try:
@@ -231,6 +232,7 @@ def open_images(args: argparse.Namespace, flag: str) -> tuple[Source, str, Recor
                 split,
                 class_folders=args.class_folders,
                 background=args.background,
+                image_key=args.image_key,
             )
     except UserError as error:
         unknown = "" if is_file else f"There is no file or folder {named}, and as a TFDS name: "

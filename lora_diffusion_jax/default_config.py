@@ -72,9 +72,14 @@ def base() -> ConfigDict:
     config.data = ConfigDict()
     config.data.name = ""  # a TFDS data set, or hf:OWNER/NAME or hf (with data_dir) of Hugging Face
     config.data.data_dir = ""  # where TFDS data sets are prepared; "" is TFDS's own default
-    config.data.image_key = ""  # hf: the column of images, if there are several
-    config.data.label_key = ""  # hf: the column of labels, likewise
-    config.data.path = ""  # or a folder or ZIP of images
+    config.data.image_key = ""  # hf: the column of images, if there are several; npz: the array
+    config.data.label_key = ""  # hf and npz: the column or array of labels, likewise
+    config.data.path = ""  # or a folder or ZIP of images, or an array: .npy, .npz
+    config.data.layout = "NHWC"  # of an array: NHWC | NCHW
+    # Of an array of floats: a network sees (value - mean) / std, samples are values. One number or one
+    # per channel; () leaves values as they are.
+    config.data.mean = ()
+    config.data.std = ()
     config.data.class_folders = False  # with path: the first folder of an image is its class
     config.data.background = ""  # colour behind transparent pixels, such as white; "" refuses them
     config.data.split = "train"
@@ -85,6 +90,7 @@ def base() -> ConfigDict:
     config.data.channels = 0
     config.data.num_classes = 0
     config.data.class_names = ()  # one per class, unless they are its number; () is as the data set has
+    config.data.floats = False  # an array of floats; filled in when a run starts
     config.data.fingerprint = ""  # of the training images; filled in when a run starts
     config.data.memory_limit_gib = 1.0  # smaller data sets are decoded once, larger ones stream
     config.data.workers = 0  # processes that decode streamed images; 0: threads of this one

@@ -35,7 +35,7 @@ class NotFiniteError(UserError):
 class Batch(NamedTuple):
     """Generated images with what made them."""
 
-    images: np.ndarray  # uint8 [N, H, W, C]
+    images: np.ndarray  # uint8 [N, H, W, C], or what the generator's `finish` makes
     seeds: np.ndarray  # int64 [N]
     labels: np.ndarray  # int32 [N], NO_LABEL without classes; or the rows that were given
     finite: np.ndarray | bool = True  # bool [N]: without NaN or infinity, which no uint8 shows
@@ -67,6 +67,7 @@ class Generator:
         mesh: devices; a batch is spread over all of them.
         batch_size: images a call; rounded up to a multiple of the devices.
         bind: makes the D(x; sigma) that is sampled from, with guidance for example.
+        finish: images in [-1, 1] -> what is written; `to_values` for arrays of floats.
     """
 
     denoiser: Denoiser
@@ -76,6 +77,7 @@ class Generator:
     mesh: Mesh
     batch_size: int = 64
     bind: Bind = bind
+    finish: Callable[[Images], jax.Array] = to_uint8
 
     @property
     def call_size(self) -> int:
@@ -117,7 +119,7 @@ class Generator:
         variables = jax.lax.with_sharding_constraint(variables, NamedSharding(self.mesh, P()))
         denoise = self.bind(self.denoiser, variables, labels if self.num_classes else None)
         images = self.sampler(denoise, self.latents(seeds), key=churn)
-        return to_uint8(images), jnp.isfinite(images).all(axis=(1, 2, 3))
+        return self.finish(images), jnp.isfinite(images).all(axis=(1, 2, 3))
 
     def batches(
         self,
@@ -195,6 +197,12 @@ class Generator:
                 f"0 to {self.num_classes - 1}."
             )
         return chosen.astype(np.int32)
+
+
+def to_values(mean: Sequence[float], std: Sequence[float], images: Images) -> Images:
+    """The values of an array of floats from what a network sees of them, (value - mean) / std."""
+    scale = jnp.asarray(std or (1.0,), jnp.float32)
+    return images * scale + jnp.asarray(mean or (0.0,), jnp.float32)
 
 
 def check_seeds(seeds: Sequence[int] | np.ndarray) -> np.ndarray:

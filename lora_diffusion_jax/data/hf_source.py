@@ -14,7 +14,7 @@ from lora_diffusion_jax import files
 from lora_diffusion_jax.data.decode import MAX_BYTES, Shape, colour, read_shape
 from lora_diffusion_jax.data.image_source import (
     EncodedImage,
-    ImageSource,
+    EncodedSource,
     common_shape,
     evenly_spaced,
 )
@@ -35,7 +35,7 @@ def is_hf(name: str) -> bool:
     return name == PREFIX or name.startswith(f"{PREFIX}:")
 
 
-class HfSource(ImageSource):
+class HfSource(EncodedSource):
     """One split of a data set that `datasets` reads; the files lie in its own cache.
 
     Images are encoded as PNG or JPEG in a column of type Image, or of bytes. Classes are those of a
@@ -43,8 +43,8 @@ class HfSource(ImageSource):
     of text if it is asked for: its classes are its values, sorted. No code of a data set is ever run.
 
     Args:
-        name: 'hf:OWNER/NAME' on the Hub, with ':CONFIG' or '@REVISION' (in this order) appended where it has several;
-            or 'hf' for data_dir.
+        name: 'hf:OWNER/NAME' on the Hub, with ':CONFIG' or '@REVISION' (in this order) appended where it
+            has several; or 'hf' for data_dir.
         data_dir: with 'hf': a folder of Parquet or Arrow files, or one that save_to_disk wrote.
         split: a split or a slice of one, such as 'train[:90%]' or 'train+test'.
         image_key: the image's column; '' if there is one.
@@ -98,9 +98,9 @@ class HfSource(ImageSource):
             data = row.get("bytes") if isinstance(row, Mapping) else row
             if not isinstance(data, bytes):
                 raise UserError(
-                    f"{where} is not in the data set itself, which holds {type(row).__name__} there; expected "
-                    "the bytes of a PNG or JPEG file. Write it again with its images, by push_to_hub or "
-                    "to_parquet, or give their folder as data.path."
+                    f"{where} is not in the data set itself, which holds {type(row).__name__} there; "
+                    "expected the bytes of a PNG or JPEG file. Write it again with its images, by "
+                    "push_to_hub or to_parquet, or give their folder as data.path."
                 )
             if len(data) > MAX_BYTES:
                 raise UserError(
@@ -210,9 +210,9 @@ def _open(name: str, data_dir: str) -> tuple[str, Mapping[str, Any]]:
         if not match or data_dir:
             found = f"data.name={name} with data.data_dir={data_dir}" if data_dir else name
             raise UserError(
-                f"{printable(found, 200)} names no data set; give data.name=hf:OWNER/NAME for one on the Hugging "
-                "Face Hub (with :CONFIG or @REVISION behind it where it has several), or data.name=hf with "
-                "data.data_dir=FOLDER for files of your own."
+                f"{printable(found, 200)} names no data set; give data.name=hf:OWNER/NAME for one on the "
+                "Hugging Face Hub (with :CONFIG or @REVISION behind it where it has several), or "
+                "data.name=hf with data.data_dir=FOLDER for files of your own."
             )
         shown, path = name, match["repo"]
         chosen = {"name": match["config"], "revision": match["revision"]}
@@ -222,9 +222,9 @@ def _open(name: str, data_dir: str) -> tuple[str, Mapping[str, Any]]:
         kind = type(builder).__module__.rpartition(".")[2]
         if kind not in _READERS:
             raise UserError(
-                f"{shown} is a data set of the kind {kind!r}; expected one whose images lie in Parquet or Arrow "
-                "files. The Hub converts others, as revision refs/convert/parquet (@refs/convert/parquet); "
-                "folders of images are read by data.path."
+                f"{shown} is a data set of the kind {kind!r}; expected one whose images lie in Parquet or "
+                "Arrow files. The Hub converts others, as revision refs/convert/parquet "
+                "(@refs/convert/parquet); folders of images are read by data.path."
             )
         builder.download_and_prepare()
         return builder.as_dataset()
@@ -273,8 +273,8 @@ def _opened(shown: str, read: Callable[[], Mapping[str, Any]]) -> Mapping[str, A
         ) from error
     except Exception as error:  # of many libraries
         raise UserError(
-            f"{shown} cannot be opened as a data set ({reason(error)}). Check its name and files; in the cache "
-            f"of {os.environ.get('HF_HOME', '~/.cache/huggingface')}, remove what is damaged."
+            f"{shown} cannot be opened as a data set ({reason(error)}). Check its name and files; in the "
+            f"cache of {os.environ.get('HF_HOME', '~/.cache/huggingface')}, remove what is damaged."
         ) from error
 
 

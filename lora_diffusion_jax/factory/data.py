@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from lora_diffusion_jax import files
 from lora_diffusion_jax.data import image_source, pipeline, sources
+from lora_diffusion_jax.data.numpy_source import is_array
 from lora_diffusion_jax.errors import NotThereError, UserError, printable
 from lora_diffusion_jax.factory.networks import check_attention, num_classes
 from lora_diffusion_jax.models.unet import check_image_size
@@ -23,7 +24,7 @@ def open_source(config: ConfigDict) -> image_source.ImageSource:
     if not (d.name or d.path):
         raise NotThereError(
             "No data set is named: set --config.data.name (a TFDS data set, or hf:OWNER/NAME of Hugging "
-            "Face) or --config.data.path (a folder or ZIP of images)."
+            "Face) or --config.data.path (a folder or ZIP of images, or an array: .npy, .npz)."
         )
     data_dir, path = (files.expand(d[name], f"data.{name}") for name in ("data_dir", "path"))
     return sources.open_source(
@@ -35,6 +36,9 @@ def open_source(config: ConfigDict) -> image_source.ImageSource:
         background=d.background,
         image_key=d.image_key,
         label_key=d.label_key,
+        layout=d.layout,
+        mean=d.mean,
+        std=d.std,
     )
 
 
@@ -50,8 +54,9 @@ def open_heldout(config: ConfigDict, labels: bool = False) -> image_source.Image
     d = config.data
     if d.eval_path:
         path = files.expand(d.eval_path, "data.eval_path")
+        array = {"layout": d.layout, "mean": d.mean, "std": d.std} if is_array(path) else {}
         return sources.open_source(
-            path=path, class_folders=d.class_folders and labels, background=d.background
+            path=path, class_folders=d.class_folders and labels, background=d.background, **array
         )
     if d.name:
         data_dir = files.expand(d.data_dir, "data.data_dir")
@@ -78,6 +83,7 @@ def complete(config: ConfigDict, source: image_source.ImageSource) -> ConfigDict
     height, width, channels = source.image_shape
     config = config.copy_and_resolve_references()
     found: dict[str, Any] = {"image_size": height, "image_width": width, "channels": channels}
+    found["floats"] = source.dtype.kind == "f"
     if config.class_conditional:
         check_classes(source)
         found["num_classes"] = source.num_classes

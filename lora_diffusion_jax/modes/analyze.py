@@ -16,15 +16,15 @@ from lora_diffusion_jax.diffusion.objective import Objective
 from lora_diffusion_jax.errors import NotThereError, UserError
 from lora_diffusion_jax.evaluation.detectors import detector_for_source
 from lora_diffusion_jax.evaluation.features import Detector, extract
-from lora_diffusion_jax.evaluation.npz import write_npz
 from lora_diffusion_jax.factory.data import complete, open_source
-from lora_diffusion_jax.factory.networks import has_map, num_classes
+from lora_diffusion_jax.factory.networks import has_map, is_pictures, num_classes
 from lora_diffusion_jax.factory.objectives import refuse_changes
 from lora_diffusion_jax.factory.pretrained import Pretrained
 from lora_diffusion_jax.factory.training import build_generator, build_mesh
 from lora_diffusion_jax.keys import ANALYSIS, purpose_key
 from lora_diffusion_jax.lora import CONDITIONS, Adapted, list_sites
 from lora_diffusion_jax.modes.sample import check_outside_runs, choose_classes
+from lora_diffusion_jax.npz import write_npz
 from lora_diffusion_jax.processes.interrupts import pause_point
 from lora_diffusion_jax.training.step import to_float, to_labels
 
@@ -92,6 +92,11 @@ def analyze(
     for asked, by_class in ((pair, True), (noise_factor, False)):
         if asked:
             routes_of(run, by_class)
+    if (pair or noise_factor) and not is_pictures(run.config):
+        raise UserError(
+            f"{'--classes' if pair else '--noise_factor'} compares pictures, but this run's data are an "
+            "array, for which there are no features; leave it out."
+        )
     check_folder(out, overwrite)
     samples = bool(pair or noise_factor)
     checked = generate.check_seeds(USUAL_SEEDS if seeds is None else seeds) if samples else None

@@ -17,6 +17,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from lora_diffusion_jax import cli, files, generate, interop, processes
@@ -28,13 +29,13 @@ from lora_diffusion_jax.evaluation.collect import FeatureSet, collect_resumable
 from lora_diffusion_jax.evaluation.detectors import FEATURES, detector_for_source
 from lora_diffusion_jax.evaluation.evaluator import METRICS, Evaluator, open_evaluator
 from lora_diffusion_jax.evaluation.features import Detector, cache_folder
-from lora_diffusion_jax.evaluation.npz import check_target
 from lora_diffusion_jax.evaluation.references import make_reference, save_reference
 from lora_diffusion_jax.evaluation.results import Record
 from lora_diffusion_jax.factory.objectives import sampler_settings
 from lora_diffusion_jax.factory.pretrained import config_from_dict, load_workdir, with_config
 from lora_diffusion_jax.factory.sampling import open_generator, prepare
 from lora_diffusion_jax.interop.export import read_export
+from lora_diffusion_jax.npz import check_target
 from lora_diffusion_jax.readers.safetensors import is_safetensors
 from lora_diffusion_jax.training import checkpoint, workdir
 
@@ -238,6 +239,7 @@ def open_images(args: argparse.Namespace, flag: str) -> tuple[Source, str, Recor
         unknown = "" if is_file else f"There is no file or folder {named}, and as a TFDS name: "
         raise UserError(f"{unknown}{error}") from error
     where = str(path) if is_file else f"{named}[{split}]"
+    check_pictures(where, source.image_shape[2], getattr(source, "dtype", np.uint8))
     if len(source) < 2:
         raise UserError(f"{where} holds {len(source)} images; a distance needs at least 2.")
     if args.num not in (None, len(source)):
@@ -247,6 +249,16 @@ def open_images(args: argparse.Namespace, flag: str) -> tuple[Source, str, Recor
         )
     changed = newest_change(path) if is_file else 0
     return source, where, {"images": source.fingerprint(), "changed": changed}
+
+
+def check_pictures(where: str, channels: int, dtype: np.dtype | type) -> None:
+    """Raises UserError for arrays that the feature networks, which see pictures, cannot judge."""
+    if dtype != np.uint8 or channels not in (1, 3):
+        kind = "floats" if dtype != np.uint8 else f"{channels} channels"
+        raise UserError(
+            f"{where} holds arrays of {kind}; FID and the other metrics need images, uint8 with 1 or 3 "
+            "channels. Decode them first."
+        )
 
 
 def newest_change(path: Path) -> int:
@@ -327,6 +339,8 @@ class SavedRun:
         else:
             loaded = load_workdir(self.where, weights=self.weights, at_step=step)
         config = cli.override(loaded.config, self.overrides)
+        dtype = np.float32 if config.data.floats else np.uint8
+        check_pictures(f"The run {self.where}", config.data.channels, dtype)
         config.sampler.batch_size = self.batch_size or config.sampler.batch_size
         loaded = prepare(with_config(loaded, config))
         seen = None if step is None else step * config.train.batch_size

@@ -26,6 +26,7 @@ from lora_diffusion_jax.factory.networks import (
     forward_flops,
     ignored_inputs,
     init_variables,
+    is_pictures,
     resolved,
     variable_shapes,
 )
@@ -83,7 +84,7 @@ def train(config: ConfigDict, directory: str | os.PathLike, command: str = "") -
     source = open_source(config)
     config = complete(config, source)
     denoiser, mesh = build_denoiser(config), build_mesh(config)
-    if words := ignored_inputs(config):
+    for words in filter(None, (ignored_inputs(config), scale_note(config, source))):
         log(words)
     # All that may fail is built before the workdir is touched.
     run = functools.partial(
@@ -114,6 +115,18 @@ def train(config: ConfigDict, directory: str | os.PathLike, command: str = "") -
             raise
         show("done" if result.stopped_by is None else "stopped")
         return result
+
+
+def scale_note(config: ConfigDict, source: ImageSource) -> str:
+    """What to know of the spread of an array that EDM's preconditioning does not expect; '' if nothing."""
+    moments, expected = source.moments(), config.precond.sigma_data
+    if not moments or config.precond.name != "edm" or 0.5 < moments[1] / expected < 2:
+        return ""
+    return (
+        f"warning: the values have a standard deviation of {moments[1]:.3g} (mean {moments[0]:.3g}) where "
+        f"the network sees them, but precond.sigma_data={expected:g}; set data.mean and data.std, or "
+        "sigma_data"
+    )
 
 
 def check_training(config: ConfigDict) -> None:
@@ -228,7 +241,14 @@ def callbacks(
         return {"samples/grid": picture}
 
     measure = None
-    if config.eval.num_samples:
+    if config.eval.num_samples and not is_pictures(config):
+        if config.eval.reference:
+            raise UserError(
+                f"eval.reference={config.eval.reference} compares images, but the data are an array. Set "
+                "--config.eval.reference=''."
+            )
+        log("no evaluation: distances are of images, and the data are an array")
+    elif config.eval.num_samples:
         heldout = None if config.eval.reference else open_heldout(config)
         paths = {
             name: files.expand(config.eval[name], f"eval.{name}")

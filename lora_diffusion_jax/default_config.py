@@ -137,6 +137,11 @@ def base() -> ConfigDict:
     config.eval.reference = ""
     config.eval.inception = ""  # weights file, where the reference is of Inception features
 
+    config.log = ConfigDict()  # besides metrics.jsonl and TensorBoard
+    config.log.wandb_project = ""  # of Weights & Biases (the extra wandb); "" leaves it out
+    config.log.wandb_entity = ""  # a team or user; "": the account's default
+    config.log.wandb_mode = ""  # online | offline; "": as $WANDB_MODE says, else online
+
     config.mesh = ConfigDict()
     config.mesh.data = -1  # devices along the data axis; -1: all that fsdp leaves
     config.mesh.fsdp = 1

@@ -63,6 +63,7 @@ CONFINED = {
     "ml_collections": {"default_config", "factory", "interop", "cli", "sweeps", "modes"},
     "tensorflow_datasets": {"data"},
     "datasets": {"data"},
+    "wandb": {"training"},
     "orbax": {"training"},
     "safetensors": {"readers", "interop", "evaluation"},
 }

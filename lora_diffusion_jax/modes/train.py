@@ -45,6 +45,7 @@ from lora_diffusion_jax.modes.checkpoints import has_checkpoint
 from lora_diffusion_jax.pages import collect, page
 from lora_diffusion_jax.processes.interrupts import pause_point
 from lora_diffusion_jax.training import checkpoint, loop, state, workdir
+from lora_diffusion_jax.training.wandb_sink import check_wandb, open_sinks
 from lora_diffusion_jax.training.writers import log
 
 # Fields that may change when a run is resumed: they decide how long it goes on, how it is computed,
@@ -54,7 +55,7 @@ RESUMABLE_CHANGES = (
     *("train.microbatch", "train.remat", "mesh.*", "sampler.*", "eval.*", "init_from"),
     *("guidance.*", "lora.scale", "lora.interval", "lora.scaled"),
     *("data.name", "data.data_dir", "data.path", "data.eval_*"),  # the fingerprint must agree
-    *("data.workers", "data.memory_limit_gib", "data.class_names"),
+    *("data.workers", "data.memory_limit_gib", "data.class_names", "log.*"),
 )
 # An imported network's config decides its architecture alone; these are open until it is first trained.
 OPEN_AFTER_IMPORT = (
@@ -108,7 +109,10 @@ def train(config: ConfigDict, directory: str | os.PathLike, command: str = "") -
         processes.from_leader("checking the free disk space", look)
         show = functools.partial(write_page, config, path, command)
         try:
-            result = run(path, callbacks=callbacks(config, path, denoiser, mesh, source, show))
+            calls = callbacks(config, path, denoiser, mesh, source, show)
+            result = run(
+                path, callbacks=calls, sinks=open_sinks(path, config.to_dict(), config.log)
+            )
         except Exception:
             with contextlib.suppress(Exception):  # the first error is the one to report
                 show("failed")
@@ -143,6 +147,8 @@ def check_training(config: ConfigDict) -> None:
             "it to --mode=sample."
         )
     build_cadence(config)
+    if config.log.wandb_project:
+        check_wandb(config.log.wandb_mode)
 
 
 def with_defaults(saved: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ def base() -> ConfigDict:
     config = ConfigDict()
     config.class_conditional = False
     config.dtype = "float32"  # of the computation; parameters and moments stay float32
-    config.init_from = ""  # a workdir or an official file whose weights training starts from
+    config.init_from = ""  # weights to start from: a workdir, an official file, or hf://OWNER/NAME
 
     config.model = ConfigDict()
     config.model.name = "ddpmpp"  # ddpmpp | ncsnpp | adm | improved

@@ -35,6 +35,7 @@ _ADVICE = (
     "What was saved before is untouched; free space or permit writing, then run the same command "
     "again, or choose another place."
 )
+HUB = "hf://"  # begins an address of weights on the Hugging Face Hub (`interop.hub`)
 _URL = re.compile("[A-Za-z][A-Za-z0-9+.-]*:/")
 _UNSET = re.compile(r"\$(\w+|\{[^}]*\})")
 _CHECKSUM = re.compile(rb', "[^"]*": "[0-9a-f]{8}"\}$')  # the end of a line of JSON

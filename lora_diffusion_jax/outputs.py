@@ -4,7 +4,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,8 @@ class Output:
         pictures: bool = True,
         overwrite: bool = False,
     ):
-        self._write, self._read = (write_png, read_png) if pictures else (write_npy, np.load)
+        self._write = write_png if pictures else write_npy
+        self._read: Callable[[Path], np.ndarray] = read_png if pictures else np.load
         ending = "png" if pictures else "npy"
         self.path, self.seeds, self.labels, self.class_names = path, seeds, labels, class_names
         self.columns = columns or int(np.ceil(len(seeds) ** 0.5))

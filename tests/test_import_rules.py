@@ -64,6 +64,7 @@ CONFINED = {
     "tensorflow_datasets": {"data"},
     "datasets": {"data"},
     "wandb": {"training"},
+    "huggingface_hub": {"interop"},
     "orbax": {"training"},
     "safetensors": {"readers", "interop", "evaluation"},
 }

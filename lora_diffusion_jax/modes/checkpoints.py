@@ -49,7 +49,7 @@ def _check_path(name: str, path: str | os.PathLike | None) -> None:
     """Raises UserError for a path where there is nothing, or a folder that is no run."""
     if path is None:
         return
-    found = Path(files.expand(path, f"--{name}"))
+    found = Path(interop.local(path, f"--{name}"))
     if not found.exists():
         raise UserError(f"--{name}={path} does not exist; give {interop.FORMS}.")
     if found.is_dir() and not (found / workdir.CONFIG).exists():

@@ -34,9 +34,7 @@ from lora_diffusion_jax.evaluation.results import Record
 from lora_diffusion_jax.factory.objectives import sampler_settings
 from lora_diffusion_jax.factory.pretrained import config_from_dict, load_workdir, with_config
 from lora_diffusion_jax.factory.sampling import open_generator, prepare
-from lora_diffusion_jax.interop.export import read_export
 from lora_diffusion_jax.npz import check_target
-from lora_diffusion_jax.readers.safetensors import is_safetensors
 from lora_diffusion_jax.training import checkpoint, workdir
 
 MAX_REPEATS = 100
@@ -53,6 +51,8 @@ def work(argv: list[str]) -> int:
     argv, name, overrides = cli.take_config(argv)
     args = build_parser().parse_args(argv)
     args.overrides = overrides
+    if args.verb in ("gen", "all"):
+        args.workdir = interop.local(args.workdir, "--workdir")
     if name is not None:
         raise UserError(f"--config={name}: a network keeps its config; override single fields.")
     if overrides and args.verb in ("ref", "calc"):
@@ -83,7 +83,8 @@ def build_parser() -> cli.Parser:
     gen = add("gen", help="evaluate a network's samples without writing them")
     every = add("all", help="evaluate every checkpoint of a run or a sweep")
     for verb in (gen, every):
-        verb.add_path("--workdir", required=True, help="a run (gen: or a checkpoint file)")
+        text = "a run (gen: or a checkpoint file, or hf://OWNER/NAME)"
+        verb.add_path("--workdir", required=True, hub=True, help=text)
         verb.add_argument("--seeds", help="one per image, for instance 0-49999")
         verb.add_argument("--weights", choices=("ema", "raw"), help="default: ema")
         verb.add_argument("--repeats", type=int, default=1, help="3: the official seed ranges")
@@ -361,7 +362,7 @@ def _run_at(args: argparse.Namespace, where: str) -> SavedRun:
         raise UserError(f"--batch_size={args.batch_size}; it must be at least 1.")
     weights = args.weights or "ema"
     if Path(where).is_file():  # a file holds one kind; snapshots are averages
-        weights = read_export(where).weights if is_safetensors(where) else "ema"
+        weights = interop.weights_in(where)
         if args.weights not in (None, weights):
             raise UserError(f"{where} holds {weights} weights; omit --weights={args.weights}.")
     return SavedRun(where, weights, tuple(args.overrides), args.batch_size)

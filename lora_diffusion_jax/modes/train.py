@@ -46,7 +46,7 @@ from lora_diffusion_jax.pages import collect, page
 from lora_diffusion_jax.processes.interrupts import pause_point
 from lora_diffusion_jax.training import checkpoint, loop, state, workdir
 from lora_diffusion_jax.training.wandb_sink import check_wandb, open_sinks
-from lora_diffusion_jax.training.writers import log
+from lora_diffusion_jax.training.writers import COMMAND, log
 
 # Fields that may change when a run is resumed: they decide how long it goes on, how it is computed,
 # and what is shown and kept, but not what it learns.
@@ -108,6 +108,7 @@ def train(config: ConfigDict, directory: str | os.PathLike, command: str = "") -
         look = functools.partial(check_disk, config, denoiser, path)
         processes.from_leader("checking the free disk space", look)
         show = functools.partial(write_page, config, path, command)
+        processes.from_leader("noting the command", lambda: note_command(path, command))
         try:
             calls = callbacks(config, path, denoiser, mesh, source, show)
             result = run(
@@ -198,7 +199,7 @@ def initial_state(
 
     if not config.init_from or has_checkpoint(directory):
         return fresh
-    source = files.expand(config.init_from, "init_from")
+    source = interop.local(config.init_from, "init_from")
     described = not interop.is_torch_file(source)
     start = interop.load_pretrained(source, config=None if described else config)
     variables = jax.jit(functools.partial(init_variables, config, denoiser))(key)
@@ -206,6 +207,13 @@ def initial_state(
     for note in notes:
         log(f"init_from={config.init_from}: {note}")
     return state.create_state(variables, optimizer, trainable(config))
+
+
+def note_command(directory: Path, command: str) -> None:
+    """Writes the command of a run into its directory, if it is known."""
+    if command:
+        with files.disk_errors(directory):
+            files.write_text(directory / COMMAND, command + "\n")
 
 
 def write_page(config: ConfigDict, directory: Path, command: str, state: str) -> None:

@@ -21,6 +21,7 @@ from lora_diffusion_jax import files, processes
 from lora_diffusion_jax.training.metrics import check_names
 
 METRICS = "metrics.jsonl"
+COMMAND = "command.txt"  # in a workdir: what trains it, as a shell takes it
 DAMAGED = "metrics.jsonl.damaged"  # lines that could not be read
 PROGRESS_SECONDS = 10.0  # between lines of progress where there is no terminal
 

@@ -16,7 +16,7 @@ from lora_diffusion_jax.npz import read_npz, write_npz
 from lora_diffusion_jax.training import checkpoint, workdir, writers
 
 # What no program reads again: a lock's text, tables and pictures for people.
-FOR_PEOPLE = (".lock", "parameters.txt", "events.", ".png")
+FOR_PEOPLE = (".lock", "parameters.txt", "command.txt", "events.", ".png")
 IDENTITY = {"seeds": "0-9"}
 ROWS = np.random.default_rng(0).normal(size=(10, 4)).astype(np.float32)
 

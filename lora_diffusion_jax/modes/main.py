@@ -3,7 +3,7 @@
     main.py --mode=train  --config=configs/digits.py --workdir=DIR [--config.a.b=value ...]
     main.py --mode=sample --workdir=DIR --seeds=0-63 [--class_id=3|cat|all] --out=FOLDER|FILE.npz|FILE.png
     main.py --mode=likelihood --workdir=DIR [--num=1000] [--route=vlb|ode]
-    main.py --mode=analyze --workdir=DIR --out=FOLDER [--classes=3,8] [--noise_factor=2]
+    main.py --mode=analyze --workdir=DIR --out=FOLDER [--classes=3,8] [--noise_factor=2] [--guidance=4]
     main.py --mode=info   --config=configs/cifar10_edm.py [--config.a.b=value ...]
     main.py --mode=sweep  --config=FILE --workdir=DIR [--sweep='lora.rank=1,2,4;train.seed=0-2'] [--jobs=2]
     main.py --mode=doctor [--config=FILE] [--workdir=DIR]
@@ -69,6 +69,12 @@ def build_parser() -> cli.Parser:
         "--noise_factor",
         type=float,
         help="analyze: samples with a condition of so many times the noise level, such as 2",
+    )
+    add(
+        "--guidance",
+        type=float,
+        help="analyze: samples with a class's condition led away from that of no class, up to this "
+        "weight, such as 4; the class is the first of --classes, or 0",
     )
     parser.add_path(
         "--out",
@@ -272,6 +278,7 @@ def analyze(args: argparse.Namespace, config: ConfigDict) -> int:
             num=args.num,
             classes=args.classes,
             noise_factor=args.noise_factor,
+            guidance=args.guidance,
             seeds=seeds,
             overwrite=args.overwrite,
         )
@@ -392,7 +399,7 @@ MODES = {
     "analyze": Mode(
         analyze,
         ("workdir", "out"),
-        (*_WHICH, "seeds", "num", "classes", "noise_factor", "overwrite", *_JOINED),
+        (*_WHICH, "seeds", "num", "classes", "noise_factor", "guidance", "overwrite", *_JOINED),
     ),
     "info": Mode(info, (), ("workdir", *_JOINED)),
     "import": Mode(import_file, ("source", "workdir"), ("base", *_JOINED)),

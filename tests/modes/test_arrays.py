@@ -72,7 +72,7 @@ def test_the_grid_of_a_training_shows_channels_side_by_side(trained):
     [
         (["--mode=sample", "--seeds=0-3", "--out={new}/a.png"], "Give {new}/a.npz"),
         (["--mode=likelihood"], "8-bit images"),
-        (["--mode=analyze", "--out={new}/x", "--classes=0,1"], "--classes compares pictures"),
+        (["--mode=analyze", "--out={new}/x", "--classes=0,1"], "--guidance compare pictures"),
         (
             ["--mode=sample", "--out={new}/x", *SCALE[:1], "--config.data.std=(1.0,)"],
             "another network",

@@ -406,13 +406,7 @@ def draw_guided(
         "guidance",
         weights,
         (weights - 1) / (largest - 1),
-        # From the class, 1 - w of the way to no class: beyond it, in the other direction.
-        functools.partial(
-            routes.condition_rows,
-            weights=1 - weights,
-            start=one_hot[number],
-            end=np.zeros_like(one_hot[number]),
-        ),
+        functools.partial(routes.guided_rows, weights=weights, label=one_hot[number]),
         f"Condition of class {number} led away from that of no class; a row is a seed",
         "weight: 1 is the class itself",
         (number,),

@@ -25,6 +25,8 @@ _URL = re.compile(rf"hf://(?P<repo>{_REPO})(@(?P<revision>[^/@]+))?(/(?P<file>[^
 def local(path: str | os.PathLike, name: str = "path") -> str:
     """A path of weights as a user gives it, on this machine: hf://OWNER/NAME[@REVISION][/FILE] is fetched.
 
+    A folder that --mode=push wrote stands for its file of weights.
+
     Args:
         path: see `files.expand` for those that are not on the Hub. A revision is a branch, a tag or a
             commit, with %2F for its slashes.
@@ -34,7 +36,9 @@ def local(path: str | os.PathLike, name: str = "path") -> str:
         UserError: no such repository, revision or file; no network; huggingface_hub is not installed.
     """
     if not str(path).startswith(HUB):
-        return files.expand(path, name)
+        found = files.expand(path, name)
+        weights = Path(found) / WEIGHTS
+        return str(weights) if weights.is_file() else found
     match = _URL.fullmatch(str(path))
     if match is None:
         raise UserError(

@@ -76,7 +76,8 @@ def push(
 
 
 def _check_folder(folder: Path, overwrite: bool) -> None:
-    check_outside_runs(folder)
+    if not (folder / hub.WEIGHTS).is_file():  # of an earlier push, which has a config.json as well
+        check_outside_runs(folder)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out={folder} is a file; name a folder.")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:

@@ -228,5 +228,7 @@ def test_a_file_of_weights_is_sampled_like_its_run(folder, workdir, tmp_path):
     sample = ["--mode=sample", f"--workdir={file}", "--seeds=0", f"--out={tmp_path / 'x.npz'}"]
     assert "holds ema weights; omit --weights=raw" in run(*sample, "--weights=raw", status=2)
     assert "has no steps; omit --step=6" in run(*sample, "--step=6", status=2)
+    assert hub.local(folder) == str(file)
+    assert load_pretrained(folder).config.data.channels == 1
     push_again = ["--mode=push", f"--workdir={workdir}", f"--out={folder}"]
     assert "is not empty" in run(*push_again, status=2)

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from lora_diffusion_jax import default_config, files, interop, lora
 from lora_diffusion_jax.errors import UserError, printable
-from lora_diffusion_jax.factory.networks import build_denoiser, num_classes
+from lora_diffusion_jax.factory.networks import num_classes
 from lora_diffusion_jax.factory.pretrained import Pretrained
 from lora_diffusion_jax.interop import hub
 from lora_diffusion_jax.modes.sample import check_outside_runs
@@ -155,21 +155,18 @@ def training_command(directory: Path) -> str:
     path = directory / COMMAND
     if not path.is_file():
         return ""
-    _, mode, *arguments = _without_program(shlex.split(path.read_text(errors="replace")))
-    return shlex.join(["lora-diffusion", mode, *map(_without_path, arguments)])
-
-
-def _without_program(words: Sequence[str]) -> Sequence[str]:
-    start = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
-    return ["lora-diffusion", *(words[start:] or [""])]
+    words = shlex.split(path.read_text(errors="replace"))
+    first = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
+    return shlex.join(["lora-diffusion", *map(_without_path, words[first:])])
 
 
 def _without_path(argument: str) -> str:
     name, equals, value = argument.partition("=")
-    if equals and "/" in value and not _is_public(value) and not value.startswith("hf:"):
-        kept = "configs/" if value.endswith(".py") else ""
-        return f"{name}={kept}{Path(value).name}" if value.startswith(("/", "~", ".")) else argument
-    return argument
+    path = value if equals else argument
+    if not path.startswith(("/", "~", "./", "../", "$")):
+        return argument
+    kept = f"{'configs/' if path.endswith('.py') else ''}{Path(path).name}"
+    return f"{name}={kept}" if equals else kept
 
 
 # The model card.
@@ -272,7 +269,6 @@ def _facts(run: Pretrained, weights: str, images: int) -> list[tuple[str, str]]:
         ("data", f"{height}x{width}, {config.data.channels} channels{_values(config)}"),
     ]
     if config.lora.mode != "baseline":
-        build_denoiser(config)  # its sites are those of the parameters
         sites = lora.list_sites(params)
         shape = f"rank {config.lora.rank}, {config.lora.bases} bases"
         facts.append(("adapters", f"{config.lora.adapter}, {shape}, {len(sites)} sites"))

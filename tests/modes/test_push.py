@@ -84,6 +84,17 @@ def test_fields_of_one_machine_or_account_are_not_published():
     assert config.data.path == "/home/me/faces.zip"
 
 
+def test_the_command_of_a_training_names_no_folders(tmp_path):
+    assert push.training_command(tmp_path) == ""
+    words = "/venv/bin/python /x/main.py --workdir=/home/me/run --mode=train --config /home/me/c.py"
+    more = " --config.data.path=~/a.zip --config.lora.sites='.*/qkv' --config.init_from=hf://a/b"
+    (tmp_path / "command.txt").write_text(words + more + "\n")
+    assert push.training_command(tmp_path) == (
+        "lora-diffusion --workdir=run --mode=train --config configs/c.py --config.data.path=a.zip "
+        "'--config.lora.sites=.*/qkv' --config.init_from=hf://a/b"
+    )
+
+
 def test_names_from_data_are_no_markup(workdir):
     loaded = load_workdir(workdir)
     config = loaded.config.copy_and_resolve_references()

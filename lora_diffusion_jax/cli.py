@@ -111,6 +111,7 @@ def joined(args: argparse.Namespace, config: ConfigDict | None = None) -> Iterat
     Raises:
         UserError: a process is missing, or was given another command line.
     """
+    folder = getattr(args, "workdir", None)
     processes.join(
         args.coordinator_address,
         args.num_processes,
@@ -118,7 +119,7 @@ def joined(args: argparse.Namespace, config: ConfigDict | None = None) -> Iterat
         detect=args.distributed,
         limit=args.process_timeout,
         heartbeat_timeout_seconds=args.heartbeat_timeout,
-        folder=getattr(args, "workdir", None),
+        folder=folder if folder and not Path(folder).is_file() else None,
     )
     compile_cache.use_compilation_cache()
     with processes.ending_together():
@@ -173,9 +174,24 @@ class Parser(argparse.ArgumentParser):
         """Raises UserError instead of exiting."""
         raise UserError(f"{message}. See {self.prog} --help.")
 
-    def add_path(self, name: str, **settings: Any) -> None:
-        """Adds a flag whose value is a path, with ~ and environment variables replaced."""
-        self.add_argument(name, action=_Path, **settings)
+    def parse_given(self, argv: Sequence[str]) -> tuple[argparse.Namespace, set[str]]:
+        """The flags of a command line, and the names of those that it gives, be it their defaults."""
+        args, absent = self.parse_args(argv), object()
+        defaults = {name: self.get_default(name) for name in vars(args)}
+        self.set_defaults(**dict.fromkeys(defaults, absent))
+        given = {name for name, v in vars(self.parse_args(argv)).items() if v is not absent}
+        self.set_defaults(**defaults)
+        return args, given
+
+    def add_path(self, name: str, *, hub: bool = False, **settings: Any) -> None:
+        """Adds a flag whose value is a path, with ~ and environment variables replaced.
+
+        Args:
+            name: of the flag.
+            hub: hf://... is left as it is.
+            settings: of `add_argument`.
+        """
+        self.add_argument(name, action=_HubPath if hub else _Path, **settings)
 
     def add_switch(self, name: str, default: bool | None, text: str) -> None:
         """Adds --name and --noname."""
@@ -220,6 +236,16 @@ class _Path(argparse.Action):
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, value: Any, *_: Any
     ) -> None:
         setattr(namespace, self.dest, files.expand(value, self.option_strings[0]))
+
+
+class _HubPath(_Path):
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, value: Any, *_: Any
+    ) -> None:
+        if value.startswith(files.HUB):
+            setattr(namespace, self.dest, value)
+        else:
+            super().__call__(parser, namespace, value)
 
 
 class _HelpFull(argparse.Action):

@@ -17,7 +17,7 @@ def base() -> ConfigDict:
     config = ConfigDict()
     config.class_conditional = False
     config.dtype = "float32"  # of the computation; parameters and moments stay float32
-    config.init_from = ""  # a workdir or an official file whose weights training starts from
+    config.init_from = ""  # weights to start from: a workdir, an official file, or hf://OWNER/NAME
 
     config.model = ConfigDict()
     config.model.name = "ddpmpp"  # ddpmpp | ncsnpp | adm | improved
@@ -70,9 +70,16 @@ def base() -> ConfigDict:
     config.lora.scaled = ".*"  # of which adapters: a pattern for their paths, such as .*/class
 
     config.data = ConfigDict()
-    config.data.name = ""  # a TFDS data set
+    config.data.name = ""  # a TFDS data set, or hf:OWNER/NAME or hf (with data_dir) of Hugging Face
     config.data.data_dir = ""  # where TFDS data sets are prepared; "" is TFDS's own default
-    config.data.path = ""  # or a folder or ZIP of images
+    config.data.image_key = ""  # hf: the column of images, if there are several; npz: the array
+    config.data.label_key = ""  # hf and npz: the column or array of labels, likewise
+    config.data.path = ""  # or a folder or ZIP of images, or an array: .npy, .npz
+    config.data.layout = "NHWC"  # of an array: NHWC | NCHW
+    # Of an array of floats: a network sees (value - mean) / std, samples are values. One number or one
+    # per channel; () leaves values as they are.
+    config.data.mean = ()
+    config.data.std = ()
     config.data.class_folders = False  # with path: the first folder of an image is its class
     config.data.background = ""  # colour behind transparent pixels, such as white; "" refuses them
     config.data.split = "train"
@@ -83,6 +90,7 @@ def base() -> ConfigDict:
     config.data.channels = 0
     config.data.num_classes = 0
     config.data.class_names = ()  # one per class, unless they are its number; () is as the data set has
+    config.data.floats = False  # an array of floats; filled in when a run starts
     config.data.fingerprint = ""  # of the training images; filled in when a run starts
     config.data.memory_limit_gib = 1.0  # smaller data sets are decoded once, larger ones stream
     config.data.workers = 0  # processes that decode streamed images; 0: threads of this one
@@ -128,6 +136,11 @@ def base() -> ConfigDict:
     # the held-out images, in features of a classifier trained on the data set (fd_classifier_1k).
     config.eval.reference = ""
     config.eval.inception = ""  # weights file, where the reference is of Inception features
+
+    config.log = ConfigDict()  # besides metrics.jsonl and TensorBoard
+    config.log.wandb_project = ""  # of Weights & Biases (the extra wandb); "" leaves it out
+    config.log.wandb_entity = ""  # a team or user; "": the account's default
+    config.log.wandb_mode = ""  # online | offline; "": as $WANDB_MODE says, else online
 
     config.mesh = ConfigDict()
     config.mesh.data = -1  # devices along the data axis; -1: all that fsdp leaves

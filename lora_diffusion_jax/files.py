@@ -35,6 +35,7 @@ _ADVICE = (
     "What was saved before is untouched; free space or permit writing, then run the same command "
     "again, or choose another place."
 )
+HUB = "hf://"  # begins an address of weights on the Hugging Face Hub (`interop.hub`)
 _URL = re.compile("[A-Za-z][A-Za-z0-9+.-]*:/")
 _UNSET = re.compile(r"\$(\w+|\{[^}]*\})")
 _CHECKSUM = re.compile(rb', "[^"]*": "[0-9a-f]{8}"\}$')  # the end of a line of JSON
@@ -289,6 +290,7 @@ def disk_errors(path: str | os.PathLike, advice: str = _ADVICE) -> Iterator[None
     Raises:
         UserError: instead of an OSError, or of a library's error caused by one.
     """
+    before = next((p for p in (Path(path), *Path(path).parents) if os.path.exists(p)), None)
     try:
         yield
     except UserError:
@@ -299,8 +301,8 @@ def disk_errors(path: str | os.PathLike, advice: str = _ADVICE) -> Iterator[None
         for code in _DISK_CODES:
             if os.strerror(code) in str(error):
                 raise cannot_use(path, os.strerror(code), advice) from error
-        if not Path(path).exists():
-            raise disappeared(path) from error
+        if before and not before.exists():
+            raise disappeared(before) from error
         raise
 
 

@@ -35,7 +35,7 @@ class NotFiniteError(UserError):
 class Batch(NamedTuple):
     """Generated images with what made them."""
 
-    images: np.ndarray  # uint8 [N, H, W, C]
+    images: np.ndarray  # uint8 [N, H, W, C], or what the generator's `finish` makes
     seeds: np.ndarray  # int64 [N]
     labels: np.ndarray  # int32 [N], NO_LABEL without classes; or the rows that were given
     finite: np.ndarray | bool = True  # bool [N]: without NaN or infinity, which no uint8 shows
@@ -69,6 +69,7 @@ class Generator:
         bind: makes the D(x; sigma) that is sampled from, with guidance for example.
         bind_shared: the same for batches whose images all have one condition; its labels have one row.
             With adapters folded into the base, for example; None: as `bind`.
+        finish: images in [-1, 1] -> what is written; `to_values` for arrays of floats.
     """
 
     denoiser: Denoiser
@@ -79,6 +80,7 @@ class Generator:
     batch_size: int = 64
     bind: Bind = bind
     bind_shared: Bind | None = None
+    finish: Callable[[Images], jax.Array] = to_uint8
 
     @property
     def call_size(self) -> int:
@@ -135,7 +137,7 @@ class Generator:
             self.denoiser, variables, labels if self.num_classes else None
         )
         images = self.sampler(denoise, self.latents(seeds), key=churn)
-        return to_uint8(images), jnp.isfinite(images).all(axis=(1, 2, 3))
+        return self.finish(images), jnp.isfinite(images).all(axis=(1, 2, 3))
 
     def batches(
         self,
@@ -230,6 +232,12 @@ class Generator:
 def share_condition(labels: np.ndarray) -> bool:
     """Whether images with these labels, of `choose_labels` or rows, all have the same condition."""
     return bool((labels == labels[:1]).all())
+
+
+def to_values(mean: Sequence[float], std: Sequence[float], images: Images) -> Images:
+    """The values of an array of floats from what a network sees of them, (value - mean) / std."""
+    scale = jnp.asarray(std or (1.0,), jnp.float32)
+    return images * scale + jnp.asarray(mean or (0.0,), jnp.float32)
 
 
 def check_seeds(seeds: Sequence[int] | np.ndarray) -> np.ndarray:

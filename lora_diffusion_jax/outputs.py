@@ -4,7 +4,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,9 @@ class Output:
 
     A folder holds one PNG per image, `000007.png` for seed 7, and the labels in `dataset.json`: the
     layout of a StyleGAN or EDM data set, so it can be trained on and evaluated. A .npz holds images
-    uint8 [N, H, W, C], seeds [N], labels [N] and a JSON text `about`; a .png shows all images as a grid.
-    Until such a file is complete, its images lie in the folder `FILE.unfinished`.
+    [N, H, W, C], seeds [N], labels [N] and a JSON text `about`; a .png shows all images as a grid.
+    Arrays that are no pictures go to a .npz, or to a folder of .npy files. Until a .npz or .png is complete,
+    its images lie in the folder `FILE.unfinished`.
 
     Links in the folder are not followed.
 
@@ -39,6 +40,7 @@ class Output:
         identity: what else decides the images; images left by a run of another identity are dropped.
         columns: of a grid; 0: as many as rows.
         class_names: drawn beside the rows of a grid; () if they are numbers.
+        pictures: the images are uint8 with 1 or 3 channels.
         overwrite: remove images of other seeds that an earlier command wrote into the folder, and
             replace files that no earlier command wrote.
 
@@ -58,14 +60,18 @@ class Output:
         columns: int = 0,
         class_names: Sequence[str] = (),
         *,
+        pictures: bool = True,
         overwrite: bool = False,
     ):
+        self._write = write_png if pictures else write_npy
+        self._read: Callable[[Path], np.ndarray] = read_png if pictures else np.load
+        ending = "png" if pictures else "npy"
         self.path, self.seeds, self.labels, self.class_names = path, seeds, labels, class_names
         self.columns = columns or int(np.ceil(len(seeds) ** 0.5))
         packed = path.suffix in FILES
         self.folder = path.with_name(path.name + ".unfinished") if packed else path
         # A file may hold a seed twice, with two labels: there images are numbered by position.
-        self.names = [f"{n:06d}.png" for n in (range(len(seeds)) if packed else seeds)]
+        self.names = [f"{n:06d}.{ending}" for n in (range(len(seeds)) if packed else seeds)]
         files.make_folder(self.folder, self.folder.parent if packed else self.folder)
         self.lock = files.Lock(
             self.folder / ".lock",
@@ -90,7 +96,9 @@ class Output:
         asked = {self.folder / name for name in self.names}
         others = sorted(path for path in _images_below(self.folder) if path not in asked)
         ours = [
-            p for p in others if p.parent == self.folder and re.fullmatch(r"\d{6,10}\.png", p.name)
+            p
+            for p in others
+            if p.parent == self.folder and re.fullmatch(r"\d{6,10}\.(png|npy)", p.name)
         ]
         if overwrite and ours == others:
             for path in ours:
@@ -115,14 +123,14 @@ class Output:
             )
 
     def write(self, images: np.ndarray) -> None:
-        """Writes the next of the missing images, uint8 [n, H, W, C]."""
+        """Writes the next of the missing images, [n, H, W, C]."""
         for image in images:
-            write_png(self.folder / next(self._missing), image)
+            self._write(self.folder / next(self._missing), image)
 
     def finish(self, about: Mapping[str, Any]) -> None:
         """Completes the result when all images are written; `about` is recorded in it."""
         if self.path != self.folder:
-            images = np.stack([read_png(self.folder / name) for name in self.names])
+            images = np.stack([self._read(self.folder / name) for name in self.names])
             if self.path.suffix == ".png":
                 titles = row_titles(self.labels, self.columns, self.class_names)
                 write_png(self.path, grid(images, self.columns, titles))
@@ -193,10 +201,11 @@ def grid(
     min_side: int = 48,
     gap: int = 4,
 ) -> np.ndarray:
-    """Tiles uint8 images [N, H, W, C] row by row on gray; small ones are enlarged by a whole factor.
+    """Tiles images [N, H, W, C] row by row on gray; small ones are enlarged by a whole factor.
 
-    The titles stand to the left of their rows. C is 1 or 3.
+    The titles stand to the left of their rows. Arrays are shown as by `as_pictures`.
     """
+    images = as_pictures(images)
     factor = max(1, -(-min_side // images.shape[1]))
     images = images.repeat(factor, axis=1).repeat(factor, axis=2)
     count, height, width, channels = images.shape
@@ -212,6 +221,21 @@ def grid(
         return canvas
     centres = gap + height // 2 + (height + gap) * np.arange(len(titles))
     return np.concatenate([_margin(titles, centres, height, canvas.shape), canvas], axis=1)
+
+
+def as_pictures(images: np.ndarray) -> np.ndarray:
+    """Images [N, H, W, C] as uint8 with 1 or 3 channels, to look at.
+
+    Of an array the channels stand side by side in gray, [N, H, C * W, 1], each from the lowest hundredth of
+    its values, over all N, to the highest.
+    """
+    if images.dtype == np.uint8 and images.shape[-1] in (1, 3):
+        return images
+    values = np.nan_to_num(images.astype(np.float32))
+    low, high = np.percentile(values, (1, 99), axis=(0, 1, 2))
+    gray = np.clip((values - low) / np.maximum(high - low, 1e-12) * 255, 0, 255).astype(np.uint8)
+    count, height, width, channels = gray.shape
+    return gray.transpose(0, 1, 3, 2).reshape(count, height, channels * width, 1)
 
 
 def _margin(
@@ -244,6 +268,13 @@ def write_png(path: Path, image: np.ndarray) -> None:
     # Not synced: that would take longer than sampling a small image.
     with files.atomic(path, sync=False) as temporary:
         picture.save(temporary, format="PNG")
+
+
+def write_npy(path: Path, image: np.ndarray) -> None:
+    """Writes an array [H, W, C] whole or not at all, creating its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with files.atomic(path, sync=False) as temporary, temporary.open("wb") as file:
+        np.save(file, image)
 
 
 def read_png(path: Path) -> np.ndarray:

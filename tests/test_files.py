@@ -34,13 +34,19 @@ def test_a_file_is_replaced_whole_or_stays(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def lose(folder, error):
+    folder.rmdir()
+    raise error
+
+
 def test_disk_errors_become_plain(tmp_path):
     with pytest.raises(UserError, match="no space left on device"), files.disk_errors("/dev/full"):
         Path("/dev/full").write_text("x")
     with pytest.raises(UserError, match="no space left"), files.disk_errors(tmp_path):
         raise ValueError("RESOURCE_EXHAUSTED: write failed: No space left on device [source 17]")
+    (tmp_path / "x").mkdir()
     with pytest.raises(UserError, match="x has disappeared"), files.disk_errors(tmp_path / "x"):
-        raise ValueError("NOT_FOUND")
+        lose(tmp_path / "x", ValueError("whatever a library says"))
     with pytest.raises(ValueError, match="a bug"), files.disk_errors(tmp_path):
         raise ValueError("a bug")
     with pytest.raises(UserError, match="as it is"), files.disk_errors(tmp_path):
@@ -64,6 +70,18 @@ def test_a_folder_created_anew_is_not_the_one_held(tmp_path):
     folder.mkdir()  # the file system may give it the number of the first
     assert not held.is_there()
     held.close()
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), KeyError("x"), RuntimeError("no memory")])
+def test_what_is_not_there_yet_has_not_disappeared(tmp_path, error):
+    with pytest.raises(type(error)), files.disk_errors(tmp_path / "new" / "file"):
+        raise error
+    (tmp_path / "run").mkdir()
+    with (
+        pytest.raises(UserError, match="run has disappeared"),
+        files.disk_errors(tmp_path / "run" / "new" / "file"),
+    ):
+        lose(tmp_path / "run", error)
 
 
 HOLD = """

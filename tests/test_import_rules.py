@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "lora_diffusion_jax"
-SHARED = {"errors", "array_types", "keys", "paths", "files", "untrusted"}  # for everyone
+SHARED = {"errors", "array_types", "keys", "paths", "files", "untrusted", "npz"}  # for everyone
 BELOW_FACTORY = {
     *("processes", "lora", "models", "diffusion", "data", "readers"),
     *("default_config", "generate", "outputs", "training", "evaluation"),
@@ -21,6 +21,7 @@ ALLOWED = {
     "paths": set(),
     "files": set(),
     "untrusted": {"files"},
+    "npz": {"files", "untrusted"},
     "grids": set(),
     "processes": set(),
     "lora": set(),
@@ -61,6 +62,9 @@ LIBRARIES = {
 CONFINED = {
     "ml_collections": {"default_config", "factory", "interop", "cli", "sweeps", "modes"},
     "tensorflow_datasets": {"data"},
+    "datasets": {"data"},
+    "wandb": {"training"},
+    "huggingface_hub": {"interop"},
     "orbax": {"training"},
     "safetensors": {"readers", "interop", "evaluation"},
 }

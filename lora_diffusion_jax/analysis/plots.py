@@ -203,13 +203,16 @@ def ablation(
     return figure
 
 
-def between(canvases: Mapping[str, np.ndarray], ticks: Sequence[str], title: str) -> Figure:
+def between(
+    canvases: Mapping[str, np.ndarray], ticks: Sequence[str], title: str, axis: str
+) -> Figure:
     """Grids of samples, uint8 [H, W, C], one per route; a column per weight.
 
     Args:
         canvases: by route.
         ticks: names of the weights.
         title: of the figure.
+        axis: what the weights are.
     """
     height, width = next(iter(canvases.values())).shape[:2]
     panel = max(4.5, 7 / len(canvases))  # inches
@@ -221,5 +224,5 @@ def between(canvases: Mapping[str, np.ndarray], ticks: Sequence[str], title: str
         place.set_title(f"through {route.replace('_', '-')}", fontsize=10)
         place.set_xticks(at, ticks, fontsize=7)
         place.set_yticks([])
-    figure.supxlabel("weight: 0 is the first condition, 1 the second", fontsize=10)
+    figure.supxlabel(axis, fontsize=10)
     return figure

@@ -108,6 +108,21 @@ def condition_rows(
     return np.concatenate([of_adapters, of_affine], axis=1).astype(np.float32)
 
 
+def guided_rows(route: str, weights: np.ndarray, label: np.ndarray) -> np.ndarray:
+    """Conditions w c + (1 - w) 0 of a class's label c and that of no class, [W, 2 (num_classes + 1)].
+
+    Classifier-free guidance extrapolates what the network returns for the two labels, this the condition
+    itself. The route that is not taken has c, and so have all at weight 1.
+
+    Args:
+        route: one of ROUTES.
+        weights: w.
+        label: c, [num_classes].
+    """
+    # From the class, 1 - w of the way to no class: beyond 1 in the other direction.
+    return condition_rows(route, 1 - np.asarray(weights), label, np.zeros_like(label))
+
+
 def smoothness(points: np.ndarray, weights: np.ndarray) -> dict[str, float | None]:
     """How evenly samples change along a path of conditions.
 

@@ -15,7 +15,7 @@ from lora_diffusion_jax.untrusted import reason
 
 warnings.filterwarnings("ignore", module="PIL")  # what matters is an error here
 
-Shape = tuple[int, int, int]  # (height, width, channels); channels is 1 or 3
+Shape = tuple[int, int, int]  # (height, width, channels); channels of PNG and JPEG are 1 or 3
 
 _FORMATS = ("PNG", "JPEG")
 SUFFIXES = (".png", ".jpg", ".jpeg")  # of these; other files show what they are by their content

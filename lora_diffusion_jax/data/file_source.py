@@ -25,7 +25,7 @@ from lora_diffusion_jax.data.decode import (
 )
 from lora_diffusion_jax.data.image_source import (
     EncodedImage,
-    ImageSource,
+    EncodedSource,
     common_shape,
     evenly_spaced,
 )
@@ -45,7 +45,7 @@ _SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation",
 _NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?")
 
 
-class FileSource(ImageSource):
+class FileSource(EncodedSource):
     """PNG and JPEG images in a folder or a ZIP file, including those in nested folders.
 
     What is an image is decided by the ending .png, .jpg or .jpeg, and of other files by their first

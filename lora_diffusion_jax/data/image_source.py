@@ -25,19 +25,19 @@ class EncodedImage:
 
 
 class ImageSource(abc.ABC):
-    """A random-access set of images of one size, stored encoded (array_types.Source).
+    """A random-access set of images of one size (array_types.Source).
 
     Reading is safe from several threads, and in other processes after pickling or forking.
 
     Attributes:
         title: what it is and where it lies, for people.
-        image_shape: (height, width, channels); channels is 1 or 3.
+        image_shape: (height, width, channels); channels is 1 or 3 but for arrays.
+        dtype: uint8, or float32 for arrays of floats.
         num_classes: 0 when there are no labels.
         class_names: one per class; empty without labels.
         label_origin: where the labels come from, or why there are none, for people.
         bytes_on_disk: size of the encoded images or of the files that hold them.
         left_out: files beside the images that were not read.
-        background: the colour behind transparent pixels; '' refuses them.
     """
 
     title: str
@@ -47,53 +47,45 @@ class ImageSource(abc.ABC):
     label_origin: str
     bytes_on_disk: int
     left_out: int = 0
-    background: str = ""
-    converts: bool = False  # gray images of a colour data set become colour instead of an error
+    dtype: np.dtype = np.dtype(np.uint8)
 
     @abc.abstractmethod
     def __len__(self) -> int: ...
 
     @abc.abstractmethod
-    def fetch(self, indices: Sequence[int]) -> list[EncodedImage]:
-        """Reads images without decoding them; a UserError names the one that cannot be read."""
+    def read(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
+        """Returns {'image': [n, H, W, C], 'label': int32 [n]} for n indices in [0, len).
+
+        Raises:
+            UserError: an image cannot be read or decoded, has another size, or lacks a class.
+        """
+
+    @abc.abstractmethod
+    def labels(self) -> np.ndarray:
+        """Returns the classes of all images, int32 [N], without decoding an image."""
+
+    @abc.abstractmethod
+    def _content(self, index: int) -> bytes:
+        """Bytes that are equal for equal images."""
 
     @abc.abstractmethod
     def _identity(self) -> Sequence[str]:
         """Strings that distinguish this data set from others, wherever it lies."""
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """Returns {'image': uint8 [H, W, C], 'label': int32 []}; label is 0 without classes."""
+        """Returns {'image': [H, W, C], 'label': int32 []}; label is 0 without classes."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
         batch = self.read([int(index) % len(self)])
         return {"image": batch["image"][0], "label": batch["label"][0]}
 
-    def read(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
-        """Returns {'image': uint8 [n, H, W, C], 'label': int32 [n]} for n indices in [0, len).
-
-        Raises:
-            UserError: an image cannot be read or decoded, has another size, or lacks a class.
-        """
-        images = np.empty((len(indices), *self.image_shape), np.uint8)
-        labels = np.zeros(len(indices), np.int32)
-        for i, encoded in enumerate(self.fetch(indices)):
-            images[i] = self._decode(encoded)
-            labels[i] = self._checked_label(encoded)
-        return {"image": images, "label": labels}
-
-    def labels(self) -> np.ndarray:
-        """Returns the classes of all images, int32 [N], without decoding an image."""
-        starts = range(0, len(self), _CHUNK)
-        labels = [
-            self._checked_label(encoded)
-            for start in tqdm(starts, desc="reading labels", delay=2, disable=None)
-            for encoded in self.fetch(range(start, min(start + _CHUNK, len(self))))
-        ]
-        return np.array(labels, np.int32)
-
     def empty_classes(self) -> list[int]:
         """The classes without images, where that is known without reading images; else none."""
         return []
+
+    def moments(self) -> tuple[float, float] | None:
+        """Mean and standard deviation of what a network sees of an array; None for ordinary images."""
+        return None
 
     def fingerprint(self) -> str:
         """Returns 32 hex digits that identify the content, wherever it lies.
@@ -106,12 +98,46 @@ class ImageSource(abc.ABC):
         for text in self._identity():
             digest.update(text.encode("utf-8", "surrogateescape") + b"\0")
         for i in evenly_spaced(len(self), _FINGERPRINTED):  # one at a time: they may be large
-            (encoded,) = self.fetch([i])
-            # a PNG's pixels: other versions of the encoder give other bytes for the same image
-            is_png = encoded.data.startswith(b"\x89PNG")
-            data = self._decode(encoded).tobytes() if is_png else encoded.data
-            digest.update(hashlib.sha256(data).digest())
+            digest.update(hashlib.sha256(self._content(i)).digest())
         return digest.hexdigest()[:32]
+
+
+class EncodedSource(ImageSource):
+    """Images that are stored as PNG or JPEG.
+
+    Attributes:
+        background: the colour behind transparent pixels; '' refuses them.
+    """
+
+    background: str = ""
+    converts: bool = False  # gray images of a colour data set become colour instead of an error
+
+    @abc.abstractmethod
+    def fetch(self, indices: Sequence[int]) -> list[EncodedImage]:
+        """Reads images without decoding them; a UserError names the one that cannot be read."""
+
+    def read(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
+        images = np.empty((len(indices), *self.image_shape), np.uint8)
+        labels = np.zeros(len(indices), np.int32)
+        for i, encoded in enumerate(self.fetch(indices)):
+            images[i] = self._decode(encoded)
+            labels[i] = self._checked_label(encoded)
+        return {"image": images, "label": labels}
+
+    def labels(self) -> np.ndarray:
+        starts = range(0, len(self), _CHUNK)
+        labels = [
+            self._checked_label(encoded)
+            for start in tqdm(starts, desc="reading labels", delay=2, disable=None)
+            for encoded in self.fetch(range(start, min(start + _CHUNK, len(self))))
+        ]
+        return np.array(labels, np.int32)
+
+    def _content(self, index: int) -> bytes:
+        (encoded,) = self.fetch([index])
+        # a PNG's pixels: other versions of the encoder give other bytes for the same image
+        is_png = encoded.data.startswith(b"\x89PNG")
+        return self._decode(encoded).tobytes() if is_png else encoded.data
 
     def _decode(self, encoded: EncodedImage) -> np.ndarray:
         return decode(
@@ -157,14 +183,19 @@ def summarize(source: ImageSource, *, max_classes: int = 20) -> str:
         source: the data set.
         max_classes: how many classes get a line of their own.
     """
-    decoded = len(source) * int(np.prod(source.image_shape))
+    decoded = len(source) * int(np.prod(source.image_shape)) * source.dtype.itemsize
     lines = [
         f"Data set:    {source.title}",
-        f"Images:      {len(source):,} of {describe_shape(source.image_shape)}",
+        f"Images:      {len(source):,} of {describe_shape(source.image_shape)}"
+        + (", floats" if source.dtype.kind == "f" else ""),
         f"Classes:     {source.num_classes:,} ({source.label_origin})",
         f"On disk:     {_size(source.bytes_on_disk)}; decoded {_size(decoded)}",
         f"Fingerprint: {source.fingerprint()}",
     ]
+    if moments := source.moments():
+        lines.append(
+            "Values:      mean {:.4g}, standard deviation {:.4g} for the network".format(*moments)
+        )
     if source.left_out:
         lines.append(f"Left out:    {source.left_out:,} files that are no images, or hidden")
     if not source.num_classes:

@@ -18,7 +18,8 @@ from lora_diffusion_jax.data.image_source import ImageSource
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.processes.interrupts import SIGNALS
 
-Batch = dict[str, np.ndarray]  # {'image': uint8 [B, H, W, C], 'label': int32 [B]}
+# {'image': [B, H, W, C], uint8 or of arrays float32; 'label': int32 [B]}
+Batch = dict[str, np.ndarray]
 
 _CHUNK = 256  # images decoded by one thread at a time
 READ_AHEAD = 8  # batches kept ready
@@ -50,7 +51,7 @@ class Batches:
             program's main module, since they are spawned.
 
     Attributes:
-        images: uint8 [N, H, W, C], or None when the data set is streamed.
+        images: [N, H, W, C], uint8 or float32, or None when the data set is streamed.
         labels: int32 [N], or None.
         wait_seconds: total time for which iterate() made its caller wait.
 
@@ -85,7 +86,7 @@ class Batches:
         self.seed = seed
         self.wait_seconds = 0.0
         self._num_workers = num_workers
-        if len(source) * int(np.prod(source.image_shape)) <= memory_limit:
+        if len(source) * int(np.prod(source.image_shape)) * _dtype(source).itemsize <= memory_limit:
             self.images, self.labels = _decode_all(source)
 
     def indices(self, step: int) -> np.ndarray:
@@ -162,9 +163,9 @@ def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
 
 
 def _decode_all(source: Source) -> tuple[np.ndarray, np.ndarray]:
-    """Decodes a whole data set: uint8 [N, H, W, C] and int32 [N]; stops at the first UserError."""
+    """Decodes a whole data set: images [N, H, W, C] and int32 [N]; stops at the first UserError."""
     size = len(source)
-    images = np.empty((size, *source.image_shape), np.uint8)
+    images = np.empty((size, *source.image_shape), _dtype(source))
     labels = np.empty(size, np.int32)
 
     def fill(start: int) -> int:
@@ -184,6 +185,10 @@ def _decode_all(source: Source) -> tuple[np.ndarray, np.ndarray]:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return images, labels
+
+
+def _dtype(source: Source) -> np.dtype:
+    return source.dtype if isinstance(source, ImageSource) else np.dtype(np.uint8)
 
 
 def _num_threads(source: Source) -> int:

@@ -16,7 +16,7 @@ from lora_diffusion_jax.data.chunks import unpacked_sizes
 from lora_diffusion_jax.data.decode import MAX_BYTES, Shape, colour, read_shape
 from lora_diffusion_jax.data.image_source import (
     EncodedImage,
-    ImageSource,
+    EncodedSource,
     common_shape,
     evenly_spaced,
 )
@@ -54,7 +54,7 @@ _FEATURES = {
 }
 
 
-class TfdsSource(ImageSource):
+class TfdsSource(EncodedSource):
     """One split of a prepared TFDS data set of images; `digits` is prepared on first use.
 
     The image and the label are the data set's supervised keys where they are an Image and a

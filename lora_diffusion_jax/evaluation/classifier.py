@@ -24,7 +24,7 @@ from lora_diffusion_jax import keys, processes
 from lora_diffusion_jax.array_types import Key, PyTree, Source
 from lora_diffusion_jax.errors import UserError, printable
 from lora_diffusion_jax.evaluation.features import Detector, cache_folder
-from lora_diffusion_jax.evaluation.npz import read_npz, write_npz
+from lora_diffusion_jax.npz import read_npz, write_npz
 
 ROTATIONS = 4
 TRAINING_LIMIT = 3600.0  # seconds that processes wait for one another's training

@@ -14,9 +14,9 @@ from tqdm import tqdm
 from lora_diffusion_jax import files
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.evaluation.features import Detector, extract
-from lora_diffusion_jax.evaluation.npz import read_npz, write_npz
 from lora_diffusion_jax.evaluation.results import note, source_hash, to_line
 from lora_diffusion_jax.evaluation.statistics import Moments
+from lora_diffusion_jax.npz import read_npz, write_npz
 from lora_diffusion_jax.processes import from_leader, is_leader
 from lora_diffusion_jax.processes.interrupts import pause_point
 

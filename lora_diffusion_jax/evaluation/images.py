@@ -9,7 +9,7 @@ import numpy as np
 from lora_diffusion_jax.array_types import Source
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.evaluation.features import tree_hash
-from lora_diffusion_jax.evaluation.npz import read_npz
+from lora_diffusion_jax.npz import read_npz
 
 ARRAYS = ("images", "samples", "arr_0")  # our name, and those of other samplers
 CHUNK = 250  # images read at a time

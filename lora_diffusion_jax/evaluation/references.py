@@ -15,8 +15,8 @@ from lora_diffusion_jax.errors import UserError, printable
 from lora_diffusion_jax.evaluation.collect import FeatureSet
 from lora_diffusion_jax.evaluation.features import Detector
 from lora_diffusion_jax.evaluation.metrics import half_root
-from lora_diffusion_jax.evaluation.npz import read_npz, write_npz
 from lora_diffusion_jax.evaluation.results import code_version
+from lora_diffusion_jax.npz import read_npz, write_npz
 from lora_diffusion_jax.untrusted import parse_json
 
 WEIGHTS = "weights/"  # prefix of a detector's arrays in a reference file

@@ -208,6 +208,29 @@ def _check_data(config: ConfigDict) -> None:
             "clear one of them (--config.data.name='')."
         )
 
+    if config.data.floats or config.data.channels not in (0, 1, 3):
+        _check_array(config)
+
+
+def _check_array(config: ConfigDict) -> None:
+    """Raises UserError for what is made for images alone."""
+    kind = "floats" if config.data.floats else f"{config.data.channels} channels"
+    if config.augment.p:
+        raise UserError(
+            f"augment.p={config.augment.p}, but the data are an array of {kind}: augmentation flips, turns "
+            "and recolours images. Set --config.augment.p=0 (and --config.model.augment_dim=0)."
+        )
+    if config.data.floats and config.sampler.get("clip_denoised"):
+        raise UserError(
+            f"sampler.name={config.sampler.name} clips to [-1, 1], but the data are an array of floats. Set "
+            "--config.sampler.clip_denoised=False."
+        )
+    if config.data.floats and config.precond.name == "ddpm":
+        raise UserError(
+            "precond.name=ddpm is for images of 8 bits (its bound counts their values, its samplers clip to "
+            "[-1, 1]), but the data are an array of floats. Use precond.name=edm, vp or ve."
+        )
+
 
 def check_sites(pattern: str, field: str = "lora.sites") -> None:
     """Raises UserError for a pattern of layers that could take forever to match.

@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from lora_diffusion_jax import files
 from lora_diffusion_jax.data import image_source, pipeline, sources
+from lora_diffusion_jax.data.numpy_source import is_array
 from lora_diffusion_jax.errors import NotThereError, UserError, printable
 from lora_diffusion_jax.factory.networks import check_attention, num_classes
 from lora_diffusion_jax.models.unet import check_image_size
@@ -22,17 +23,27 @@ def open_source(config: ConfigDict) -> image_source.ImageSource:
     d = config.data
     if not (d.name or d.path):
         raise NotThereError(
-            "No data set is named: set --config.data.name (a TFDS data set) or --config.data.path "
-            "(a folder or ZIP of images)."
+            "No data set is named: set --config.data.name (a TFDS data set, or hf:OWNER/NAME of Hugging "
+            "Face) or --config.data.path (a folder or ZIP of images, or an array: .npy, .npz)."
         )
     data_dir, path = (files.expand(d[name], f"data.{name}") for name in ("data_dir", "path"))
     return sources.open_source(
-        d.name, data_dir, path, d.split, class_folders=d.class_folders, background=d.background
+        d.name,
+        data_dir,
+        path,
+        d.split,
+        class_folders=d.class_folders,
+        background=d.background,
+        image_key=d.image_key,
+        label_key=d.label_key,
+        layout=d.layout,
+        mean=d.mean,
+        std=d.std,
     )
 
 
 def open_heldout(config: ConfigDict, labels: bool = False) -> image_source.ImageSource | None:
-    """Held-out images that training never sees: those of data.eval_path, or else the TFDS data set's own.
+    """Held-out images that training never sees: those of data.eval_path, or else the named data set's own.
 
     None for a folder or ZIP without data.eval_path.
 
@@ -43,12 +54,21 @@ def open_heldout(config: ConfigDict, labels: bool = False) -> image_source.Image
     d = config.data
     if d.eval_path:
         path = files.expand(d.eval_path, "data.eval_path")
+        array = {"layout": d.layout, "mean": d.mean, "std": d.std} if is_array(path) else {}
         return sources.open_source(
-            path=path, class_folders=d.class_folders and labels, background=d.background
+            path=path, class_folders=d.class_folders and labels, background=d.background, **array
         )
     if d.name:
         data_dir = files.expand(d.data_dir, "data.data_dir")
-        return sources.open_source(d.name, data_dir, "", d.eval_split, background=d.background)
+        return sources.open_source(
+            d.name,
+            data_dir,
+            "",
+            d.eval_split,
+            background=d.background,
+            image_key=d.image_key,
+            label_key=d.label_key,
+        )
     return None
 
 
@@ -63,6 +83,7 @@ def complete(config: ConfigDict, source: image_source.ImageSource) -> ConfigDict
     height, width, channels = source.image_shape
     config = config.copy_and_resolve_references()
     found: dict[str, Any] = {"image_size": height, "image_width": width, "channels": channels}
+    found["floats"] = source.dtype.kind == "f"
     if config.class_conditional:
         check_classes(source)
         found["num_classes"] = source.num_classes
@@ -84,7 +105,12 @@ def complete(config: ConfigDict, source: image_source.ImageSource) -> ConfigDict
 
 
 def check_classes(source: image_source.ImageSource) -> None:
-    """Raises UserError if a class has no images: a share of the samples would be of it."""
+    """Raises UserError if there are no classes, or one has no images: some samples would be of it."""
+    if not source.num_classes:
+        raise UserError(
+            f"class_conditional=True needs labels, but {source.title} has none ({source.label_origin}). "
+            "Set --config.class_conditional=False, or add labels to the data."
+        )
     empty = source.empty_classes()
     if empty:
         raise UserError(

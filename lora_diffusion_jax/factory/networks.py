@@ -35,6 +35,11 @@ def image_shape(config: ConfigDict) -> tuple[int, int, int]:
     return data.image_size, data.image_width or data.image_size, data.channels
 
 
+def is_pictures(config: ConfigDict) -> bool:
+    """Whether what the network makes can be looked at: 8 bits, gray or colour."""
+    return not config.data.floats and config.data.channels in (1, 3)
+
+
 def num_classes(config: ConfigDict) -> int:
     """Width of the network's class labels; 0 for an unconditional one.
 

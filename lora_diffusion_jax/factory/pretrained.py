@@ -119,6 +119,7 @@ def check_finite(variables: Variables, origin: str) -> None:
 def network_fields(config: ConfigDict) -> dict[str, Any]:
     """The fields of a config that describe its network, for JSON; `config_from_dict` reads them."""
     data = ("image_size", "image_width", "channels", "num_classes", "class_names")
+    data += ("floats", "mean", "std")
     return {
         "class_conditional": config.class_conditional,
         "data": {field: config.data[field] for field in data},

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from lora_diffusion_jax import generate
 from lora_diffusion_jax.array_types import PyTree
 from lora_diffusion_jax.diffusion import precond
+from lora_diffusion_jax.diffusion.samplers import to_uint8
 from lora_diffusion_jax.factory.guidance import build_bind
 from lora_diffusion_jax.factory.networks import image_shape, is_class_pair, num_classes
 from lora_diffusion_jax.factory.objectives import build_objective, build_sampler
@@ -106,6 +107,9 @@ def build_generator(
     weaker: precond.Denoiser | None = None,
 ) -> generate.Generator:
     """The generator that samples a denoiser with `config.sampler`, guided by a weaker one if it says so."""
+    finish = to_uint8
+    if config.data.floats:
+        finish = functools.partial(generate.to_values, config.data.mean, config.data.std)
     return generate.Generator(
         denoiser=denoiser,
         sampler=build_sampler(config, denoiser),
@@ -115,6 +119,7 @@ def build_generator(
         batch_size=config.sampler.batch_size,
         bind=build_bind(config, weaker),
         bind_shared=build_bind(config, weaker, fold=folds(config)),
+        finish=finish,
     )
 
 

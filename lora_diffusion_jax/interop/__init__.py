@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from lora_diffusion_jax import files
 from lora_diffusion_jax.array_types import Variables
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.factory.networks import build_denoiser, has_map, variable_shapes
@@ -25,6 +24,7 @@ from lora_diffusion_jax.interop.adapters import (
     save_peft,
 )
 from lora_diffusion_jax.interop.export import Export, export_network, read_export
+from lora_diffusion_jax.interop.hub import local
 from lora_diffusion_jax.interop.infer import infer_config
 from lora_diffusion_jax.interop.names import base_hash, is_openai, to_state_dict, to_variables
 from lora_diffusion_jax.readers.pickles import (
@@ -34,7 +34,11 @@ from lora_diffusion_jax.readers.pickles import (
 )
 from lora_diffusion_jax.readers.safetensors import is_safetensors
 
+# What networks are loaded from, for messages.
+FORMS = "a .pkl snapshot, a .pt state dict, a .safetensors file, the workdir of a run, or hf://OWNER/NAME"
+
 __all__ = [
+    "FORMS",
     "base_hash",
     "export_network",
     "infer_config",
@@ -42,11 +46,13 @@ __all__ = [
     "load_adapters",
     "load_peft",
     "load_pretrained",
+    "local",
     "read_export",
     "save_adapters",
     "save_peft",
     "to_state_dict",
     "to_variables",
+    "weights_in",
 ]
 
 
@@ -57,8 +63,8 @@ def load_pretrained(
 
     Args:
         path: an official EDM or LoRA snapshot (.pkl), a PyTorch state dict of improved-diffusion (.pt),
-            a .safetensors file that --mode=export wrote, or a workdir of this project. Snapshots and
-            workdirs give the EMA weights.
+            a .safetensors file that --mode=export wrote, a workdir of this project, or one on the Hugging
+            Face Hub, hf://OWNER/NAME. Snapshots and workdirs give the EMA weights.
         base: for a file of adapters alone, the network they belong to, in any of these forms.
         config: of the network; a state dict needs it, the others describe themselves and must agree
             with it. A state dict holds no adapters, so it gives the base (lora.mode=baseline).
@@ -66,13 +72,18 @@ def load_pretrained(
     Raises:
         UserError: one sentence that names the file and what was found. Nothing in a file is executed.
     """
-    path = files.expand(path)
+    path = local(path)
     if is_torch_file(path):
         if base is not None:
             raise UserError(f"{path} is a whole network; a base ({base}) goes with adapters alone.")
         return _load_state_dict(path, config)
     loaded = _load_described(path, base)
     return loaded if config is None else with_config(loaded, config)
+
+
+def weights_in(path: str | Path) -> str:
+    """Which weights a checkpoint file holds, ema or raw; snapshots hold averages."""
+    return read_export(path).weights if is_safetensors(path) else "ema"
 
 
 def _load_state_dict(path: str | Path, config: ConfigDict | None) -> Pretrained:
@@ -106,7 +117,7 @@ def _load_described(path: str | Path, base: str | Path | None) -> Pretrained:
         if export.content == "adapters":
             below = _base_of(export, path, base)
     else:
-        network = read_snapshot(path)
+        network = read_snapshot(path, FORMS)
         with _naming(path):
             config, weights = infer_config(network), network.state_dict()
     if base is not None and below is None:
@@ -135,7 +146,8 @@ def _base_of(export: Export, path: str | Path, base: str | Path | None) -> Varia
             f"{path} holds adapters alone, for the base {export.base_hash[:12]}; "
             "give that network too with --base=FILE (in Python: load_pretrained(path, base=...))."
         )
-    described = not is_torch_file(files.expand(base))
+    base = local(base, "base")
+    described = not is_torch_file(base)
     variables = load_pretrained(base, config=None if described else export.config).variables
     network = variable_shapes(export.config, build_denoiser(export.config))
     variables = without_conditioning(variables, network)

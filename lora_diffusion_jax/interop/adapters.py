@@ -4,6 +4,7 @@ The trees are those of `lora.split(params)[1]` for linen and of `lora.adapter_tr
 """
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from lora_diffusion_jax.array_types import PyTree
 from lora_diffusion_jax.errors import UserError, printable
 from lora_diffusion_jax.files import disk_errors, write_text
 from lora_diffusion_jax.interop.export import check_suffix, write_safetensors
+from lora_diffusion_jax.lora.params import omega_of
 from lora_diffusion_jax.paths import ADAPTER, list_adapters, list_sites
 from lora_diffusion_jax.readers.safetensors import read_safetensors
 from lora_diffusion_jax.untrusted import read_json
@@ -62,24 +64,36 @@ def load_adapters(path: str | Path) -> PyTree:
     return adapters
 
 
-def save_peft(folder: str | Path, adapters: PyTree, omegas: Mapping[str, Any]) -> None:
+def save_peft(
+    folder: str | Path,
+    adapters: PyTree,
+    omegas: Mapping[str, Any],
+    conv1d: str | None = None,
+) -> None:
     """Writes adapters under one fixed condition in PEFT's format, with alpha = r, so that its scale is 1.
 
-    All bases of a site become one pair of matrices, with the composition weights in lora_A. A kernel of
-    three axes is taken for DenseGeneral's, whose axes PEFT's Linear has as one; of four for Conv2d's.
+    All bases of a site become one pair of matrices, with the composition weights in lora_A. Kernels of
+    four axes are those of Conv2d. Those of three are Conv1d's [window, in, out], or those of a
+    DenseGeneral that takes two axes, which are one axis of PEFT's Linear; a tree does not say which.
 
     Args:
         folder: of adapter_config.json and adapter_model.safetensors.
         adapters: the tree.
         omegas: site path -> composition weights [m] (or [1, m]); `lora.composition_weights` gives them.
+        conv1d: regular expression for the whole paths of the sites that are 1-D convolutions, '' if none
+            is; needed if a kernel has three axes.
 
     Raises:
-        UserError: weights of other sites or sizes, or for several samples, or a file cannot be written.
+        UserError: a kernel of three axes without `conv1d`; weights of other sites or
+            sizes, or for several samples; or a file cannot be written.
     """
     flat, sites = _flat(adapters), list_sites(adapters)
     if sites != sorted(omegas):
         raise UserError(f"PEFT's format got weights for {sorted(omegas)}, the sites are {sites}.")
-    pairs = {site: _pair(flat, site, omegas[site]) for site in sites}
+    pairs = {}
+    for site in sites:
+        dense = not _is_conv1d(flat, site, conv1d)
+        pairs[site] = _pair(flat, site, omegas[site], joins_axes=dense)
     rank = max(down.shape[0] for down, _, _ in pairs.values())
     biased = any(np.any(shift) for _, _, shift in pairs.values())
     arrays = {}
@@ -161,15 +175,34 @@ def load_peft(folder: str | Path, adapters: PyTree) -> PyTree:
 # ---------------------------------------------------------------------------------- one site
 
 
+def _is_conv1d(flat: Mapping[tuple[str, ...], np.ndarray], site: str, conv1d: str | None) -> bool:
+    """Whether `conv1d` names a site; UserError if it has to and does not, or names another layer."""
+    kernels = {flat[*head, "down", "kernel"].ndim for head in list_adapters(flat, site)}
+    if kernels == {3} and conv1d is None:
+        raise UserError(
+            f"LoRA site '{site}' has a kernel of three axes, and PEFT's layout depends on whether it is a "
+            "1-D convolution or a DenseGeneral; give conv1d='', or a pattern for the convolutions' paths."
+        )
+    named = bool(conv1d) and re.fullmatch(str(conv1d), site) is not None
+    if named and kernels != {3}:
+        raise UserError(
+            f"LoRA site '{site}' is no 1-D convolution, though conv1d={conv1d!r} names it: its kernel has "
+            f"{max(kernels)} axes, not 3. Narrow the pattern."
+        )
+    return named
+
+
 def _pair(
-    flat: Mapping[tuple[str, ...], np.ndarray], site: str, omega: Any
+    flat: Mapping[tuple[str, ...], np.ndarray], site: str, omega: Any, joins_axes: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """PEFT's lora_A [r, in] (Conv: [r, in, *window]), lora_B [out, r] and the bias [out] of a site."""
+    """PEFT's lora_A [r, in] (Conv: [r, in, *window]), lora_B [out, r] and the bias [out] of a site.
+
+    `joins_axes`: a kernel of three axes is DenseGeneral's.
+    """
     downs, ups, shifts = [], [], []
-    start = len(site.split("/")) + 1
     for head in list_adapters(flat, site):
         down, up = flat[*head, "down", "kernel"], flat[*head, "up", "kernel"]
-        given = omega.get(head[start:], ()) if isinstance(omega, Mapping) else omega
+        given = omega_of(omega, head, site)
         mixed = np.atleast_1d(np.asarray(given, np.float32))
         width = down.shape[-1]
         if not mixed.size or mixed.size != mixed.shape[-1] or width % mixed.size:
@@ -179,7 +212,7 @@ def _pair(
             )
         weights = np.repeat(mixed.reshape(-1), width // mixed.size)
         down = down * weights
-        if down.ndim == 3:  # DenseGeneral
+        if down.ndim == 3 and joins_axes:
             down = down.reshape(-1, width)
         downs.append(np.moveaxis(down, (-1, -2), (0, 1)))
         ups.append(up.reshape(width, -1).T)

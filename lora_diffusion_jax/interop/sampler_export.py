@@ -1,4 +1,4 @@
-"""A run's whole sampler as one file that JAX runs without this package: seeds in, uint8 images out."""
+"""A run's whole sampler as one file that JAX runs without this package: seeds in, images out."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ SUFFIX = ".jax"
 def export_sampler(path: str | Path, run: Pretrained, about: dict[str, Any]) -> None:
     """Writes a sampler for one device of any of PLATFORMS, its weights included, and a .json beside it.
 
-    `jax.export.deserialize(data).call(seeds, labels)` gives (images uint8 [B, H, W, C], finite bool [B])
+    `jax.export.deserialize(data).call(seeds, labels)` gives (images [B, H, W, C], finite bool [B])
     for seeds uint32 [B] and labels float32 [B, num_classes], or [B, 1], ignored, without classes. B is
     `sampler.batch_size`. JAX reads files of other versions for at least six months
     after and three weeks before.

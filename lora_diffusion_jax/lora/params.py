@@ -102,9 +102,30 @@ def fold(params: PyTree, omegas: Mapping[str, Any]) -> PyTree:
     for site, omega in omegas.items():
         path = tuple(site.split("/"))
         for head in list_adapters(flat, site):
-            weights = omega[head[len(path) + 1 :]] if isinstance(omega, Mapping) else omega
+            weights = omega_of(omega, head, site)
             _fold_site(flat_base, flat, path, head, jnp.asarray(weights).reshape(-1))
     return traverse_util.unflatten_dict(flat_base)
+
+
+def omega_of(omega: Any, head: tuple[str, ...], site: str) -> Any:
+    """The composition weights of one adapter of a site.
+
+    Args:
+        omega: what `composition_weights` gives for the site: weights, or (adapter's name,) -> weights.
+        head: the adapter's path, of `list_adapters`.
+        site: the site's path.
+
+    Raises:
+        UserError: a mapping without the adapter.
+    """
+    if not isinstance(omega, Mapping):
+        return omega
+    name = head[len(site.split("/")) + 1 :]
+    if name not in omega:
+        found = ", ".join(map(repr, omega)) or "no adapter"
+        wanted = f"its adapter {name!r}" if name else "its one adapter, which has no name: give [m]"
+        raise UserError(f"Site '{site}' got weights for {found}; expected those of {wanted}.")
+    return omega[name]
 
 
 def _fold_site(

@@ -1,6 +1,7 @@
 """What the adapters of a run do: pictures, and the numbers behind them in one npz."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,15 @@ from lora_diffusion_jax.diffusion.objective import Objective
 from lora_diffusion_jax.errors import NotThereError, UserError
 from lora_diffusion_jax.evaluation.detectors import detector_for_source
 from lora_diffusion_jax.evaluation.features import Detector, extract
-from lora_diffusion_jax.evaluation.npz import write_npz
 from lora_diffusion_jax.factory.data import complete, open_source
-from lora_diffusion_jax.factory.networks import has_map, num_classes
+from lora_diffusion_jax.factory.networks import has_map, is_pictures, num_classes
 from lora_diffusion_jax.factory.objectives import refuse_changes
 from lora_diffusion_jax.factory.pretrained import Pretrained
 from lora_diffusion_jax.factory.training import build_generator, build_mesh
 from lora_diffusion_jax.keys import ANALYSIS, purpose_key
 from lora_diffusion_jax.lora import CONDITIONS, Adapted, list_sites
 from lora_diffusion_jax.modes.sample import check_outside_runs, choose_classes
+from lora_diffusion_jax.npz import write_npz
 from lora_diffusion_jax.processes.interrupts import pause_point
 from lora_diffusion_jax.training.step import to_float, to_labels
 
@@ -35,7 +36,11 @@ MAX_CLASSES = 10  # of which composition weights are shown
 WEIGHTS = np.linspace(-0.5, 1.5, 9)  # of conditions in between and beyond
 USUAL_SEEDS = tuple(range(8))  # rows of their grids
 NPZ = "analysis.npz"
-PICTURES = ("omega", "omega_classes", "similarity", "pca", "norms", "ablation", "classes", "noise")
+PICTURES = (
+    *("omega", "omega_classes", "similarity", "pca", "norms", "ablation"),
+    *("classes", "noise", "guidance"),
+)
+GUIDED = 7  # weights from 1 on, of guidance as extrapolation
 
 
 @dataclasses.dataclass
@@ -60,6 +65,7 @@ def analyze(
     num: int | None = None,
     classes: str | None = None,
     noise_factor: float | None = None,
+    guidance: float | None = None,
     seeds: Sequence[int] | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -71,6 +77,8 @@ def analyze(
         num: training images for the losses; None: USUAL_NUM, or all if they are fewer; 0: no losses.
         classes: two classes, `3,8` or names, between which samples are drawn; None: none are.
         noise_factor: samples are drawn with a condition of so many times the noise level; None: none are.
+        guidance: samples are drawn with a class's condition led away from that of no class, up to this
+            weight; None: none are.
         seeds: of these samples, a row each; None: USUAL_SEEDS.
         overwrite: replace the files of an earlier analysis.
 
@@ -89,11 +97,18 @@ def analyze(
         raise UserError(
             f"--noise_factor={noise_factor:g}; it must be a positive number other than 1, such as 2."
         )
-    for asked, by_class in ((pair, True), (noise_factor, False)):
+    if guidance is not None:
+        check_guidance(run, guidance)
+    for asked, by_class in ((pair or guidance, True), (noise_factor, False)):
         if asked:
             routes_of(run, by_class)
+    samples = bool(pair or noise_factor or guidance)
+    if samples and not is_pictures(run.config):
+        raise UserError(
+            "--classes, --noise_factor and --guidance compare pictures, but this run's data are an array, "
+            "for which there are no features; leave them out."
+        )
     check_folder(out, overwrite)
-    samples = bool(pair or noise_factor)
     checked = generate.check_seeds(USUAL_SEEDS if seeds is None else seeds) if samples else None
     source = training_images(run) if num != 0 or samples else None
     chosen = None if source is None or num == 0 else choose_images(source, num)
@@ -108,6 +123,8 @@ def analyze(
         if noise_factor:
             first = pair[:1] if pair else (0,) if num_classes(run.config) else ()
             draw_between(run, "noise", checked, detector, found, first, noise_factor)
+        if guidance:
+            draw_guided(run, checked, detector, found, pair[0] if pair else 0, guidance)
     return write(out, found, overwrite)
 
 
@@ -335,36 +352,126 @@ def draw_between(
     one_hot = np.eye(num_classes(run.config), dtype=np.float32)
     start, end = (one_hot[classes[0]], one_hot[classes[-1]]) if classes else (None, None)
     pair = classes if len(classes) == 2 else None
-    ticks = [f"{w:g}" for w in WEIGHTS]
-    canvases, measures = {}, {}
-    for route in routes_of(run, pair is not None):
-        rows = routes.condition_rows(route, WEIGHTS, start, end, factor)
-        images = sample_rows(run, rows, seeds, pause_point)  # [W, N, H, W, C]
-        parts = list(extract(detector, images.reshape(-1, len(seeds), *images.shape[2:])))
-        features, logits = (np.concatenate(part) for part in zip(*parts, strict=True))
-        features = features.reshape(*images.shape[:2], -1)
-        found.arrays |= {f"{name}_images_{route}": images, f"{name}_features_{route}": features}
-        canvases[route] = outputs.grid(
-            images.swapaxes(0, 1).reshape(-1, *images.shape[2:]), len(WEIGHTS)
-        )
-        measures[route] = {
-            kind: routes.smoothness(points, WEIGHTS)
-            for kind, points in (("pixels", images), ("features", features))
-        }
-        if pair and detector.has_classes and logits.shape[-1] == len(one_hot):
-            named = logits.argmax(axis=-1).reshape(images.shape[:2])
-            shares = np.stack([(named == k).mean(axis=1) for k in pair], axis=1)  # [W, 2]
-            found.arrays[f"{name}_assigned_{route}"] = shares
-            measures[route]["assigned_to_second"] = dict(
-                zip(ticks, shares[:, 1].tolist(), strict=True)
-            )
-    found.arrays |= {"between_weights": WEIGHTS, "between_seeds": seeds}
     path = f"1 to {factor:g} times the noise level"
     path = f"class {classes[0]} to class {classes[1]}" if pair else path
     one = f" (class {classes[0]})" if len(classes) == 1 else ""
-    title = f"Condition from {path}{one}; a row is a seed"
-    found.pictures[name] = plots.between(canvases, ticks, title)
-    found.record[name] = {"features": detector.name, **measures}
+    found.arrays |= {"between_weights": WEIGHTS, "between_seeds": seeds}
+    walk = Walk(
+        name,
+        WEIGHTS,
+        WEIGHTS,
+        functools.partial(
+            routes.condition_rows, weights=WEIGHTS, start=start, end=end, factor=factor
+        ),
+        f"Condition from {path}{one}; a row is a seed",
+        "weight: 0 is the first condition, 1 the second",
+        pair or (),
+    )
+    draw_walk(run, walk, routes_of(run, pair is not None), seeds, detector, found)
+
+
+def check_guidance(run: Pretrained, weight: float) -> None:
+    """Raises UserError for a weight that leads nowhere, or a network without classes."""
+    if not num_classes(run.config):
+        raise UserError("--guidance leads away from no class, but this network is unconditional.")
+    if not 1 < weight < float("inf"):
+        raise UserError(f"--guidance={weight:g}; it must be greater than 1, such as 4.")
+
+
+def draw_guided(
+    run: Pretrained,
+    seeds: np.ndarray,
+    detector: Detector,
+    found: Found,
+    number: int,
+    largest: float,
+) -> None:
+    """Adds samples under w c + (1 - w) 0, of a class's label c and that of no class, along each route.
+
+    Classifier-free guidance extrapolates what the network returns for the two labels, this the
+    condition itself; the route that is not taken has the class's.
+
+    Args:
+        run: the network.
+        seeds: one row of the picture each.
+        detector: of the features in which smoothness is measured.
+        found: gets picture, arrays and measures.
+        number: the class.
+        largest: w goes from 1 to it.
+    """
+    one_hot = np.eye(num_classes(run.config), dtype=np.float32)
+    weights = np.linspace(1, largest, GUIDED)
+    found.arrays |= {"guidance_weights": weights, "guidance_seeds": seeds}
+    walk = Walk(
+        "guidance",
+        weights,
+        (weights - 1) / (largest - 1),
+        functools.partial(routes.guided_rows, weights=weights, label=one_hot[number]),
+        f"Condition of class {number} led away from that of no class; a row is a seed",
+        "weight: 1 is the class itself",
+        (number,),
+    )
+    draw_walk(run, walk, routes_of(run, by_class=True), seeds, detector, found)
+
+
+@dataclasses.dataclass(frozen=True)
+class Walk:
+    """A path of conditions.
+
+    Attributes:
+        name: of the picture and the arrays.
+        weights: of the conditions, [W].
+        position: of each on the path, [W]; smoothness is measured from 0 to 1.
+        rows: route -> rows for `routes.TwoConditions`, one per weight.
+        title: of the picture.
+        axis: what the weights are.
+        classes: by a classifier of the data, the share of samples of each is measured.
+    """
+
+    name: str
+    weights: np.ndarray
+    position: np.ndarray
+    rows: Callable[[str], np.ndarray]
+    title: str
+    axis: str
+    classes: Sequence[int]
+
+
+def draw_walk(
+    run: Pretrained,
+    walk: Walk,
+    taken: Sequence[str],
+    seeds: np.ndarray,
+    detector: Detector,
+    found: Found,
+) -> None:
+    """Adds samples, features and measures of a path of conditions, by each of the routes taken."""
+    ticks, classes = [f"{w:g}" for w in walk.weights], num_classes(run.config)
+    canvases, measures = {}, {}
+    for route in taken:
+        images = sample_rows(run, walk.rows(route), seeds, pause_point)  # [W, N, H, W, C]
+        parts = list(extract(detector, images.reshape(-1, len(seeds), *images.shape[2:])))
+        features, logits = (np.concatenate(part) for part in zip(*parts, strict=True))
+        features = features.reshape(*images.shape[:2], -1)
+        found.arrays |= {
+            f"{walk.name}_images_{route}": images,
+            f"{walk.name}_features_{route}": features,
+        }
+        canvases[route] = outputs.grid(
+            images.swapaxes(0, 1).reshape(-1, *images.shape[2:]), len(walk.weights)
+        )
+        measures[route] = {
+            kind: routes.smoothness(points, walk.position)
+            for kind, points in (("pixels", images), ("features", features))
+        }
+        if walk.classes and detector.has_classes and logits.shape[-1] == classes:
+            named = logits.argmax(axis=-1).reshape(images.shape[:2])
+            shares = np.stack([(named == k).mean(axis=1) for k in walk.classes], axis=1)
+            found.arrays[f"{walk.name}_assigned_{route}"] = shares  # [W, classes]
+            assigned = "assigned_to_second" if len(walk.classes) == 2 else "assigned"
+            measures[route][assigned] = dict(zip(ticks, shares[:, -1].tolist(), strict=True))
+    found.pictures[walk.name] = plots.between(canvases, ticks, walk.title, walk.axis)
+    found.record[walk.name] = {"features": detector.name, **measures}
 
 
 def sample_rows(

@@ -47,15 +47,15 @@ def import_checkpoint(
 
 def _check_path(name: str, path: str | os.PathLike | None) -> None:
     """Raises UserError for a path where there is nothing, or a folder that is no run."""
-    expected = "a .pkl snapshot, a .pt state dict, a .safetensors file, or the workdir of a run"
     if path is None:
         return
-    found = Path(files.expand(path, f"--{name}"))
+    found = Path(interop.local(path, f"--{name}"))
     if not found.exists():
-        raise UserError(f"--{name}={path} does not exist; give {expected}.")
+        raise UserError(f"--{name}={path} does not exist; give {interop.FORMS}.")
     if found.is_dir() and not (found / workdir.CONFIG).exists():
         raise UserError(
-            f"--{name}={path} is a folder without {workdir.CONFIG}, so it is no run; give {expected}."
+            f"--{name}={path} is a folder without {workdir.CONFIG}, so it is no run; give "
+            f"{interop.FORMS}."
         )
 
 

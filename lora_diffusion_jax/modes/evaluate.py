@@ -17,6 +17,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from lora_diffusion_jax import cli, files, generate, interop, processes
@@ -28,14 +29,12 @@ from lora_diffusion_jax.evaluation.collect import FeatureSet, collect_resumable
 from lora_diffusion_jax.evaluation.detectors import FEATURES, detector_for_source
 from lora_diffusion_jax.evaluation.evaluator import METRICS, Evaluator, open_evaluator
 from lora_diffusion_jax.evaluation.features import Detector, cache_folder
-from lora_diffusion_jax.evaluation.npz import check_target
 from lora_diffusion_jax.evaluation.references import make_reference, save_reference
 from lora_diffusion_jax.evaluation.results import Record
 from lora_diffusion_jax.factory.objectives import sampler_settings
 from lora_diffusion_jax.factory.pretrained import config_from_dict, load_workdir, with_config
 from lora_diffusion_jax.factory.sampling import open_generator, prepare
-from lora_diffusion_jax.interop.export import read_export
-from lora_diffusion_jax.readers.safetensors import is_safetensors
+from lora_diffusion_jax.npz import check_target
 from lora_diffusion_jax.training import checkpoint, workdir
 
 MAX_REPEATS = 100
@@ -52,6 +51,8 @@ def work(argv: list[str]) -> int:
     argv, name, overrides = cli.take_config(argv)
     args = build_parser().parse_args(argv)
     args.overrides = overrides
+    if args.verb in ("gen", "all"):
+        args.workdir = interop.local(args.workdir, "--workdir")
     if name is not None:
         raise UserError(f"--config={name}: a network keeps its config; override single fields.")
     if overrides and args.verb in ("ref", "calc"):
@@ -72,8 +73,9 @@ def build_parser() -> cli.Parser:
     calc = add("calc", help="evaluate images in a folder, ZIP or npz")
     calc.add_path("--images", required=True, help="folder, ZIP or npz of images; TFDS name")
     for verb in (ref, calc):
-        verb.add_path("--data_dir", help="directory of TFDS data sets")
-        verb.add_argument("--split", help="TFDS split or slice; default: train")
+        verb.add_path("--data_dir", help="directory of TFDS data sets, or of files for --data=hf")
+        verb.add_argument("--split", help="split or slice of a named data set; default: train")
+        verb.add_argument("--image_key", default="", help="of hf:OWNER/NAME: column of the images")
         verb.add_argument(
             "--class_folders", action="store_true", help="an image's first folder is its class"
         )
@@ -81,7 +83,8 @@ def build_parser() -> cli.Parser:
     gen = add("gen", help="evaluate a network's samples without writing them")
     every = add("all", help="evaluate every checkpoint of a run or a sweep")
     for verb in (gen, every):
-        verb.add_path("--workdir", required=True, help="a run (gen: or a checkpoint file)")
+        text = "a run (gen: or a checkpoint file, or hf://OWNER/NAME)"
+        verb.add_path("--workdir", required=True, hub=True, help=text)
         verb.add_argument("--seeds", help="one per image, for instance 0-49999")
         verb.add_argument("--weights", choices=("ema", "raw"), help="default: ema")
         verb.add_argument("--repeats", type=int, default=1, help="3: the official seed ranges")
@@ -113,7 +116,7 @@ def naming_flags(flag: str) -> Iterator[None]:
         yield
     except UserError as error:
         flags = {"name": flag, "path": flag}
-        fields = r"(?<![\w/])data\.(name|path|data_dir|split|class_folders|background)\b"
+        fields = r"(?<![\w/])data\.(name|path|data_dir|split|class_folders|background|image_key)\b"
         text = re.sub(fields, lambda m: f"--{flags.get(m[1], m[1])}", str(error))
         raise UserError(text) from error
 
@@ -210,9 +213,9 @@ def open_images(args: argparse.Namespace, flag: str) -> tuple[Source, str, Recor
         raise UserError(f"--{flag} is empty; give a folder, a ZIP, an npz or a TFDS data set.")
     path = Path(named)
     is_file = path.suffix in (".npz", ".zip") or path.exists() or named.startswith((".", "/"))
-    if is_file and (args.split or args.data_dir):
+    if is_file and (args.split or args.data_dir or args.image_key):
         raise UserError(
-            f"--split and --data_dir apply to TFDS data sets; {named} is read whole. Omit them."
+            f"--split, --data_dir and --image_key apply to named data sets; {named} is read whole. Omit them."
         )
     split = args.split or "train"
     try:
@@ -231,11 +234,13 @@ def open_images(args: argparse.Namespace, flag: str) -> tuple[Source, str, Recor
                 split,
                 class_folders=args.class_folders,
                 background=args.background,
+                image_key=args.image_key,
             )
     except UserError as error:
         unknown = "" if is_file else f"There is no file or folder {named}, and as a TFDS name: "
         raise UserError(f"{unknown}{error}") from error
     where = str(path) if is_file else f"{named}[{split}]"
+    check_pictures(where, source.image_shape[2], getattr(source, "dtype", np.uint8))
     if len(source) < 2:
         raise UserError(f"{where} holds {len(source)} images; a distance needs at least 2.")
     if args.num not in (None, len(source)):
@@ -245,6 +250,16 @@ def open_images(args: argparse.Namespace, flag: str) -> tuple[Source, str, Recor
         )
     changed = newest_change(path) if is_file else 0
     return source, where, {"images": source.fingerprint(), "changed": changed}
+
+
+def check_pictures(where: str, channels: int, dtype: np.dtype | type) -> None:
+    """Raises UserError for arrays that the feature networks, which see pictures, cannot judge."""
+    if dtype != np.uint8 or channels not in (1, 3):
+        kind = "floats" if dtype != np.uint8 else f"{channels} channels"
+        raise UserError(
+            f"{where} holds arrays of {kind}; FID and the other metrics need images, uint8 with 1 or 3 "
+            "channels. Decode them first."
+        )
 
 
 def newest_change(path: Path) -> int:
@@ -325,6 +340,8 @@ class SavedRun:
         else:
             loaded = load_workdir(self.where, weights=self.weights, at_step=step)
         config = cli.override(loaded.config, self.overrides)
+        dtype = np.float32 if config.data.floats else np.uint8
+        check_pictures(f"The run {self.where}", config.data.channels, dtype)
         config.sampler.batch_size = self.batch_size or config.sampler.batch_size
         loaded = prepare(with_config(loaded, config))
         seen = None if step is None else step * config.train.batch_size
@@ -345,7 +362,7 @@ def _run_at(args: argparse.Namespace, where: str) -> SavedRun:
         raise UserError(f"--batch_size={args.batch_size}; it must be at least 1.")
     weights = args.weights or "ema"
     if Path(where).is_file():  # a file holds one kind; snapshots are averages
-        weights = read_export(where).weights if is_safetensors(where) else "ema"
+        weights = interop.weights_in(where)
         if args.weights not in (None, weights):
             raise UserError(f"{where} holds {weights} weights; omit --weights={args.weights}.")
     return SavedRun(where, weights, tuple(args.overrides), args.batch_size)

@@ -100,6 +100,11 @@ def heldout_images(config: ConfigDict) -> ImageSource:
     Raises:
         UserError: there are none, or they do not fit the network.
     """
+    if config.data.floats:
+        raise UserError(
+            "--mode=likelihood counts bits of 8-bit images, but this run's data are an array of floats, "
+            "whose density has no such unit."
+        )
     source = open_heldout(config, labels=num_classes(config) > 0)
     if source is None:
         raise UserError(

@@ -3,13 +3,14 @@
     main.py --mode=train  --config=configs/digits.py --workdir=DIR [--config.a.b=value ...]
     main.py --mode=sample --workdir=DIR --seeds=0-63 [--class_id=3|cat|all] --out=FOLDER|FILE.npz|FILE.png
     main.py --mode=likelihood --workdir=DIR [--num=1000] [--route=vlb|ode]
-    main.py --mode=analyze --workdir=DIR --out=FOLDER [--classes=3,8] [--noise_factor=2]
+    main.py --mode=analyze --workdir=DIR --out=FOLDER [--classes=3,8] [--noise_factor=2] [--guidance=4]
     main.py --mode=info   --config=configs/cifar10_edm.py [--config.a.b=value ...]
     main.py --mode=sweep  --config=FILE --workdir=DIR [--sweep='lora.rank=1,2,4;train.seed=0-2'] [--jobs=2]
     main.py --mode=doctor [--config=FILE] [--workdir=DIR]
     main.py --mode=import --source=FILE --workdir=DIR [--config=FILE, for a state dict (.pt)]
     main.py --mode=export --workdir=DIR --out=FILE.safetensors [--adapters_only]
     main.py --mode=export --workdir=DIR --out=FILE.jax --what=sampler
+    main.py --mode=push   --workdir=DIR [--repo=OWNER/NAME] [--out=FOLDER] [--license=apache-2.0]
 
 Without --config, the config of the run in --workdir is used; overrides apply to it as well.
 """
@@ -17,16 +18,21 @@ Without --config, the config of the run in --workdir is used; overrides apply to
 # Each mode imports what it needs: --help and mistakes in flags answer at once.
 
 import argparse
+import dataclasses
 import json
 import re
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ml_collections import ConfigDict
 
-from lora_diffusion_jax import cli, processes
+from lora_diffusion_jax import cli, files, processes
 from lora_diffusion_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from lora_diffusion_jax.factory.pretrained import Pretrained
 
 
 def build_parser() -> cli.Parser:
@@ -34,7 +40,8 @@ def build_parser() -> cli.Parser:
     parser = cli.Parser(description=__doc__)
     add = parser.add_argument
     add("--mode", required=True, choices=MODES, help="what to do")
-    parser.add_path("--workdir", help="directory of the run")
+    text = "directory of the run; sample, likelihood, analyze, export, info: or a file of weights, hf://..."
+    parser.add_path("--workdir", hub=True, help=text)
     add("--seeds", help="sample: one image per seed, such as 0,5,7-9; default: 0-63 (analyze: 0-7)")
     add(
         "--class_id",
@@ -42,14 +49,13 @@ def build_parser() -> cli.Parser:
     )
     add(
         "--weights",
-        default="ema",
         choices=("ema", "raw"),
-        help="sample, likelihood, analyze, export: which",
+        help="sample, likelihood, analyze, export, push: which; default: ema",
     )
     add(
         "--step",
         type=int,
-        help="sample, likelihood, analyze, export: checkpoint; default: the newest",
+        help="sample, likelihood, analyze, export, push: checkpoint; default: the newest",
     )
     add(
         "--num",
@@ -64,14 +70,23 @@ def build_parser() -> cli.Parser:
         type=float,
         help="analyze: samples with a condition of so many times the noise level, such as 2",
     )
+    add(
+        "--guidance",
+        type=float,
+        help="analyze: samples with a class's condition led away from that of no class, up to this "
+        "weight, such as 4; the class is the first of --classes, or 0",
+    )
     parser.add_path(
         "--out",
-        help="sample: folder, .npz or .png (a grid); analyze: folder; export: .safetensors",
+        help="sample: folder, .npz or .png (a grid); analyze, push: folder; export: .safetensors",
     )
-    parser.add_path("--source", help="import: the checkpoint file")
+    parser.add_path("--source", hub=True, help="import: the checkpoint file, or hf://OWNER/NAME")
     parser.add_path(
-        "--base", help="import: for a file of adapters alone, the base's file or workdir"
+        "--base", hub=True, help="import: for a file of adapters alone, the base's file or workdir"
     )
+    add("--repo", default="", help="push: OWNER/NAME on the Hugging Face Hub")
+    add("--license", default="", help="push: its identifier on the Hub, such as apache-2.0")
+    parser.add_switch("private", False, "push: a repository that is created is private")
     add("--sweep", help="sweep: FIELD=VALUE,VALUE;...; default: what sweep(add) of --config adds")
     add("--jobs", type=int, help="sweep: runs at a time; default: one per GPU or TPU chip")
     launchers = ("local", "print", "slurm")
@@ -81,7 +96,7 @@ def build_parser() -> cli.Parser:
     parser.add_switch(
         "overwrite",
         False,
-        "sample: remove other samples from the folder --out; analyze: replace an analysis there",
+        "sample: remove other samples from the folder --out; analyze: replace an analysis there; push: files",
     )
     parser.add_switch("adapters_only", False, "export: leave the base out")
     text = "export: the weights, or the whole sampler as a program for JAX alone"
@@ -100,11 +115,10 @@ def work(argv: list[str]) -> int:
     """Does what --mode says; returns the exit status."""
     given = argv
     argv, name, overrides = cli.take_config(given)
-    args = build_parser().parse_args(argv)
-    mode, needed = MODES[args.mode]
-    missing = [f"--{flag}" for flag in needed if not getattr(args, flag)]
-    if missing:
-        raise UserError(f"--mode={args.mode} needs {' and '.join(missing)}.")
+    args, flags = build_parser().parse_given(argv)
+    mode = MODES[args.mode].work
+    check_flags(args, flags)
+    args.workdir = local_workdir(args)
     if args.mode == "sweep":
         return sweep(args, name, overrides)
     config = read_config(args, name)
@@ -117,9 +131,65 @@ def work(argv: list[str]) -> int:
     args.gives_data = any(re.match(r"--config\.data\.(name|path|data_dir)=.", o) for o in overrides)
     with cli.joined(args, config):
         args.command = shlex.join([*cli.program(), *given])
-        if mode in (info, import_file, export_file, analyze) and not processes.alone():
+        if mode in (info, import_file, export_file, push_run, analyze) and not processes.alone():
             raise processes.SharedError(f"--mode={args.mode} runs in a single process.")
         return mode(args, config)
+
+
+def check_flags(args: argparse.Namespace, given: Collection[str]) -> None:
+    """Raises UserError if a mode lacks a flag that it needs, or would ignore one that was given."""
+    mode = MODES[args.mode]
+    missing = [f"--{flag}" for flag in mode.needs if not getattr(args, flag)]
+    if missing:
+        raise UserError(f"--mode={args.mode} needs {' and '.join(missing)}.")
+    read = {"mode", "debug", *mode.needs, *mode.reads}
+    if unread := sorted(set(given) - read):
+        others = [
+            name for name, other in MODES.items() if unread[0] in (*other.needs, *other.reads)
+        ]
+        raise UserError(
+            f"--mode={args.mode} does not read --{unread[0]}, which is for "
+            f"{' and '.join(f'--mode={name}' for name in others)}; leave it out."
+        )
+
+
+def local_workdir(args: argparse.Namespace) -> str | None:
+    """--workdir on this machine: a file of weights where a mode takes one, fetched from the Hub if need be.
+
+    Raises:
+        UserError: the mode needs a directory, or it cannot be fetched.
+    """
+    if args.workdir is None or args.mode in FILE_MODES:
+        from lora_diffusion_jax.interop.hub import local
+
+        return args.workdir and local(args.workdir, "--workdir")
+    if args.workdir.startswith(files.HUB) or Path(args.workdir).is_file():
+        kind = "on the Hub" if args.workdir.startswith(files.HUB) else "a file"
+        raise UserError(
+            f"--workdir={args.workdir} is {kind}, but --mode={args.mode} needs a directory. Start a run from "
+            "it with --config.init_from, or make it one with --mode=import --source."
+        )
+    return args.workdir
+
+
+def open_run(args: argparse.Namespace) -> "tuple[Pretrained, str]":
+    """The network of --workdir, a directory or a file, and which weights these are, ema or raw.
+
+    Raises:
+        UserError: it cannot be read, or a file has no such weights or steps.
+    """
+    from lora_diffusion_jax import interop
+    from lora_diffusion_jax.factory.pretrained import load_workdir
+
+    if not Path(args.workdir).is_file():
+        weights = args.weights or "ema"
+        return load_workdir(args.workdir, weights=weights, at_step=args.step), weights
+    if args.step is not None:
+        raise UserError(f"{args.workdir} is a file, which has no steps; omit --step={args.step}.")
+    loaded, weights = interop.load_pretrained(args.workdir), interop.weights_in(args.workdir)
+    if args.weights not in (None, weights):
+        raise UserError(f"{args.workdir} holds {weights} weights; omit --weights={args.weights}.")
+    return loaded, weights
 
 
 def read_config(args: argparse.Namespace, name: str | None) -> ConfigDict | None:
@@ -128,6 +198,10 @@ def read_config(args: argparse.Namespace, name: str | None) -> ConfigDict | None
         return cli.load_config(name)[0]
     if args.workdir is None or args.mode == "import":
         return None
+    if args.mode in FILE_MODES and Path(args.workdir).is_file():
+        from lora_diffusion_jax import interop
+
+        return interop.load_pretrained(args.workdir).config
     from lora_diffusion_jax.factory.pretrained import config_from_dict
     from lora_diffusion_jax.training import workdir
 
@@ -152,15 +226,15 @@ def sample(args: argparse.Namespace, config: ConfigDict) -> int:
     """Writes samples, and prints what they are as a line of JSON."""
     from lora_diffusion_jax import generate
     from lora_diffusion_jax.factory.objectives import build_sampler, count_evaluations
-    from lora_diffusion_jax.factory.pretrained import load_workdir, with_config
+    from lora_diffusion_jax.factory.pretrained import with_config
     from lora_diffusion_jax.factory.sampling import prepare
     from lora_diffusion_jax.modes.sample import describe, sample
     from lora_diffusion_jax.training.writers import log
 
     seeds = generate.parse_seeds(args.seeds or "0-63")
-    run = load_workdir(args.workdir, weights=args.weights, at_step=args.step)
+    run, weights = open_run(args)
     run = prepare(with_config(run, config))
-    about = describe(run.config, args.weights, run.step)
+    about = describe(run.config, weights, run.step)
     status = cli.cut_short(
         lambda: sample(run, seeds, args.class_id, args.out, about, overwrite=args.overwrite)
     )
@@ -172,16 +246,16 @@ def sample(args: argparse.Namespace, config: ConfigDict) -> int:
 
 def likelihood(args: argparse.Namespace, config: ConfigDict) -> int:
     """Prints bits per dimension of the held-out images as a line of JSON."""
-    from lora_diffusion_jax.factory.pretrained import load_workdir, with_config
+    from lora_diffusion_jax.factory.pretrained import with_config
     from lora_diffusion_jax.modes.likelihood import measure
     from lora_diffusion_jax.training.writers import log
 
-    run = load_workdir(args.workdir, weights=args.weights, at_step=args.step)
+    run, weights = open_run(args)
     run = with_config(run, config)
 
     def work() -> None:
         found = measure(run, args.num, args.route)
-        log(json.dumps({**found, "weights": args.weights, "step": run.step}))
+        log(json.dumps({**found, "weights": weights, "step": run.step}))
 
     return cli.cut_short(work, "stopping")
 
@@ -189,12 +263,12 @@ def likelihood(args: argparse.Namespace, config: ConfigDict) -> int:
 def analyze(args: argparse.Namespace, config: ConfigDict) -> int:
     """Writes pictures of what the adapters do, and prints key figures as a line of JSON."""
     from lora_diffusion_jax import generate
-    from lora_diffusion_jax.factory.pretrained import load_workdir, with_config
+    from lora_diffusion_jax.factory.pretrained import with_config
     from lora_diffusion_jax.modes.analyze import analyze
     from lora_diffusion_jax.training.writers import log
 
     seeds = generate.parse_seeds(args.seeds) if args.seeds else None
-    run = load_workdir(args.workdir, weights=args.weights, at_step=args.step)
+    run, weights = open_run(args)
     run = with_config(run, config)
 
     def work() -> None:
@@ -204,10 +278,11 @@ def analyze(args: argparse.Namespace, config: ConfigDict) -> int:
             num=args.num,
             classes=args.classes,
             noise_factor=args.noise_factor,
+            guidance=args.guidance,
             seeds=seeds,
             overwrite=args.overwrite,
         )
-        log(json.dumps({**found, "weights": args.weights, "step": run.step}))
+        log(json.dumps({**found, "weights": weights, "step": run.step}))
 
     return cli.cut_short(work, "stopping")
 
@@ -234,9 +309,9 @@ def import_file(args: argparse.Namespace, config: ConfigDict | None) -> int:
 def export_file(args: argparse.Namespace, config: ConfigDict) -> int:
     """Writes a run's weights as safetensors, or its sampler."""
     from lora_diffusion_jax import interop
-    from lora_diffusion_jax.factory.pretrained import load_workdir, with_config
+    from lora_diffusion_jax.factory.pretrained import with_config
 
-    run = load_workdir(args.workdir, weights=args.weights, at_step=args.step)
+    run, weights = open_run(args)
     run = with_config(run, config)
     if args.what == "sampler":
         from lora_diffusion_jax.factory.sampling import prepare
@@ -246,17 +321,39 @@ def export_file(args: argparse.Namespace, config: ConfigDict) -> int:
         if args.adapters_only:
             raise UserError("--adapters_only is for weights; a sampler needs the whole network.")
         run = prepare(run)
-        export_sampler(args.out, run, describe(run.config, args.weights, run.step))
-        print(f"wrote the sampler with the {args.weights} weights of step {run.step} to {args.out}")
+        export_sampler(args.out, run, describe(run.config, weights, run.step))
+        print(f"wrote the sampler with the {weights} weights of step {run.step} to {args.out}")
         return 0
     interop.export_network(
         args.out,
         run.variables,
         run.config,
-        weights=args.weights,
+        weights=weights,  # type: ignore[arg-type]
         adapters_only=args.adapters_only,
     )
-    print(f"wrote the {args.weights} weights of step {run.step} to {args.out}")
+    print(f"wrote the {weights} weights of step {run.step} to {args.out}")
+    return 0
+
+
+def push_run(args: argparse.Namespace, config: ConfigDict) -> int:
+    """Writes a run as a folder with a model card, and uploads it."""
+    from lora_diffusion_jax.factory.pretrained import with_config
+    from lora_diffusion_jax.modes.push import push
+
+    run, weights = open_run(args)
+    where = push(
+        with_config(run, config),
+        Path(args.workdir),
+        weights=weights,
+        repo=args.repo,
+        out=args.out or "",
+        license_name=args.license,
+        private=args.private,
+        overwrite=args.overwrite,
+    )
+    print(f"published the {weights} weights of step {run.step}: {where}")
+    if not args.license:
+        print("The model card states no licence; --license=apache-2.0, for example, would.")
     return 0
 
 
@@ -274,15 +371,49 @@ def doctor(args: argparse.Namespace, config: ConfigDict | None) -> int:
     return examine(config, args.workdir)
 
 
-# Mode -> what it does, and the flags that it needs.
-MODES: dict[str, tuple[Callable[..., int], tuple[str, ...]]] = {
-    "train": (train, ("workdir",)),
-    "sample": (sample, ("workdir", "out")),
-    "likelihood": (likelihood, ("workdir",)),
-    "analyze": (analyze, ("workdir", "out")),
-    "info": (info, ()),
-    "import": (import_file, ("source", "workdir")),
-    "export": (export_file, ("workdir", "out")),
-    "sweep": (sweep, ("workdir",)),
-    "doctor": (doctor, ()),
+@dataclasses.dataclass(frozen=True)
+class Mode:
+    """What main.py can do.
+
+    Attributes:
+        work: does it; returns the exit status.
+        needs: flags that must be given.
+        reads: flags that may be given; all others are errors.
+    """
+
+    work: Callable[..., int]
+    needs: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
+
+
+# Modes that take a file of weights for a run.
+FILE_MODES = ("sample", "likelihood", "analyze", "export", "info")
+_JOINED = tuple(cli.PROCESS_FLAGS)  # of modes that several processes may run together
+_WHICH = ("weights", "step")
+MODES = {
+    "train": Mode(train, ("workdir",), _JOINED),
+    "sample": Mode(
+        sample, ("workdir", "out"), (*_WHICH, "seeds", "class_id", "overwrite", *_JOINED)
+    ),
+    "likelihood": Mode(likelihood, ("workdir",), (*_WHICH, "num", "route", *_JOINED)),
+    "analyze": Mode(
+        analyze,
+        ("workdir", "out"),
+        (*_WHICH, "seeds", "num", "classes", "noise_factor", "guidance", "overwrite", *_JOINED),
+    ),
+    "info": Mode(info, (), ("workdir", *_JOINED)),
+    "import": Mode(import_file, ("source", "workdir"), ("base", *_JOINED)),
+    "export": Mode(export_file, ("workdir", "out"), (*_WHICH, "what", "adapters_only", *_JOINED)),
+    "push": Mode(
+        push_run,
+        ("workdir",),
+        (*_WHICH, "repo", "out", "license", "private", "overwrite", *_JOINED),
+    ),
+    # It refuses the flags that join processes, with the reason.
+    "sweep": Mode(
+        sweep,
+        ("workdir",),
+        ("sweep", "jobs", "launcher", "slurm", *(f for f in _JOINED if "timeout" not in f)),
+    ),
+    "doctor": Mode(doctor, (), ("workdir",)),
 }

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from lora_diffusion_jax import files, generate, outputs, processes
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.evaluation.features import tree_hash
+from lora_diffusion_jax.factory.networks import is_pictures
 from lora_diffusion_jax.factory.objectives import sampler_settings
 from lora_diffusion_jax.factory.pretrained import Pretrained
 from lora_diffusion_jax.factory.sampling import open_generator
@@ -59,11 +60,16 @@ def sample(
     if class_id is not None and names:
         log(f"class {', '.join(name_classes(np.unique(labels).tolist(), names))}")
     out, rows = Path(out), generator.num_classes if class_id == "all" else 0
-    check_out(out, checked, rows)
+    pictures = is_pictures(run.config)
+    check_out(out, checked, rows, pictures)
     identity = json.dumps({**about, "of": tree_hash((run.sampled_variables, checked, labels))})
     columns = len(seeds) // rows if rows else 0
     output, left = _open_output(
-        lambda: outputs.Output(out, checked, labels, identity, columns, names, overwrite=overwrite),
+        lambda: outputs.Output(
+            *(out, checked, labels, identity, columns, names),
+            pictures=pictures,
+            overwrite=overwrite,
+        ),
         out,
         len(seeds),
     )
@@ -161,15 +167,21 @@ def name_classes(numbers: Sequence[int], names: Sequence[str], limit: int = 20) 
     return [*shown, f"... ({len(numbers):,} in all)"] if len(numbers) > limit else shown
 
 
-def check_out(out: Path, seeds: np.ndarray, rows: int) -> None:
+def check_out(out: Path, seeds: np.ndarray, rows: int, pictures: bool = True) -> None:
     """Raises UserError for an --out that cannot be written, or seeds that do not suit it.
 
     Args:
         out: the folder or file.
         seeds: of all images.
         rows: of a grid with one row per class; 0 for any other.
+        pictures: the samples are images that a PNG can hold.
     """
     check_outside_runs(out)
+    if out.suffix == ".png" and not pictures:
+        raise UserError(
+            f"--out={out}: this run samples arrays, of floats or of other channels than 1 or 3, which no "
+            f"PNG can hold. Give {out.with_suffix('.npz')}, or a folder, which gets one .npy file per seed."
+        )
     if out.suffix in outputs.FILES and out.is_dir():
         raise UserError(
             f"--out={out} is a folder, but {out.suffix} names a file; remove it or choose another --out."

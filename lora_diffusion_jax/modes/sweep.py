@@ -165,9 +165,9 @@ def update(
         elif name in configs and state.is_done(folder, configs[name]):
             entry.state, entry.detail = "done", ""
         elif entry.job and slurm.is_queued(directory, entry.job):
-            entry.state, entry.detail = "submitted", f"job {entry.job.partition(':')[2]}"
+            entry.state = "submitted"  # its detail may tell of the job before it
         elif entry.listed:
-            entry.state, entry.detail = "waiting", ""
+            entry.state, entry.detail = "waiting", slurm.failure(directory, name, entry.job)
         elif entry.state in ("running", "waiting", "submitted"):
             entry.state, entry.detail = "stopped", ""
     state.write(directory, entries)
@@ -181,6 +181,9 @@ def submit(
     jobs: int | None,
 ) -> int:
     """Submits what is left of a sweep to Slurm; the same command again reports, and submits what failed."""
+    for name, entry in entries.items():
+        if entry.state == "waiting" and entry.detail:
+            print(f"{name}: " + entry.detail.replace("\n", "\n    "))
     submitted = slurm.submit(directory, entries, settings, jobs)
     state.write(directory, entries)
     print(Display(directory, entries, totals(runs)).table())

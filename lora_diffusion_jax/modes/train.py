@@ -26,6 +26,7 @@ from lora_diffusion_jax.factory.networks import (
     forward_flops,
     ignored_inputs,
     init_variables,
+    is_pictures,
     resolved,
     variable_shapes,
 )
@@ -44,7 +45,8 @@ from lora_diffusion_jax.modes.checkpoints import has_checkpoint
 from lora_diffusion_jax.pages import collect, page
 from lora_diffusion_jax.processes.interrupts import pause_point
 from lora_diffusion_jax.training import checkpoint, loop, state, workdir
-from lora_diffusion_jax.training.writers import log
+from lora_diffusion_jax.training.wandb_sink import check_wandb, open_sinks
+from lora_diffusion_jax.training.writers import COMMAND, log
 
 # Fields that may change when a run is resumed: they decide how long it goes on, how it is computed,
 # and what is shown and kept, but not what it learns.
@@ -53,7 +55,7 @@ RESUMABLE_CHANGES = (
     *("train.microbatch", "train.remat", "mesh.*", "sampler.*", "eval.*", "init_from"),
     *("guidance.*", "lora.scale", "lora.interval", "lora.scaled"),
     *("data.name", "data.data_dir", "data.path", "data.eval_*"),  # the fingerprint must agree
-    *("data.workers", "data.memory_limit_gib", "data.class_names"),
+    *("data.workers", "data.memory_limit_gib", "data.class_names", "log.*"),
 )
 # An imported network's config decides its architecture alone; these are open until it is first trained.
 OPEN_AFTER_IMPORT = (
@@ -83,7 +85,7 @@ def train(config: ConfigDict, directory: str | os.PathLike, command: str = "") -
     source = open_source(config)
     config = complete(config, source)
     denoiser, mesh = build_denoiser(config), build_mesh(config)
-    if words := ignored_inputs(config):
+    for words in filter(None, (ignored_inputs(config), scale_note(config, source))):
         log(words)
     # All that may fail is built before the workdir is touched.
     run = functools.partial(
@@ -106,14 +108,30 @@ def train(config: ConfigDict, directory: str | os.PathLike, command: str = "") -
         look = functools.partial(check_disk, config, denoiser, path)
         processes.from_leader("checking the free disk space", look)
         show = functools.partial(write_page, config, path, command)
+        processes.from_leader("noting the command", lambda: note_command(path, command))
         try:
-            result = run(path, callbacks=callbacks(config, path, denoiser, mesh, source, show))
+            calls = callbacks(config, path, denoiser, mesh, source, show)
+            result = run(
+                path, callbacks=calls, sinks=open_sinks(path, config.to_dict(), config.log)
+            )
         except Exception:
             with contextlib.suppress(Exception):  # the first error is the one to report
                 show("failed")
             raise
         show("done" if result.stopped_by is None else "stopped")
         return result
+
+
+def scale_note(config: ConfigDict, source: ImageSource) -> str:
+    """What to know of the spread of an array that EDM's preconditioning does not expect; '' if nothing."""
+    moments, expected = source.moments(), config.precond.sigma_data
+    if not moments or config.precond.name != "edm" or 0.5 < moments[1] / expected < 2:
+        return ""
+    return (
+        f"warning: the values have a standard deviation of {moments[1]:.3g} (mean {moments[0]:.3g}) where "
+        f"the network sees them, but precond.sigma_data={expected:g}; set data.mean and data.std, or "
+        "sigma_data"
+    )
 
 
 def check_training(config: ConfigDict) -> None:
@@ -130,6 +148,8 @@ def check_training(config: ConfigDict) -> None:
             "it to --mode=sample."
         )
     build_cadence(config)
+    if config.log.wandb_project:
+        check_wandb(config.log.wandb_mode)
 
 
 def with_defaults(saved: dict[str, Any]) -> dict[str, Any]:
@@ -179,7 +199,7 @@ def initial_state(
 
     if not config.init_from or has_checkpoint(directory):
         return fresh
-    source = files.expand(config.init_from, "init_from")
+    source = interop.local(config.init_from, "init_from")
     described = not interop.is_torch_file(source)
     start = interop.load_pretrained(source, config=None if described else config)
     variables = jax.jit(functools.partial(init_variables, config, denoiser))(key)
@@ -187,6 +207,13 @@ def initial_state(
     for note in notes:
         log(f"init_from={config.init_from}: {note}")
     return state.create_state(variables, optimizer, trainable(config))
+
+
+def note_command(directory: Path, command: str) -> None:
+    """Writes the command of a run into its directory, if it is known."""
+    if command:
+        with files.disk_errors(directory):
+            files.write_text(directory / COMMAND, command + "\n")
 
 
 def write_page(config: ConfigDict, directory: Path, command: str, state: str) -> None:
@@ -228,7 +255,14 @@ def callbacks(
         return {"samples/grid": picture}
 
     measure = None
-    if config.eval.num_samples:
+    if config.eval.num_samples and not is_pictures(config):
+        if config.eval.reference:
+            raise UserError(
+                f"eval.reference={config.eval.reference} compares images, but the data are an array. Set "
+                "--config.eval.reference=''."
+            )
+        log("no evaluation: distances are of images, and the data are an array")
+    elif config.eval.num_samples:
         heldout = None if config.eval.reference else open_heldout(config)
         paths = {
             name: files.expand(config.eval[name], f"eval.{name}")

@@ -68,16 +68,21 @@ class ModuleNode:
         }
 
 
-def read_snapshot(path: str | Path) -> ModuleNode:
+SNAPSHOT = (
+    "an EDM network snapshot, such as network-snapshot-200000.pkl or edm-cifar10-32x32-cond-vp.pkl"
+)
+
+
+def read_snapshot(path: str | Path, expected: str = SNAPSHOT) -> ModuleNode:
     """Reads the network with averaged weights of an EDM snapshot, without running anything.
 
     Args:
         path: a `network-snapshot-*.pkl`, or one of the published files.
+        expected: what is expected of a file that is none, where other kinds are taken too.
 
     Raises:
         UserError: one line that names the file and what was found in it.
     """
-    expected = "an EDM network snapshot, such as network-snapshot-200000.pkl or edm-cifar10-32x32-cond-vp.pkl"
     with _refusing(path, expected):
         data, budget = _map(path)
         if bytes(data[:4]) == ZIP_MAGIC:

@@ -12,32 +12,56 @@ from pathlib import Path
 from lora_diffusion_jax.errors import UserError
 
 Environment = dict[str, str]
+DEV, PCI = Path("/dev"), Path("/sys/bus/pci/devices")
+_GOOGLE = "0x1ae0"  # PCI vendor
+_DISKS_AND_NETWORK = ("0x01", "0x02")  # PCI classes
 _MEMORY_SHARE = 0.9  # of a GPU, for all runs on it together
 
 
-def visible(environment: Mapping[str, str], dev: Path = Path("/dev")) -> tuple[str, list[str]]:
-    """('gpu' or 'tpu', the names of the devices), or ('cpu', [])."""
+def visible(
+    environment: Mapping[str, str], dev: Path = DEV, pci: Path = PCI
+) -> tuple[str, list[str]]:
+    """('gpu' or 'tpu', the names of the devices), or ('cpu', []); `dev` and `pci` are the system's."""
     platforms = environment.get("JAX_PLATFORMS", "").split(",")[0]
     for kind, variable, pattern, words in (
         ("gpu", "CUDA_VISIBLE_DEVICES", r"nvidia(\d+)", ("", "cuda", "gpu")),
-        ("tpu", "TPU_VISIBLE_CHIPS", r"accel(\d+)|vfio/(\d+)", ("", "tpu")),
+        ("tpu", "TPU_VISIBLE_CHIPS", r"accel(\d+)", ("", "tpu")),
     ):
         if platforms not in words:
             continue
         if variable in environment:
             found = [name for name in environment[variable].split(",") if name not in ("", "-1")]
         else:
-            paths = [p.relative_to(dev).as_posix() for p in (*dev.glob("*"), *dev.glob("vfio/*"))]
-            matches = filter(None, (re.fullmatch(pattern, path) for path in paths))
-            count = len(list(matches))
+            count = sum(re.fullmatch(pattern, path.name) is not None for path in dev.glob("*"))
+            if kind == "tpu" and not count:
+                count = _chips_behind_vfio(dev, pci)
             found = [str(number) for number in range(count)]
         if found:
             return kind, found
     return "cpu", []
 
 
+def _chips_behind_vfio(dev: Path, pci: Path) -> int:
+    """How many of /dev/vfio/N are TPU chips: any device that is handed on to a program is listed there.
+
+    On the PCI bus they are Google's devices, as JAX finds them, but for its disks and network cards.
+    """
+    nodes = sum(path.name.isdecimal() for path in dev.glob("vfio/*"))
+    chips = 0
+    for device in pci.glob("*"):
+        try:
+            vendor, kind = ((device / name).read_text().strip() for name in ("vendor", "class"))
+        except OSError:
+            continue
+        chips += vendor == _GOOGLE and not kind.startswith(_DISKS_AND_NETWORK)
+    return min(nodes, chips)
+
+
 def slots(
-    jobs: int | None, environment: Mapping[str, str] = os.environ, dev: Path = Path("/dev")
+    jobs: int | None,
+    environment: Mapping[str, str] = os.environ,
+    dev: Path = DEV,
+    pci: Path = PCI,
 ) -> list[Environment]:
     """For each of the runs at a time, the environment variables that it is started with.
 
@@ -48,12 +72,13 @@ def slots(
         jobs: how many runs at a time; None: one per device.
         environment: of this process.
         dev: where the system lists devices.
+        pci: where it lists those on the PCI bus.
 
     Raises:
         UserError: `jobs` is less than 1, or TPU chips cannot be shared out so.
     """
     check_jobs(jobs)
-    kind, names = visible(environment, dev)
+    kind, names = visible(environment, dev, pci)
     jobs = jobs or max(1, len(names))
     if jobs == 1 or not names:
         return [{} for _ in range(jobs)]

@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_diffusion_jax import files
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.sweeps import local, state
 
+FAILED = "failed.txt"  # in a run's directory: how its last job failed, if it did
 FOLDER = "slurm"  # of a sweep: what submitit needs, and what the jobs print
 _CLUSTERS = ("slurm", "local")
 _GENERIC = (  # submitit's own names; all others are options of sbatch
@@ -31,13 +33,18 @@ class Job:
 
     def __call__(self) -> None:
         """Returns when the run is over; an error if it failed."""
+        folder = Path(self.directory) / self.name
+        (folder / FAILED).unlink(missing_ok=True)
         child = local.start(self.command, Path(self.directory), self.name, {})
         self.pid = child.process.pid
         while (status := child.process.poll()) is None:
             time.sleep(local.POLL_SECONDS)
         if status:
-            log = Path(self.directory) / self.name / local.LOG
-            raise RuntimeError(f"{local.ending(status)}\n{local.last_lines(log, child.log_start)}")
+            text = (
+                f"{local.ending(status)}\n{local.last_lines(folder / local.LOG, child.log_start)}"
+            )
+            files.write_text(folder / FAILED, text + "\n")
+            raise RuntimeError(text)
 
     def checkpoint(self) -> Any:
         """Stops the run, which saves first; returns what is submitted again: the same job."""
@@ -114,7 +121,8 @@ def submit(
     for name, job in zip(waiting, found, strict=True):
         entries[name].state = "submitted"
         entries[name].job = f"{cluster}:{job.job_id}"
-        entries[name].detail = f"job {job.job_id}"
+        before = entries[name].detail
+        entries[name].detail = f"job {job.job_id}" + (f"; {before}" if before else "")
     return waiting
 
 
@@ -127,6 +135,29 @@ def is_queued(directory: Path, job: str) -> bool:
     if cluster != "slurm" or not number:
         return False
     return not _submitit().SlurmJob(directory / FOLDER, number).done(force_check=True)
+
+
+def failure(directory: Path, name: str, job: str) -> str:
+    """How the job of a run ended that is neither done nor queued, with its last lines; '' without a job.
+
+    Args:
+        directory: of the sweep.
+        name: of the run.
+        job: as `submit` noted it.
+    """
+    _, _, number = job.partition(":")
+    if not number:
+        return ""
+    folder = directory / name
+    if (folder / FAILED).is_file():
+        return f"job {number} failed: {(folder / FAILED).read_text(errors='replace').strip()}"
+    # Slurm killed it, or it never began: what there is of its output, or of submitit's own.
+    for path in (folder / local.LOG, *sorted((directory / FOLDER).glob(f"{number}_*_log.err"))):
+        lines = local.last_lines(path).split("\n") if path.is_file() else []
+        starts = [i for i, line in enumerate(lines) if line.startswith("$ ")]
+        if lines := list(filter(None, lines[starts[-1] + 1 :] if starts else lines)):
+            return "\n".join([f"job {number} ended before the run did", *lines])
+    return f"job {number} ended without a word\nIt may have been cancelled: ask sacct -j {number}"
 
 
 def _submitit() -> Any:

@@ -27,7 +27,7 @@ class Entry:
         changes: the fields in which it departs from the sweep's config.
         command: a program and its arguments.
         state: one of STATES, as the sweep last saw it.
-        detail: the last lines of a run that failed, or who else is running it.
+        detail: the last lines of a run that failed, or whose last job did, or who else is running it.
         job: the number of a batch system's job, or ''.
         listed: whether the sweep still asks for this run.
     """
@@ -136,8 +136,9 @@ def is_done(directory: Path, config: Mapping[str, Any]) -> bool:
         return False
     last = [line for line in read_metrics(directory) if line["step"] == steps[-1]]
     evaluation, data = config["eval"], config["data"]
-    # Training images of a folder or ZIP have nothing beside them to be compared with.
+    # Training images of a folder or ZIP have nothing beside them to be compared with, arrays no features.
     compared = evaluation["reference"] or data["eval_path"] or data["name"]
+    compared = compared and not data.get("floats") and data.get("channels", 0) in (0, 1, 3)
     wanted = {"samples"} | ({"eval"} if evaluation["num_samples"] and compared else set())
     return wanted <= {line.get("callback") for line in last}
 

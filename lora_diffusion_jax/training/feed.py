@@ -22,7 +22,7 @@ class Batches(Protocol):
 
     Attributes:
         batch_size: images of a step over all processes.
-        images: uint8 [N, H, W, C] when all are held in memory, else None.
+        images: uint8 or float32 [N, H, W, C] when all are held in memory, else None.
         labels: int32 [N], or None.
     """
 
@@ -47,7 +47,7 @@ class DeviceDataset:
     to four times its size, which for 70,000 images of 64x64 takes 2 GB and 2 ms.
     """
 
-    rows: dict[str, jax.Array]  # 'image' uint8 [N, H * W * C], optional 'label' [N]
+    rows: dict[str, jax.Array]  # 'image' [N, H * W * C], optional 'label' [N]
     image_shape: tuple[int, int, int] = flax.struct.field(pytree_node=False)  # H, W, C
 
     @classmethod

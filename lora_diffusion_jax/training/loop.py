@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,7 @@ def train(
     callbacks: Mapping[str, Callback] | None = None,
     flops_per_image: float | None = None,
     metrics: type[Collection] = TrainMetrics,
+    sinks: Sequence[writers.Sink] = (),
 ) -> Result:
     """Trains until total_images, or until SIGINT or SIGTERM; the same call again resumes.
 
@@ -121,6 +122,7 @@ def train(
             the run.
         flops_per_image: of a training step, for perf/tflops_per_sec.
         metrics: what step_fn measures.
+        sinks: where it is logged to, besides the workdir; they are closed.
 
     Raises:
         UserError: the disk is full, a step does not fit into memory, a process did not come in time.
@@ -132,7 +134,7 @@ def train(
         checkpoints = stack.enter_context(Checkpoints(directory, keep=cadence.keep))
         step, state, interval = _begin(init, checkpoints, mesh, metrics)
         _write_overview(directory, state)
-        writer = stack.enter_context(writers.Writers(directory, batch_size, step))
+        writer = stack.enter_context(writers.Writers(directory, batch_size, step, sinks))
         progress = stack.enter_context(writers.Progress(total * batch_size, step * batch_size))
         feed = stack.enter_context(Feed(batches, mesh, step))
         in_flight = InFlight(checkpoints, progress, batch_size)

@@ -1,12 +1,13 @@
 """Where a run logs: metrics.jsonl, TensorBoard events, standard output and a progress bar."""
 
+import abc
 import datetime
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,25 @@ from lora_diffusion_jax import files, processes
 from lora_diffusion_jax.training.metrics import check_names
 
 METRICS = "metrics.jsonl"
+COMMAND = "command.txt"  # in a workdir: what trains it, as a shell takes it
 DAMAGED = "metrics.jsonl.damaged"  # lines that could not be read
 PROGRESS_SECONDS = 10.0  # between lines of progress where there is no terminal
 
 
+class Sink(abc.ABC):
+    """Another place that a run logs to."""
+
+    @abc.abstractmethod
+    def write(self, images: int, step: int, values: Mapping[str, Any]) -> None:
+        """Takes numbers, and pictures uint8 [H, W, C], by name; raises nothing."""
+
+    @abc.abstractmethod
+    def close(self, failed: bool) -> None:
+        """Takes no more; raises nothing. `failed`: an error ends the run."""
+
+
 class Writers:
-    """metrics.jsonl and TensorBoard of one run; does nothing in processes other than 0.
+    """metrics.jsonl, TensorBoard and sinks of one run; does nothing in processes other than 0.
 
     A line of metrics.jsonl holds step, images, time (Unix seconds), values by name, and its CRC-32; a
     line of a callback also holds its name as `callback`. TensorBoard's horizontal axis is images.
@@ -36,13 +50,14 @@ class Writers:
         directory: the workdir.
         batch_size: images per step.
         step: the step that the run starts or resumes from.
+        sinks: get what TensorBoard gets; they are closed with this.
 
     Attributes:
         done: the callbacks that had finished at that step.
     """
 
-    def __init__(self, directory: Path, batch_size: int, step: int):
-        self.path, self.batch_size = directory / METRICS, batch_size
+    def __init__(self, directory: Path, batch_size: int, step: int, sinks: Sequence[Sink] = ()):
+        self.path, self.batch_size, self.sinks = directory / METRICS, batch_size, sinks
         self.lines, self.events, self.done = None, None, set()
         if not processes.is_leader():
             return
@@ -73,6 +88,8 @@ class Writers:
         return self
 
     def __exit__(self, kind: type | None, *error: Any) -> None:
+        for sink in self.sinks:
+            sink.close(kind is not None)
         if self.lines is None or self.events is None:
             return
         self.lines.close()
@@ -110,6 +127,8 @@ class Writers:
                     item = summary.image(name, np.asarray(value), dataformats="HWC")
                 self.events.write_event(Event(step=images, wall_time=time.time(), summary=item))
             self.events.flush()
+        for sink in self.sinks:
+            sink.write(images, step, values)
 
 
 def _open_events(directory: Path, purge_from: int) -> EventsWriter:

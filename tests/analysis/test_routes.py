@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lora_diffusion_jax import lora
 from lora_diffusion_jax.analysis import routes
 from lora_diffusion_jax.factory.networks import Condition, build_denoiser
 from tests.small import fast_jit, random_variables, small_config
@@ -51,6 +52,23 @@ def test_one_condition_for_both_is_the_network_itself(adapter):
     row = routes.condition_rows("both", np.array([1.0]), LABELS[0], LABELS[1])
     expected = fast_jit(denoiser.apply)(variables, X, SIGMA, LABELS[1:2])
     np.testing.assert_allclose(two(denoiser, variables, row), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("weight", [1.0, 3.0])
+def test_guided_conditions_extrapolate_away_from_no_class(weight):
+    """w c + (1 - w) 0 through both is the network told w c; one route alone keeps the other at c."""
+    denoiser, variables = network(lora__adapter="class")
+    label = np.asarray(LABELS[1])
+    rows = {r: routes.guided_rows(r, np.array([weight]), label) for r in routes.ROUTES}
+    both = fast_jit(denoiser.apply)(variables, X, SIGMA, weight * LABELS[1:2])
+    np.testing.assert_allclose(two(denoiser, variables, rows["both"]), both, atol=1e-4)
+    # ClassLoRA's weights are the label, so w times it is an adapter of w times the scale.
+    scaled = lora.with_scale(variables, jnp.float32(weight))
+    alone = fast_jit(denoiser.apply)(scaled, X, SIGMA, LABELS[1:2])
+    np.testing.assert_allclose(two(denoiser, variables, rows["adapters"]), alone, atol=1e-4)
+    affine = two(denoiser, variables, rows["scale_and_shift"])
+    same = [np.abs(found - both).max() < 1e-4 for found in (alone, affine)]
+    assert same == [weight == 1] * 2
 
 
 def test_adapters_alone_see_the_second_condition():

@@ -339,7 +339,7 @@ BAD = {
     "no float": (GEN + "--num=9 --config.sampler.rho=x", "type float"),
     "no option": (CALC + "{npz} --foo=3", "unrecognized arguments: --foo=3"),
     "no runs": ("all --workdir={empty} --ref={ref} --num=9", "contains none"),
-    "a split of a file": (CALC + "{npz} --split=test", "--split and --data_dir apply to TFDS"),
+    "a split of a file": (CALC + "{npz} --split=test", "--split, --data_dir and --image_key apply"),
     "class folders of TFDS": (CALC + "digits --class_folders", "--class_folders needs --images"),
     "class folders without any": (
         "ref --data={flat} --dest={empty}/r.npz --class_folders",

@@ -1,5 +1,6 @@
 """A config completed with what its data set has."""
 
+import numpy as np
 import pytest
 
 from lora_diffusion_jax.errors import UserError
@@ -12,6 +13,7 @@ class Pictures:
     """A data set of which only the description is read."""
 
     title, num_classes, label_origin = "pictures", 3, "folders"
+    dtype = np.dtype(np.uint8)
 
     def __init__(self, shape, class_names=("0", "1", "2"), empty=()):
         self.image_shape, self.class_names, self._empty = shape, class_names, empty

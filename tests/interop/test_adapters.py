@@ -60,7 +60,7 @@ def test_peft_files_compute_what_peft_documents(trained, tmp_path):
     """y = W x + b + alpha / r (lora_B (lora_A x) + lora_B.bias), for a layer alone and in torch's layouts."""
     wrapped, condition, params, omegas = trained
     base, adapters = lora.split(params)
-    save_peft(tmp_path, adapters, omegas)
+    save_peft(tmp_path, adapters, omegas, conv1d="")
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORA"
     assert config["target_modules"] == ["conv", "heads", "merged"]
@@ -98,7 +98,7 @@ def test_peft_files_compute_what_peft_documents(trained, tmp_path):
 def test_peft_files_come_back_as_adapters_without_a_condition(trained, tmp_path, rank):
     wrapped, condition, params, omegas = trained
     base, adapters = lora.split(params)
-    save_peft(tmp_path, adapters, omegas)
+    save_peft(tmp_path, adapters, omegas, conv1d="")
     fresh = random_variables(plain(rank), X, None)["params"]
     loaded = lora.merge(base, load_peft(tmp_path, lora.split(fresh)[1]))
     np.testing.assert_allclose(
@@ -109,11 +109,48 @@ def test_peft_files_come_back_as_adapters_without_a_condition(trained, tmp_path,
     )
 
 
+class Conv1d(nn.Module):
+    """A 1-D convolution, and a DenseGeneral whose kernel has three axes as well."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(6, (3,), name="conv")(x)
+        return x, nn.DenseGeneral(4, axis=(-2, -1), name="merged")(x)
+
+
+def test_one_dimensional_convolutions_have_the_layout_of_conv1d(tmp_path):
+    """lora_A [r, in, window] as torch's Conv1d, lora_B [out, r, 1]; and back again."""
+    x = X[0]  # [B, length, channels]
+    adapter = lora.ClassLoRA(rank=2, num_classes=1)
+    wrapped = lora.attach(
+        Conv1d(), sites=".*", adapter=adapter, condition=lambda x: jnp.zeros(1, int)
+    )
+    params = random_variables(wrapped, x)["params"]
+    base, adapters = lora.split(params)
+    ones = {"conv": np.ones(1), "merged": np.ones(1)}
+    save_peft(tmp_path, adapters, ones, conv1d="conv")
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    down = tensors["base_model.model.conv.lora_A.weight"]
+    up = tensors["base_model.model.conv.lora_B.weight"]
+    assert (down.shape, up.shape) == ((2, 3, 3), (6, 2, 1))
+    assert tensors["base_model.model.merged.lora_A.weight"].shape == (2, 4 * 6)
+    hidden = jax.lax.conv_general_dilated(
+        x.transpose(0, 2, 1), down, (1,), "SAME", dimension_numbers=("NCH", "OIH", "NCH")
+    )
+    expected = nn.Conv(6, (3,)).apply({"params": base["conv"]}, x)
+    expected += np.einsum("brl,or->blo", hidden, up[:, :, 0])
+    found, _ = fast_apply(wrapped, {"params": params}, x)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    jax.tree.map(np.testing.assert_array_equal, load_peft(tmp_path, adapters), adapters)
+
+
 @pytest.mark.parametrize(("rslora", "factor"), [(False, 3.0), (True, 6.0)])
 def test_alpha_is_read_as_peft_defines_it(tmp_path, rslora, factor):
     """alpha / r, with rsLoRA alpha / sqrt(r): 12 / 4 and 12 / 2."""
     fresh = lora.split(random_variables(plain(4, use_bias=False), X, None)["params"])[1]
-    save_peft(tmp_path, fresh, {site: np.ones(1) for site in ("conv", "heads", "merged")})
+    save_peft(
+        tmp_path, fresh, {site: np.ones(1) for site in ("conv", "heads", "merged")}, conv1d=""
+    )
     path = tmp_path / "adapter_config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps({**config, "lora_alpha": 12, "use_rslora": rslora}))
@@ -133,7 +170,7 @@ def test_mistakes_are_one_sentence(trained, tmp_path):
     fresh = lora.split(random_variables(plain(6), X, None)["params"])[1]
     small = lora.split(random_variables(plain(2), X, None)["params"])[1]
     unbiased = lora.split(random_variables(plain(6, use_bias=False), X, None)["params"])[1]
-    save_peft(tmp_path, adapters, omegas)
+    save_peft(tmp_path, adapters, omegas, conv1d="")
     save_file({"x": np.ones(1, np.float32)}, tmp_path / "other.safetensors")
     rows = {site: np.ones((2, 3)) for site in omegas}
     part = {site: tree for site, tree in fresh.items() if site != "conv"}
@@ -143,7 +180,13 @@ def test_mistakes_are_one_sentence(trained, tmp_path):
         (lambda: save_adapters(tmp_path / "a.safetensors", {}), "has no adapters"),
         (lambda: load_adapters(tmp_path / "other.safetensors"), "file of another kind"),
         (lambda: save_peft(tmp_path / "b", adapters, {}), "got weights for"),
-        (lambda: save_peft(tmp_path / "b", adapters, rows), "holds one condition"),
+        (lambda: save_peft(tmp_path / "b", adapters, rows, ""), "holds one condition"),
+        (lambda: save_peft(tmp_path / "b", adapters, omegas), "'merged' has a kernel of three"),
+        (lambda: save_peft(tmp_path / "b", adapters, omegas, "conv"), "'conv' is no 1-D"),
+        (
+            lambda: save_peft(tmp_path / "b", adapters, {**omegas, "conv": {("a",): 1}}),
+            "weights for",
+        ),
         (lambda: load_peft(tmp_path / "none", fresh), "adapter_config.json"),
         (lambda: load_peft(tmp_path, adapters), "has several adapters or a condition"),
         (lambda: load_peft(tmp_path, small), "does not fit PEFT's lora_A"),

@@ -70,6 +70,19 @@ def test_fold_of_a_sum_of_adapters():
     )
 
 
+@pytest.mark.parametrize(
+    "given", [{}, {("time",): np.ones(3)}, {"class": np.ones(4)}, {(): np.ones(4)}]
+)
+def test_fold_of_weights_that_lack_an_adapter_is_one_sentence(given):
+    head = {"down": {"kernel": np.ones((2, 4))}, "up": {"kernel": np.ones((4, 3))}}
+    params = {"proj": {"kernel": np.ones((2, 3)), "lora": {"class": head}}}
+    with pytest.raises(UserError, match=r"'proj' got weights for .*its adapter \('class',\)"):
+        lora.fold(params, {"proj": given})
+    alone = {"proj": {"kernel": np.ones((2, 3)), "lora": head}}
+    with pytest.raises(UserError, match="no name"):
+        lora.fold(alone, {"proj": {("time",): np.ones(4)}})
+
+
 def test_fold_names_what_is_wrong():
     inputs = jnp.ones((1, 4, 4, 5)), jnp.ones((1, 7))
     params = random_variables(adapted(sites=".*/proj"), *inputs)["params"]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lora_diffusion_jax.analysis import routes
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.evaluation.features import Detector
 from lora_diffusion_jax.factory.networks import build_denoiser
@@ -98,6 +99,9 @@ def loaded(workdir):
         ({"noise_factor": 0.0}, "positive number"),
         ({"noise_factor": float("nan")}, "positive number"),
         ({"noise_factor": 2.0, "seeds": [-1]}, "must lie in"),
+        ({"guidance": 1.0}, "greater than 1"),
+        ({"guidance": float("inf")}, "greater than 1"),
+        ({"guidance": float("nan")}, "greater than 1"),
     ],
 )
 def test_mistakes_are_found_before_the_work(loaded, tmp_path, monkeypatch, arguments, words):
@@ -198,6 +202,33 @@ def test_samples_at_the_ends_are_those_of_the_classes(workdir, tmp_path, monkeyp
     ends = np.linalg.norm(points[2] - points[0], axis=-1).mean()
     assert measured["ends"] == pytest.approx(ends)
     assert (out / "classes.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_guidance_extrapolates_the_condition_away_from_no_class(workdir, tmp_path, monkeypatch):
+    """From the class itself; what the rows do is tested with `routes.guided_rows`."""
+
+    def first(_, images):
+        x = jnp.asarray(images, jnp.float32).reshape(len(images), -1)
+        return x[:, :3], jnp.tile(x[:, :1], (1, 10))
+
+    monkeypatch.setattr(analyze, "detector_for_source", lambda *_: Detector("first", 3, first, {}))
+    monkeypatch.setattr(analyze, "compose", lambda *_: None)
+    monkeypatch.setattr(analyze, "GUIDED", 3)
+    out, command = tmp_path / "out", [f"--workdir={workdir}", "--seeds=0-2"]
+    text = run("--mode=analyze", *command, f"--out={out}", "--num=0", "--guidance=3")
+    arrays, record = arrays_of(out), json.loads(text.splitlines()[-1])
+    np.testing.assert_array_equal(arrays["guidance_weights"], [1, 2, 3])
+    assert {arrays[f"guidance_images_{r}"].shape for r in routes.ROUTES} == {(3, 3, 8, 8, 1)}
+    plain = tmp_path / "plain.npz"
+    run("--mode=sample", *command, "--class_id=0", f"--out={plain}")
+    with np.load(plain) as file:
+        for route in routes.ROUTES:
+            found = arrays[f"guidance_images_{route}"][0].astype(int)
+            assert np.abs(found - file["images"]).max() <= 1
+    assert set(record["guidance"]) == {"features", "adapters", "scale_and_shift", "both"}
+    assert set(record["guidance"]["both"]["assigned"]) == {"1", "2", "3"}
+    assert (out / "guidance.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,12 @@ from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.evaluation import results
 from lora_diffusion_jax.evaluation.collect import FeatureSet, Partial
 from lora_diffusion_jax.evaluation.features import tree_hash
-from lora_diffusion_jax.evaluation.npz import read_npz, write_npz
 from lora_diffusion_jax.modes import doctor
+from lora_diffusion_jax.npz import read_npz, write_npz
 from lora_diffusion_jax.training import checkpoint, workdir, writers
 
 # What no program reads again: a lock's text, tables and pictures for people.
-FOR_PEOPLE = (".lock", "parameters.txt", "events.", ".png")
+FOR_PEOPLE = (".lock", "parameters.txt", "command.txt", "events.", ".png")
 IDENTITY = {"seeds": "0-9"}
 ROWS = np.random.default_rng(0).normal(size=(10, 4)).astype(np.float32)
 

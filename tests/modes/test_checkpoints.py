@@ -133,7 +133,10 @@ def test_a_new_class_is_one_new_pair(data_dir, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--mode=import", "--source={run}/config.json", "--workdir={new}"], "config.json"),
+        (
+            ["--mode=import", "--source={run}/config.json", "--workdir={new}"],
+            ".pt state dict, a .safe",
+        ),
         (["--mode=import", "--source=x", "--workdir={run}"], "already holds a run"),
         (["--mode=import", "--source=x"], "--mode=import needs --workdir"),
         (["--mode=import", "--source=x", "--workdir={new}", "--config.dtype=x"], "no config"),

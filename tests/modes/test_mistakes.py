@@ -2,6 +2,7 @@
 
 import pytest
 
+from lora_diffusion_jax.modes.main import MODES, build_parser
 from tests.modes.running import TINY, run
 
 MISTAKES = {
@@ -41,6 +42,35 @@ def test_mistakes_in_training_are_plain_errors(name, data_dir, tmp_path):
     )
     assert text.startswith("error: ")
     assert words in text
+
+
+@pytest.mark.parametrize(
+    ("mode", "flag", "others"),
+    [
+        ("train", "--sweep=lora.rank=1,2", "--mode=sweep"),
+        ("train", "--weights=ema", "--mode=sample and --mode=likelihood"),  # its default, too
+        ("train", "--nooverwrite", "--mode=sample and --mode=analyze"),
+        ("sample", "--jobs=2", "--mode=sweep"),
+        ("sample", "--source=x", "--mode=import"),
+        ("info", "--launcher=local", "--mode=sweep"),
+        ("doctor", "--num_processes=2", "--mode=train and"),
+        ("export", "--seeds=0-3", "--mode=sample and --mode=analyze"),
+        ("sweep", "--seeds=0-3", "--mode=sample and --mode=analyze"),
+        ("sweep", "--process_timeout=3", "--mode=train and"),
+        ("import", "--step=3", "--mode=sample and"),
+    ],
+)
+def test_a_flag_of_another_mode_is_not_ignored(mode, flag, others, tmp_path):
+    needs = [f"--{name}={tmp_path / 'x'}" for name in MODES[mode].needs]
+    text = run(f"--mode={mode}", *needs, flag, status=2)
+    name = flag.partition("=")[0].removeprefix("--").removeprefix("no")
+    assert f"--mode={mode} does not read --{name}, which is for {others}" in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_flag_is_read_by_some_mode():
+    flags = set(vars(build_parser().parse_args(["--mode=info"]))) - {"mode"}
+    assert flags == {flag for mode in MODES.values() for flag in (*mode.needs, *mode.reads)}
 
 
 def test_mistakes_with_a_run_are_plain_errors(workdir, data_dir, tmp_path):

@@ -6,9 +6,11 @@ import sys
 import time
 
 import pytest
+from ml_collections import ConfigDict
 
 from lora_diffusion_jax.errors import UserError
-from lora_diffusion_jax.sweeps import local, slurm, state
+from lora_diffusion_jax.modes import sweep
+from lora_diffusion_jax.sweeps import local, plan, slurm, state
 from tests.small import ROOT
 from tests.sweeps.pretend import CONFIG
 
@@ -92,6 +94,43 @@ def test_a_run_that_fails_is_a_job_that_fails(tmp_path, submitit):
     job = executor.submit(slurm.Job(fails.command, str(tmp_path), "a"))
     with pytest.raises(submitit.core.utils.FailedJobError, match="a mind of its own"):
         job.result()
+
+
+def test_a_failed_job_is_reported_with_its_last_lines(tmp_path, submitit, capsys):
+    """By the same command again, which submits it again; on the page and on standard output."""
+    entries = {"a": entry(tmp_path, "a", "fails")}
+    runs = [plan.Run("a", {}, (), ConfigDict(CONFIG))]
+    commands = {"a": entries["a"].command}
+    settings = {"cluster": "local", "timeout_min": 5}
+
+    def again():
+        sweep.update(tmp_path, entries, runs, commands)
+        sweep.submit(tmp_path, entries, runs, settings, None)
+        return capsys.readouterr().out
+
+    assert "a: job" not in again()
+    first = entries["a"].job.partition(":")[2]
+    wait_for(lambda: (tmp_path / "a" / slurm.FAILED).exists())
+    text = again()
+    assert f"a: job {first} failed: exit status 2" in text
+    assert "    error: the loss has a mind of its own" in text
+    page = (tmp_path / "index.html").read_text()
+    assert f"job {first} failed" in page
+    assert "a mind of its own" in page
+    assert entries["a"].state == "submitted"
+    assert entries["a"].job.partition(":")[2] != first
+
+
+def test_a_job_that_slurm_killed_shows_what_it_had_printed(tmp_path):
+    assert slurm.failure(tmp_path, "a", "") == ""
+    assert "sacct -j 7" in slurm.failure(tmp_path, "a", "slurm:7")
+    (tmp_path / slurm.FOLDER).mkdir()
+    (tmp_path / slurm.FOLDER / "7_0_log.err").write_text("srun: error: node down\n")
+    assert slurm.failure(tmp_path, "a", "slurm:7").endswith("did\nsrun: error: node down")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / local.LOG).write_text("$ x\nold\n$ x\nstep 3\nslurmstepd: oom-kill\n")
+    found = slurm.failure(tmp_path, "a", "slurm:7")
+    assert found == "job 7 ended before the run did\nstep 3\nslurmstepd: oom-kill"
 
 
 def test_a_setting_that_submitit_refuses_is_a_plain_error(tmp_path, submitit):

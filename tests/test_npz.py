@@ -7,11 +7,11 @@ import zipfile
 import numpy as np
 import pytest
 
+from lora_diffusion_jax import npz as npz_module
 from lora_diffusion_jax.errors import UserError
-from lora_diffusion_jax.evaluation import npz as npz_module
 from lora_diffusion_jax.evaluation.images import open_npz
-from lora_diffusion_jax.evaluation.npz import read_npz
 from lora_diffusion_jax.evaluation.references import load_reference
+from lora_diffusion_jax.npz import read_npz
 from tests.test_untrusted import fuzz
 
 RNG = np.random.default_rng(0)

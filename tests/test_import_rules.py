@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "lora_diffusion_jax"
-SHARED = {"errors", "array_types", "keys", "paths", "files", "untrusted"}  # for everyone
+SHARED = {"errors", "array_types", "keys", "paths", "files", "untrusted", "remote"}  # for everyone
 BELOW_FACTORY = {
     *("processes", "lora", "models", "diffusion", "data", "readers"),
     *("default_config", "generate", "outputs", "training", "evaluation"),
@@ -21,6 +21,7 @@ ALLOWED = {
     "paths": set(),
     "files": set(),
     "untrusted": {"files"},
+    "remote": {"files"},
     "grids": set(),
     "processes": set(),
     "lora": set(),
@@ -62,6 +63,7 @@ CONFINED = {
     "ml_collections": {"default_config", "factory", "interop", "cli", "sweeps", "modes"},
     "tensorflow_datasets": {"data"},
     "orbax": {"training"},
+    "fsspec": {"remote"},
     "safetensors": {"readers", "interop", "evaluation"},
 }
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from lora_diffusion_jax import files
+from lora_diffusion_jax import remote
 from lora_diffusion_jax.array_types import Variables
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.factory.networks import build_denoiser, has_map, variable_shapes
@@ -66,7 +66,7 @@ def load_pretrained(
     Raises:
         UserError: one sentence that names the file and what was found. Nothing in a file is executed.
     """
-    path = files.expand(path)
+    path = remote.local(path)
     if is_torch_file(path):
         if base is not None:
             raise UserError(f"{path} is a whole network; a base ({base}) goes with adapters alone.")
@@ -135,7 +135,7 @@ def _base_of(export: Export, path: str | Path, base: str | Path | None) -> Varia
             f"{path} holds adapters alone, for the base {export.base_hash[:12]}; "
             "give that network too with --base=FILE (in Python: load_pretrained(path, base=...))."
         )
-    described = not is_torch_file(files.expand(base))
+    described = not is_torch_file(remote.local(base))
     variables = load_pretrained(base, config=None if described else export.config).variables
     network = variable_shapes(export.config, build_denoiser(export.config))
     variables = without_conditioning(variables, network)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from lora_diffusion_jax import files, interop, lora, processes
+from lora_diffusion_jax import files, interop, lora, processes, remote
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.training import checkpoint, workdir
 
@@ -50,7 +50,7 @@ def _check_path(name: str, path: str | os.PathLike | None) -> None:
     expected = "a .pkl snapshot, a .pt state dict, a .safetensors file, or the workdir of a run"
     if path is None:
         return
-    found = Path(files.expand(path, f"--{name}"))
+    found = Path(remote.local(path, f"--{name}"))
     if not found.exists():
         raise UserError(f"--{name}={path} does not exist; give {expected}.")
     if found.is_dir() and not (found / workdir.CONFIG).exists():

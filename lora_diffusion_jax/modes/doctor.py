@@ -18,7 +18,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from lora_diffusion_jax import compile_cache, files
+from lora_diffusion_jax import compile_cache, files, remote
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.evaluation import results
 from lora_diffusion_jax.factory.checks import check
@@ -50,10 +50,10 @@ def examine(config: ConfigDict | None, directory: str | None) -> int:
     for findings in checks:
         try:
             for line in findings():
-                print(line, flush=True)
+                print(remote.named(line), flush=True)
         except UserError as error:  # what else this check would find depends on it
             problems += 1
-            print(f"PROBLEM: {error}", flush=True)
+            print(f"PROBLEM: {remote.named(str(error))}", flush=True)
     count = f"{problems} problem{'s' if problems > 1 else ''}" if problems else "No problems"
     print(f"\n{count} found.")
     return min(problems, 1)
@@ -115,12 +115,7 @@ def cache() -> Iterator[str]:
 
 def run(directory: Path, may_be_new: bool) -> Iterator[str]:
     """A workdir's disk, and the run in it."""
-    disk = next(p for p in (directory, *directory.absolute().parents) if p.exists())
-    with files.disk_errors(disk, "Choose another workdir."), tempfile.TemporaryFile(dir=disk):
-        free = shutil.disk_usage(disk).free
-    yield f"workdir: {directory}, {free / GIB:.1f} GiB free"
-    if free < GIB:
-        raise UserError(f"Less than 1 GiB is free on the disk of {directory}; make room.")
+    yield from place(directory)
     if may_be_new and not (directory / workdir.CONFIG).exists():
         return
     train = config_from_dict(workdir.read_config(directory)).train
@@ -139,15 +134,31 @@ def run(directory: Path, may_be_new: bool) -> Iterator[str]:
     yield "checksums: no damage in what has some of checkpoints, config.json, metrics and results"
 
 
+def place(directory: Path) -> Iterator[str]:
+    """Whether a workdir can be written, and how much room there is."""
+    if mirrored := remote.is_mirrored(directory):
+        remote.check_writable(directory)
+        yield f"workdir: {directory}, can be written"
+        directory = Path(tempfile.gettempdir())  # checkpoints lie there until they are in the store
+    disk = next(p for p in (directory, *directory.absolute().parents) if p.exists())
+    with files.disk_errors(disk, "Choose another workdir."), tempfile.TemporaryFile(dir=disk):
+        free = shutil.disk_usage(disk).free
+    kind = "temporary files" if mirrored else "workdir"
+    yield f"{kind}: {directory}, {free / GIB:.1f} GiB free"
+    if free < GIB:
+        raise UserError(f"Less than 1 GiB is free on the disk of {directory}; make room.")
+
+
 def damaged(directory: Path) -> Iterator[str]:
     """What is damaged in a run's directory, compared with its checksums."""
     folder = directory / checkpoint.FOLDER
     if workdir.has_changed(directory):
         yield f"{directory / workdir.CONFIG} has changed since it was written"
     for step in checkpoint.saved_steps(directory):
+        checkpoint.fetch(folder / str(step))
         if problem := checkpoint.find_damage(folder / str(step)):
             yield f"checkpoint {step}: {problem} (training and sampling will use the one before it)"
-    for path in sorted(folder.glob("unreadable-*")):
+    for path in checkpoint.set_aside_before(directory):
         yield f"{path} could not be read; delete it if nothing is missing"
     for path in (directory / writers.METRICS, results.results_file(directory)):
         if lines := files.read_lines(path)[1]:

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from lora_diffusion_jax import cli, processes
+from lora_diffusion_jax import cli, processes, remote
 from lora_diffusion_jax.errors import UserError
 
 
@@ -34,7 +34,9 @@ def build_parser() -> cli.Parser:
     parser = cli.Parser(description=__doc__)
     add = parser.add_argument
     add("--mode", required=True, choices=MODES, help="what to do")
-    parser.add_path("--workdir", help="directory of the run")
+    parser.add_path(
+        "--workdir", urls=True, help="directory of the run, or gs://BUCKET/PATH, s3://..."
+    )
     add("--seeds", help="sample: one image per seed, such as 0,5,7-9; default: 0-63 (analyze: 0-7)")
     add(
         "--class_id",
@@ -68,9 +70,9 @@ def build_parser() -> cli.Parser:
         "--out",
         help="sample: folder, .npz or .png (a grid); analyze: folder; export: .safetensors",
     )
-    parser.add_path("--source", help="import: the checkpoint file")
+    parser.add_path("--source", urls=True, help="import: the checkpoint file")
     parser.add_path(
-        "--base", help="import: for a file of adapters alone, the base's file or workdir"
+        "--base", urls=True, help="import: for a file of adapters alone, the base's file or workdir"
     )
     add("--sweep", help="sweep: FIELD=VALUE,VALUE;...; default: what sweep(add) of --config adds")
     add("--jobs", type=int, help="sweep: runs at a time; default: one per GPU or TPU chip")
@@ -106,6 +108,10 @@ def work(argv: list[str]) -> int:
     if missing:
         raise UserError(f"--mode={args.mode} needs {' and '.join(missing)}.")
     if args.mode == "sweep":
+        if remote.is_url(args.workdir):
+            raise UserError(
+                f"--workdir={args.workdir}: a sweep keeps its state on this machine's disks; give a folder."
+            )
         return sweep(args, name, overrides)
     config = read_config(args, name)
     if overrides:
@@ -132,11 +138,15 @@ def read_config(args: argparse.Namespace, name: str | None) -> ConfigDict | None
     from lora_diffusion_jax.training import workdir
 
     try:
-        return config_from_dict(workdir.read_config(args.workdir))
+        directory = remote.local(args.workdir)
+        return config_from_dict(workdir.read_config(directory))
     except UserError as error:
         if args.mode == "doctor":  # which reports it
             return None
-        if args.mode == "train" and not (Path(args.workdir) / workdir.CONFIG).exists():
+        if (
+            args.mode == "train"
+            and not (Path(remote.local(args.workdir)) / workdir.CONFIG).exists()
+        ):
             raise UserError(f"{args.workdir} holds no run; start one with --config.") from error
         raise
 
@@ -145,7 +155,7 @@ def train(args: argparse.Namespace, config: ConfigDict) -> int:
     """Trains, or resumes a run; 128 + the signal's number when a signal stopped it."""
     from lora_diffusion_jax.modes.train import train
 
-    return train(config, args.workdir, args.command).exit_code
+    return train(config, remote.local(args.workdir), args.command).exit_code
 
 
 def sample(args: argparse.Namespace, config: ConfigDict) -> int:
@@ -226,7 +236,7 @@ def import_file(args: argparse.Namespace, config: ConfigDict | None) -> int:
     """Turns a checkpoint file into a workdir."""
     from lora_diffusion_jax.modes.checkpoints import import_checkpoint
 
-    count = import_checkpoint(args.source, args.workdir, args.base, config)
+    count = import_checkpoint(args.source, remote.local(args.workdir), args.base, config)
     print(f"imported {count:,} parameters into {args.workdir}")
     return 0
 
@@ -271,7 +281,7 @@ def doctor(args: argparse.Namespace, config: ConfigDict | None) -> int:
     """Prints what is wrong with the machine, the data or a run; 1 if anything is."""
     from lora_diffusion_jax.modes.doctor import examine
 
-    return examine(config, args.workdir)
+    return examine(config, args.workdir and remote.local(args.workdir))
 
 
 # Mode -> what it does, and the flags that it needs.

@@ -13,7 +13,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from lora_diffusion_jax import default_config, files, generate, interop, outputs, processes
+from lora_diffusion_jax import default_config, files, generate, interop, outputs, processes, remote
 from lora_diffusion_jax.array_types import Variables
 from lora_diffusion_jax.data.image_source import ImageSource
 from lora_diffusion_jax.diffusion.precond import Denoiser
@@ -149,6 +149,14 @@ def check_disk(config: ConfigDict, denoiser: Denoiser, directory: Path) -> None:
     # One more than is kept, while the newest is written.
     needed = size * max(0, min(config.train.keep + 1, len(there) + to_come) - len(there))
     free = shutil.disk_usage(directory).free
+    if remote.is_mirrored(directory):
+        if free < 2 * size:  # the newest, and the next while it is written
+            raise UserError(
+                f"A checkpoint of this run takes {size / 2**30:.2f} GiB, and two must fit on the disk of "
+                f"temporary files before they are in {directory}; {free / 2**30:.1f} GiB are free there. "
+                "Make room, or set TMPDIR to a folder on another disk."
+            )
+        return
     if free < needed:
         raise UserError(
             f"The checkpoints of this run need {needed / 2**30:.1f} GiB more ({size / 2**30:.2f} GiB each, "
@@ -179,7 +187,7 @@ def initial_state(
 
     if not config.init_from or has_checkpoint(directory):
         return fresh
-    source = files.expand(config.init_from, "init_from")
+    source = remote.local(config.init_from, "init_from")
     described = not interop.is_torch_file(source)
     start = interop.load_pretrained(source, config=None if described else config)
     variables = jax.jit(functools.partial(init_variables, config, denoiser))(key)

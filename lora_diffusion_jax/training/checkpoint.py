@@ -3,15 +3,19 @@
 Orbax writes no checksums. Once a checkpoint is complete, a thread writes the SHA-256 of all its files
 into its SHA256SUMS, which every reading compares. A checkpoint that is damaged or lacks a part is set
 aside, and the one before it is used.
+
+Of a run in an object store (`remote`) the checkpoints are saved in its mirror by process 0, which gets all
+arrays, and carried into the store as whole files by that thread; all processes fetch and read them.
 """
 
 import functools
 import logging
 import os
 import re
+import shutil
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +24,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from lora_diffusion_jax import files, processes
+from lora_diffusion_jax import files, processes, remote
 from lora_diffusion_jax.array_types import PyTree
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.paths import path_of
@@ -32,6 +36,8 @@ FOLDER = "checkpoints"
 # Parts of a checkpoint, restored one by one: sampling reads the weights alone.
 PARTS = ("weights", "optimizer", "interval")
 _STEP = re.compile("0|[1-9][0-9]{0,11}")  # the name of a complete checkpoint
+# One of these makes a folder in a store a checkpoint; they are written last, and removed first.
+_MARKS = ("_CHECKPOINT_METADATA", files.SUMS)
 WEIGHTS = ("params", "frozen", "buffers", "ema")
 # Seconds that processes wait for each other's reading. If one cannot read its share, orbax's own
 # barrier holds the others first, and gives up after 300 s.
@@ -73,19 +79,22 @@ class Checkpoints:
 
     def __init__(self, workdir: str | os.PathLike, *, keep: int = 3):
         self.directory = Path(workdir).absolute() / FOLDER
+        self.mirrored, self.keep = remote.is_mirrored(self.directory), keep
         self.waited = 0.0
         self.saving = False  # a save was begun whose outcome is not known yet
         self.failed = False  # here, while orbax waits for other processes
+        self.gathered: int | None = None  # the last step whose arrays process 0 got from all
         self.summing: threading.Thread | None = None  # writes the checksums of the last one
+        self.push_error: Exception | None = None  # of that thread
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
+            max_to_keep=1 if self.mirrored else keep,
             enable_async_checkpointing=True,
             # If orbax creates folders in the background and one cannot be created, the other threads
             # wait for it for five minutes.
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
             cleanup_tmp_directories=True,  # what a kill left unfinished
             create=False,  # it would follow links
-            multiprocessing_options=_all_processes(),
+            multiprocessing_options=_this_process() if self.mirrored else _all_processes(),
         )
 
         def create_folder() -> None:
@@ -102,7 +111,7 @@ class Checkpoints:
                             f"{path} is named like a checkpoint, but no run writes that number. Remove it."
                         )
 
-        processes.from_leader("creating the folder of checkpoints", create_folder)
+        _where_it_is(self.directory, "creating the folder of checkpoints", create_folder)
         handlers = {name: ocp.PyTreeCheckpointHandler() for name in PARTS}
         with files.disk_errors(self.directory):
             self.manager = ocp.CheckpointManager(
@@ -136,10 +145,14 @@ class Checkpoints:
         """
         if processes.is_leader() and not self.directory.is_dir():
             raise files.disappeared(self.directory)
-        if step in self.manager.all_steps():
+        if step in self.manager.all_steps() or step == self.gathered:
             return
-        items = {name: ocp.args.PyTreeSave(part) for name, part in parts.items()}
         began = time.perf_counter()
+        if self.mirrored and not processes.alone():
+            parts, self.gathered = jax.tree.map(processes.fetch, dict(parts)), step
+            if not processes.is_leader():
+                return
+        items = {name: ocp.args.PyTreeSave(part) for name, part in parts.items()}
         self.wait()  # saving may delete the checkpoint whose checksums are being computed
         with files.disk_errors(self.directory):
             self.saving = True
@@ -149,13 +162,15 @@ class Checkpoints:
 
     def check(self) -> None:
         """Raises what went wrong in the background since the last call; costs next to nothing."""
+        self._raise_push_error()
         if self.saving and (self._fails() or not self.manager.is_saving_in_progress()):
             self._finish()
 
     def wait(self) -> None:
-        """Returns when everything is on disk."""
+        """Returns when everything is on disk, or in the store."""
         self._finish()
         self._join()
+        self._raise_push_error()
 
     def _finish(self) -> None:
         """Waits for the save that was begun, and begins to write its checksums."""
@@ -170,12 +185,31 @@ class Checkpoints:
             self.manager.check_for_errors()
         if saving and processes.is_leader():
             folder = self.directory / str(self.manager.latest_step())
-            self.summing = threading.Thread(target=_write_sums, args=(folder,))
+            self.summing = threading.Thread(target=self._complete, args=(folder,))
             self.summing.start()
+
+    def _complete(self, folder: Path) -> None:
+        """Writes the checksums of a checkpoint; carries it, and what the run has logged, into a store."""
+        _write_sums(folder)
+        if not self.mirrored:
+            return
+        try:
+            remote.push_small(
+                self.directory.parent
+            )  # first: what was logged before it belongs to it
+            _push(folder)
+            _prune(self.directory, self.keep)
+        except Exception as error:
+            self.push_error = error
 
     def _fails(self) -> bool:
         """Whether the save has failed in this process, one of several."""
         return bool(_thread_errors) and not processes.alone()
+
+    def _raise_push_error(self) -> None:
+        error, self.push_error = self.push_error, None
+        if error is not None:
+            raise error
 
     def _join(self) -> None:
         if self.summing is not None:
@@ -205,8 +239,29 @@ class Checkpoints:
         step, parts, unreadable = _read_newest(self.directory, steps, like)
         if unreadable:
             _set_aside(self.directory, unreadable)
+        if unreadable or self.mirrored:  # the one read was fetched
             self.manager.reload()
+        if self.mirrored and processes.is_leader():
+            _remove_unfinished(self.directory)
         return step, parts
+
+
+def _where_it_is(directory: Path, name: str, work: Callable[[], None]) -> None:
+    """Calls `work` for a folder in process 0; in all if each of them has its own, in the mirror."""
+    if remote.is_mirrored(directory):
+        work()
+    else:
+        processes.from_leader(name, work)
+
+
+def _this_process() -> ocp.options.MultiprocessingOptions:
+    """Has orbax save in this process alone, into a folder that no other one sees."""
+    if processes.alone():
+        return ocp.options.MultiprocessingOptions()
+    me = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process_{me}"
+    )
 
 
 def _all_processes() -> ocp.options.MultiprocessingOptions:
@@ -231,7 +286,12 @@ def _read_newest(
         folder = directory / str(step)
         problem = functools.partial(find_damage, folder, () if like is None else PARTS)
         try:
-            if damage := processes.from_leader("checking a checkpoint", problem, RESTORE_LIMIT):
+            if remote.is_mirrored(folder):
+                fetch(folder, whole=like is not None)
+                damage = problem()
+            else:
+                damage = processes.from_leader("checking a checkpoint", problem, RESTORE_LIMIT)
+            if damage:
                 raise ValueError(damage)
             parts = _read(folder, like)
         except UserError:
@@ -250,6 +310,46 @@ def _read_newest(
         f"No checkpoint in {directory} can be read (tried {unreadable}): {max(reasons)}. Copy them "
         "again, or move the folder away to start from scratch."
     ) from error
+
+
+def fetch(folder: Path, *, whole: bool = True) -> None:
+    """Brings a checkpoint into the mirror: all of it, or what reading its weights takes."""
+    if not remote.is_mirrored(folder):
+        return
+    names = remote.listing(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    remote.fetch(folder, [n for n in names if whole or "/" not in n or n.startswith("weights/")])
+
+
+def _push(folder: Path) -> None:
+    """Carries a checkpoint into the store; what an interrupted attempt has left there goes first."""
+    remote.remove(folder, remote.listing(folder))
+    found = (Path(parent, name) for parent, _, names in files.walk(folder) for name in names)
+    names = {str(path.relative_to(folder)) for path in found}
+    remote.push(folder, names - set(_MARKS))
+    for mark in reversed(_MARKS):
+        remote.push(folder, names & {mark})
+
+
+def _remove(folder: Path) -> None:
+    """Removes a checkpoint from the store, first what makes it one."""
+    names = remote.listing(folder)
+    remote.remove(folder, [*_MARKS, *(name for name in names if name not in _MARKS)])
+
+
+def _prune(directory: Path, keep: int) -> None:
+    """Removes all but the newest checkpoints from the store."""
+    for step in saved_steps(directory.parent)[:-keep]:
+        _remove(directory / str(step))
+
+
+def _remove_unfinished(directory: Path) -> None:
+    """Removes from the store what a kill has left of a checkpoint that was being saved or removed."""
+    complete = set(map(str, saved_steps(directory.parent)))
+    there = {name.split("/")[0] for name in remote.listing(directory)}
+    for name in sorted(there - complete):
+        if _STEP.fullmatch(name):
+            _remove(directory / name)
 
 
 def _one_line(error: Exception) -> str:
@@ -347,10 +447,16 @@ def _set_aside(directory: Path, unreadable: Sequence[int]) -> None:
 
     def rename() -> None:
         with files.disk_errors(directory):
+            if remote.is_mirrored(directory):  # their names are taken
+                for path in set_aside_before(directory.parent):
+                    path.mkdir(parents=True, exist_ok=True)
             for step in unreadable:
-                files.set_aside(directory / str(step), f"unreadable-{step}")
+                aside = files.set_aside(directory / str(step), f"unreadable-{step}")
+                if remote.is_mirrored(aside) and processes.is_leader():
+                    remote.push(aside)
+                    _remove(directory / str(step))
 
-    processes.from_leader("setting unreadable checkpoints aside", rename)
+    _where_it_is(directory, "setting unreadable checkpoints aside", rename)
 
 
 def saved_steps(workdir: str | os.PathLike) -> list[int]:
@@ -359,10 +465,23 @@ def saved_steps(workdir: str | os.PathLike) -> list[int]:
     Other names, such as 003, are no checkpoints: opened by its number, each would be another folder.
     """
     directory = Path(workdir).absolute() / FOLDER
+    if remote.is_mirrored(directory):
+        objects = (name.split("/") for name in remote.listing(directory))
+        marked = {parts[0] for parts in objects if len(parts) == 2 and parts[1] in _MARKS}
+        return sorted(int(name) for name in marked if _STEP.fullmatch(name))
     if not directory.is_dir():
         return []
     # One that is not complete has a name beside its number.
     return sorted(int(path.name) for path in directory.iterdir() if _STEP.fullmatch(path.name))
+
+
+def set_aside_before(workdir: str | os.PathLike) -> list[Path]:
+    """The checkpoints that could not be read and were renamed."""
+    directory = Path(workdir).absolute() / FOLDER
+    if remote.is_mirrored(directory):
+        names = {name.split("/")[0] for name in remote.listing(directory)}
+        return sorted(directory / name for name in names if name.startswith("unreadable-"))
+    return sorted(directory.glob("unreadable-*"))
 
 
 def open_for_reading(
@@ -383,7 +502,7 @@ def open_for_reading(
     directory = Path(workdir).absolute() / FOLDER
 
     def list_steps() -> list[int]:
-        if not directory.is_dir():
+        if not directory.is_dir() and not (remote.is_mirrored(directory) and saved_steps(workdir)):
             raise UserError(
                 f"{workdir} has no checkpoints (looked for {directory}). Give the workdir of a "
                 "training run that has saved one."
@@ -397,6 +516,8 @@ def open_for_reading(
             f"{', '.join(map(str, steps)) or 'none yet'}."
         )
     step, parts, _ = _read_newest(directory, steps if step is None else [step], None)
+    if remote.is_mirrored(directory):
+        shutil.rmtree(directory)  # an evaluation reads one after the other
     return step, SavedWeights(**{name: parts["weights"].get(name, {}) for name in WEIGHTS})
 
 

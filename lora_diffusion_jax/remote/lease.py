@@ -154,6 +154,8 @@ class Lease:
 
     def _keep(self) -> None:
         while not self._ended.wait(self.seconds / 3) and not self.lost:
+            if not mirror.is_mirrored(self.run):  # closed
+                return
             with contextlib.suppress(UserError):  # the network may come back; `check` tries again
                 self._renew()
 

@@ -1,5 +1,7 @@
 """The stores that the tests of this folder use."""
 
+import re
+
 import pytest
 
 from lora_diffusion_jax import remote
@@ -17,7 +19,7 @@ def gcs():
 def base(gcs, request):
     """A URL below which nothing is, and this process without a mirror."""
     remote.close()
-    yield f"gs://{BUCKET}/{request.node.name.replace('[', '-').replace(']', '')}"
+    yield f"gs://{BUCKET}/{re.sub('[^a-z0-9_]', '-', request.node.name)}"
     remote.close()
 
 

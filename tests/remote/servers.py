@@ -13,8 +13,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from lora_diffusion_jax.remote import mirror
+
 BUCKET = "bucket"
-# Runs a module whose server lets many callers wait: by default it drops the sixth, who tries again seconds later.
+# Runs a module whose server lets many callers wait: by default it drops the sixth, who tries again later.
 RUN = """
 import runpy, socketserver, sys
 socketserver.TCPServer.request_queue_size = 256
@@ -22,7 +24,7 @@ module = sys.argv.pop(1)
 sys.argv[0] = module
 runpy.run_module(module, run_name="__main__", alter_sys=True)
 """
-# Scheme -> the packages that a test needs, the server's command line, and the environment of those who use it.
+# Scheme -> the packages that a test needs, the server's command line, and the environment of its users.
 SERVERS = {
     "gs": (
         ("gcsfs", "gcp_storage_emulator"),
@@ -65,6 +67,7 @@ def serving(scheme: str) -> Iterator[None]:
     os.environ.update(variables)
     try:
         _wait_for(port)
+        _forget_clients(scheme)
         file_system(scheme).mkdir(BUCKET)
         yield
     finally:
@@ -74,6 +77,7 @@ def serving(scheme: str) -> Iterator[None]:
                 os.environ[name] = value
         server.kill()
         server.wait()
+        _forget_clients(scheme)
 
 
 def _wait_for(port: int) -> None:
@@ -87,6 +91,14 @@ def _wait_for(port: int) -> None:
         except OSError:
             assert time.monotonic() < deadline, "the server does not answer"
             time.sleep(0.1)
+
+
+def _forget_clients(scheme: str) -> None:
+    """Clients are cached, and know the server that there was when they were made."""
+    import fsspec
+
+    fsspec.get_filesystem_class(scheme).clear_instance_cache()
+    mirror._file_system.cache_clear()
 
 
 def file_system(scheme: str):

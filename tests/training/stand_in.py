@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_diffusion_jax import processes
+from lora_diffusion_jax import processes, remote
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.training import sharding
 from lora_diffusion_jax.training.ema import Ema
@@ -166,9 +166,10 @@ def train_lines(workdir):
 
 
 def main():
-    """Trains as told, and writes {digest, step, exit code} to WORKDIR.json."""
+    """Trains as told, and writes {digest, step, devices} to WORKDIR.json, or --about."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("workdir")
+    parser.add_argument("workdir", help="or its URL")
+    parser.add_argument("--about")
     parser.add_argument("--total", type=int, default=40)
     parser.add_argument("--data", type=int, default=-1)
     parser.add_argument("--fsdp", type=int, default=1)
@@ -184,14 +185,14 @@ def main():
         with processes.ending_together():
             sys.exit(go(options))
     except UserError as error:
-        print(f"UserError: {error}", flush=True)
+        print(f"UserError: {remote.named(str(error))}", flush=True)
         sys.exit(2)
 
 
 def go(options):
     """Trains; returns the exit code."""
     arguments = make_run(
-        options.workdir,
+        remote.local(options.workdir),
         total=options.total,
         mesh=make_mesh(options.data, options.fsdp),
         cadence={"log_every": options.log_every * BATCH},
@@ -212,7 +213,7 @@ def go(options):
     result = run(**arguments)
     about = {"digest": digest(result.state), "step": result.step, "devices": jax.device_count()}
     if processes.is_leader():
-        Path(f"{options.workdir}.json").write_text(json.dumps(about))
+        Path(options.about or f"{options.workdir}.json").write_text(json.dumps(about))
     return result.exit_code
 
 

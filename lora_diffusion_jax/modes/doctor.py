@@ -26,7 +26,7 @@ from lora_diffusion_jax.factory.data import complete, open_source
 from lora_diffusion_jax.factory.networks import build_denoiser, variable_shapes
 from lora_diffusion_jax.factory.pretrained import config_from_dict
 from lora_diffusion_jax.factory.training import build_mesh
-from lora_diffusion_jax.training import checkpoint, sharding, workdir, writers
+from lora_diffusion_jax.training import checkpoint, sharding, transfer, workdir, writers
 
 GIB = 2**30
 PROBE_SECONDS = 120  # a TPU that another process holds does not answer
@@ -155,7 +155,7 @@ def damaged(directory: Path) -> Iterator[str]:
     if workdir.has_changed(directory):
         yield f"{directory / workdir.CONFIG} has changed since it was written"
     for step in checkpoint.saved_steps(directory):
-        checkpoint.fetch(folder / str(step))
+        transfer.fetch(folder / str(step))
         if problem := checkpoint.find_damage(folder / str(step)):
             yield f"checkpoint {step}: {problem} (training and sampling will use the one before it)"
     for path in checkpoint.set_aside_before(directory):

@@ -26,7 +26,8 @@ from lora_diffusion_jax.errors import UserError, printable
 # Scheme -> the package that fsspec needs for it, and our extra that brings it.
 SCHEMES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
 # Of a run, only fetched where they are read: large, or written and never read again.
-LARGE = ("checkpoints", "events", "samples")
+LARGE = re.compile("checkpoints|events|samples|base(-[0-9]+)?")
+_CARRIED_APART = re.compile(r"checkpoints|base(-[0-9]+)?|\..*")  # by those who write them
 _URL = re.compile("([A-Za-z][A-Za-z0-9+.-]*):/")
 _PREFIX = "lora_diffusion_jax_mirror_"
 _LOCK = ".lock"  # held while the mirror's process lives
@@ -276,7 +277,7 @@ def fetch_small(folder: Path) -> None:
 
 def _is_small(name: str) -> bool:
     parts = name.split("/")
-    return parts[0] not in LARGE and not any(part.startswith(".") for part in parts)
+    return not LARGE.fullmatch(parts[0]) and not any(part.startswith(".") for part in parts)
 
 
 def fetch_configs(folder: Path, config: str) -> None:
@@ -357,7 +358,7 @@ def push_small(folder: Path) -> None:
     _check_fence(folder)
     system, base = _open(folder)
     for parent, children, names in files.walk(folder):
-        children[:] = [child for child in children if child != "checkpoints" and child[0] != "."]
+        children[:] = [child for child in children if not _CARRIED_APART.fullmatch(child)]
         for path in (Path(parent, name) for name in sorted(names) if name[0] != "."):
             signature = _signature(path)
             if _pushed.get(path) != signature:

@@ -2,7 +2,7 @@
 
 Orbax writes no checksums. Once a checkpoint is complete, a thread writes the SHA-256 of all its files
 into its SHA256SUMS, which every reading compares. A checkpoint that is damaged or lacks a part is set
-aside, and the one before it is used.
+aside, and the one before it is used. Frozen weights are stored once (`base`).
 
 Of a run in an object store (`remote`) the checkpoints are saved in its mirror by process 0, which gets all
 arrays, and carried into the store as whole files by that thread; all processes fetch and read them.
@@ -10,8 +10,8 @@ arrays, and carried into the store as whole files by that thread; all processes 
 
 import functools
 import logging
+import operator
 import os
-import re
 import shutil
 import threading
 import time
@@ -28,6 +28,7 @@ from lora_diffusion_jax import files, processes, remote
 from lora_diffusion_jax.array_types import PyTree
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.paths import path_of
+from lora_diffusion_jax.training import base, transfer
 from lora_diffusion_jax.training.state import SavedWeights, TrainState
 from lora_diffusion_jax.training.writers import log
 from lora_diffusion_jax.untrusted import read_json
@@ -35,9 +36,6 @@ from lora_diffusion_jax.untrusted import read_json
 FOLDER = "checkpoints"
 # Parts of a checkpoint, restored one by one: sampling reads the weights alone.
 PARTS = ("weights", "optimizer", "interval")
-_STEP = re.compile("0|[1-9][0-9]{0,11}")  # the name of a complete checkpoint
-# One of these makes a folder in a store a checkpoint; they are written last, and removed first.
-_MARKS = ("_CHECKPOINT_METADATA", files.SUMS)
 WEIGHTS = ("params", "frozen", "buffers", "ema")
 # Seconds that processes wait for each other's reading. If one cannot read its share, orbax's own
 # barrier holds the others first, and gives up after 300 s.
@@ -83,9 +81,13 @@ class Checkpoints:
         self.waited = 0.0
         self.saving = False  # a save was begun whose outcome is not known yet
         self.failed = False  # here, while orbax waits for other processes
+        self.base: base.Reference | None = (
+            None  # where the frozen weights are, once they are stored
+        )
         self.gathered: int | None = None  # the last step whose arrays process 0 got from all
         self.summing: threading.Thread | None = None  # writes the checksums of the last one
         self.push_error: Exception | None = None  # of that thread
+        self.writers = _this_process() if self.mirrored else _all_processes()
         options = ocp.CheckpointManagerOptions(
             max_to_keep=1 if self.mirrored else keep,
             enable_async_checkpointing=True,
@@ -94,7 +96,7 @@ class Checkpoints:
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
             cleanup_tmp_directories=True,  # what a kill left unfinished
             create=False,  # it would follow links
-            multiprocessing_options=_this_process() if self.mirrored else _all_processes(),
+            multiprocessing_options=self.writers,
         )
 
         def create_folder() -> None:
@@ -106,7 +108,7 @@ class Checkpoints:
                             f"{path} is a link; a run writes its checkpoints into its own workdir. Remove it."
                         )
                     # orbax might take it for a later step, and save nothing more
-                    if path.name.isnumeric() and not _STEP.fullmatch(path.name):
+                    if path.name.isnumeric() and not transfer.STEP.fullmatch(path.name):
                         raise UserError(
                             f"{path} is named like a checkpoint, but no run writes that number. Remove it."
                         )
@@ -148,6 +150,7 @@ class Checkpoints:
         if step in self.manager.all_steps() or step == self.gathered:
             return
         began = time.perf_counter()
+        parts = self._without_base(parts)
         if self.mirrored and not processes.alone():
             parts, self.gathered = jax.tree.map(processes.fetch, dict(parts)), step
             if not processes.is_leader():
@@ -157,8 +160,18 @@ class Checkpoints:
         with files.disk_errors(self.directory):
             self.saving = True
             _thread_errors.clear()
-            self.manager.save(step, args=ocp.args.Composite(**items))
+            about = {"base": self.base} if self.base else None
+            self.manager.save(step, args=ocp.args.Composite(**items), custom_metadata=about)
         self.waited += time.perf_counter() - began
+
+    def _without_base(self, parts: Parts) -> Parts:
+        """The parts without the frozen weights, which are stored once, before the first checkpoint."""
+        weights = parts["weights"]
+        if not jax.tree.leaves(weights.get("frozen")):
+            return parts
+        if self.base is None:
+            self.base = base.write(self.directory.parent, weights["frozen"], self.writers)
+        return {**parts, "weights": {**weights, "frozen": {}}}
 
     def check(self) -> None:
         """Raises what went wrong in the background since the last call; costs next to nothing."""
@@ -197,8 +210,8 @@ class Checkpoints:
             remote.push_small(
                 self.directory.parent
             )  # first: what was logged before it belongs to it
-            _push(folder)
-            _prune(self.directory, self.keep)
+            transfer.push(folder)
+            transfer.prune(self.directory, self.keep)
         except Exception as error:
             self.push_error = error
 
@@ -237,12 +250,13 @@ class Checkpoints:
         if not steps:
             return None
         step, parts, unreadable = _read_newest(self.directory, steps, like)
+        self.base = base.reference_of(self.directory / str(step))
         if unreadable:
             _set_aside(self.directory, unreadable)
         if unreadable or self.mirrored:  # the one read was fetched
             self.manager.reload()
         if self.mirrored and processes.is_leader():
-            _remove_unfinished(self.directory)
+            transfer.remove_unfinished(self.directory)
         return step, parts
 
 
@@ -287,7 +301,7 @@ def _read_newest(
         problem = functools.partial(find_damage, folder, () if like is None else PARTS)
         try:
             if remote.is_mirrored(folder):
-                fetch(folder, whole=like is not None)
+                transfer.fetch(folder, whole=like is not None)
                 damage = problem()
             else:
                 damage = processes.from_leader("checking a checkpoint", problem, RESTORE_LIMIT)
@@ -310,46 +324,6 @@ def _read_newest(
         f"No checkpoint in {directory} can be read (tried {unreadable}): {max(reasons)}. Copy them "
         "again, or move the folder away to start from scratch."
     ) from error
-
-
-def fetch(folder: Path, *, whole: bool = True) -> None:
-    """Brings a checkpoint into the mirror: all of it, or what reading its weights takes."""
-    if not remote.is_mirrored(folder):
-        return
-    names = remote.listing(folder)
-    shutil.rmtree(folder, ignore_errors=True)
-    remote.fetch(folder, [n for n in names if whole or "/" not in n or n.startswith("weights/")])
-
-
-def _push(folder: Path) -> None:
-    """Carries a checkpoint into the store; what an interrupted attempt has left there goes first."""
-    remote.remove(folder, remote.listing(folder))
-    found = (Path(parent, name) for parent, _, names in files.walk(folder) for name in names)
-    names = {str(path.relative_to(folder)) for path in found}
-    remote.push(folder, names - set(_MARKS))
-    for mark in reversed(_MARKS):
-        remote.push(folder, names & {mark})
-
-
-def _remove(folder: Path) -> None:
-    """Removes a checkpoint from the store, first what makes it one."""
-    names = remote.listing(folder)
-    remote.remove(folder, [*_MARKS, *(name for name in names if name not in _MARKS)])
-
-
-def _prune(directory: Path, keep: int) -> None:
-    """Removes all but the newest checkpoints from the store."""
-    for step in saved_steps(directory.parent)[:-keep]:
-        _remove(directory / str(step))
-
-
-def _remove_unfinished(directory: Path) -> None:
-    """Removes from the store what a kill has left of a checkpoint that was being saved or removed."""
-    complete = set(map(str, saved_steps(directory.parent)))
-    there = {name.split("/")[0] for name in remote.listing(directory)}
-    for name in sorted(there - complete):
-        if _STEP.fullmatch(name):
-            _remove(directory / name)
 
 
 def _one_line(error: Exception) -> str:
@@ -375,11 +349,14 @@ def find_damage(folder: Path, parts: Sequence[str] = PARTS) -> str:
         folder: of the checkpoint.
         parts: those that must be there, unless weights alone were saved; () to read the weights, of
             which alone the checksums are compared then.
+
+    Raises:
+        UserError: the base that it refers to is missing or has changed: not this checkpoint alone.
     """
     try:
-        saved = read_json(folder / "_CHECKPOINT_METADATA")["item_handlers"].keys()
+        saved = read_json(folder / base.METADATA)["item_handlers"].keys()
     except (UserError, KeyError, TypeError, AttributeError):  # unreadable, or of another form
-        return "its _CHECKPOINT_METADATA is missing or damaged"
+        return f"its {base.METADATA} is missing or damaged"
     weights_alone = saved == {"weights"} and folder.name == "0"
     for name in ("weights",) if weights_alone else parts or ("weights",):
         if name not in saved or not (folder / name).is_dir():
@@ -391,6 +368,8 @@ def find_damage(folder: Path, parts: Sequence[str] = PARTS) -> str:
         return f"{error.filename}: {error.strerror}"
     if damage is None:
         _tell_unverified(folder.parent)
+    if not damage:
+        base.check(folder)
     return damage or ""
 
 
@@ -414,14 +393,25 @@ def _read(folder: Path, like: Parts | None) -> dict[str, PyTree]:
         for path in (folder / name for name in (like or ["weights"])):
             if not path.is_dir():  # weights alone were saved
                 continue
-            saved = handler.metadata(path).tree
-            if like is None:  # the devices that saved it need not exist here
-                how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
-            else:
-                _check_fit(like[path.name], saved, path)
-                how = ocp.checkpoint_utils.construct_restore_args(like[path.name])
-            found[path.name] = reader.restore(path, ocp.args.PyTreeRestore(restore_args=how))
+            stored = base.folder_of(folder) if path.name == "weights" else None
+            places = [path] if stored is None else [path, stored / base.WEIGHTS]
+            saved = [handler.metadata(place).tree for place in places]
+            if like is not None:
+                _check_fit(like[path.name], functools.reduce(operator.or_, saved), path)
+            pieces = []
+            for place, tree in zip(places, saved, strict=True):
+                how = _restore_args(tree, None if like is None else like[path.name])
+                pieces.append(reader.restore(place, ocp.args.PyTreeRestore(restore_args=how)))
+            found[path.name] = functools.reduce(operator.or_, pieces)
     return found
+
+
+def _restore_args(saved: PyTree, like: PyTree | None) -> PyTree:
+    """How orbax reads a saved tree: as numpy arrays, or as `like` has its fields."""
+    if like is None:  # the devices that saved it need not exist here
+        return jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
+    fields = {name: like[name] if jax.tree.leaves(saved[name]) else {} for name in saved}
+    return ocp.checkpoint_utils.construct_restore_args(fields)
 
 
 def _check_fit(like: PyTree, saved: PyTree, path: Path) -> None:
@@ -454,7 +444,7 @@ def _set_aside(directory: Path, unreadable: Sequence[int]) -> None:
                 aside = files.set_aside(directory / str(step), f"unreadable-{step}")
                 if remote.is_mirrored(aside) and processes.is_leader():
                     remote.push(aside)
-                    _remove(directory / str(step))
+                    transfer.remove(directory / str(step))
 
     _where_it_is(directory, "setting unreadable checkpoints aside", rename)
 
@@ -466,13 +456,13 @@ def saved_steps(workdir: str | os.PathLike) -> list[int]:
     """
     directory = Path(workdir).absolute() / FOLDER
     if remote.is_mirrored(directory):
-        objects = (name.split("/") for name in remote.listing(directory))
-        marked = {parts[0] for parts in objects if len(parts) == 2 and parts[1] in _MARKS}
-        return sorted(int(name) for name in marked if _STEP.fullmatch(name))
+        return transfer.stored_steps(directory)
     if not directory.is_dir():
         return []
     # One that is not complete has a name beside its number.
-    return sorted(int(path.name) for path in directory.iterdir() if _STEP.fullmatch(path.name))
+    return sorted(
+        int(path.name) for path in directory.iterdir() if transfer.STEP.fullmatch(path.name)
+    )
 
 
 def set_aside_before(workdir: str | os.PathLike) -> list[Path]:

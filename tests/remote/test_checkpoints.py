@@ -8,7 +8,7 @@ import pytest
 
 from lora_diffusion_jax import remote
 from lora_diffusion_jax.errors import UserError
-from lora_diffusion_jax.training import checkpoint
+from lora_diffusion_jax.training import checkpoint, transfer
 from lora_diffusion_jax.training.checkpoint import Checkpoints, open_for_reading, saved_steps
 from tests.training.test_checkpoint import Sums, assert_equal, make_state, save, shapes
 
@@ -52,7 +52,7 @@ def test_everything_comes_back_and_the_newest_are_kept(workdir):
 def test_the_sums_are_those_of_the_files_in_the_store(workdir):
     save(workdir, 1)
     folder = again(workdir) / "checkpoints" / "1"
-    checkpoint.fetch(folder)
+    transfer.fetch(folder)
     assert checkpoint.find_damage(folder) == ""
     assert checkpoint.is_verified(folder)
 
@@ -123,7 +123,8 @@ def test_a_copied_run_of_this_machine_is_read(tmp_path, workdir, store):
     """As a user copies it with the store's own tools; without checksums, of an older version, as well."""
     save(tmp_path / "run", 1, 2)
     (tmp_path / "run" / "checkpoints" / "1" / "SHA256SUMS").unlink()
-    store.put(str(tmp_path / "run" / "checkpoints"), remote.url_of(workdir) + "/", recursive=True)
+    for folder in ("checkpoints", "base"):
+        store.put(str(tmp_path / "run" / folder), remote.url_of(workdir) + "/", recursive=True)
     assert saved_steps(workdir) == [1, 2]
     for step in (1, 2):
         assert_equal(open_for_reading(workdir, step)[1].params, make_state(step).params)

@@ -6,8 +6,10 @@ import signal
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from lora_diffusion_jax import remote
 from lora_diffusion_jax.training.checkpoint import saved_steps
@@ -111,9 +113,9 @@ def test_commands_work_there_as_they_do_here(base, store, tmp_path):
         run("--mode=sample", f"--workdir={where}", "--seeds=0-3", f"--out={out}")
         found[name] = np.load(out)["images"]
         run("--mode=export", f"--workdir={where}", f"--out={tmp_path / name}.safetensors")
-        found[f"{name} file"] = (tmp_path / f"{name}.safetensors").read_bytes()
+        found[f"{name} file"] = load_file(tmp_path / f"{name}.safetensors")
     np.testing.assert_array_equal(found["local"], found["there"])
-    assert found["local file"] == found["there file"]
+    jax.tree.map(np.testing.assert_array_equal, found["local file"], found["there file"])
     assert "No problems found" in run("--mode=doctor", f"--workdir={base}")
     assert "Adapter parameters" in run("--mode=info", f"--workdir={base}")
     run("--mode=analyze", f"--workdir={base}", f"--out={tmp_path / 'analysis'}", "--num=4")
@@ -151,7 +153,7 @@ def test_commands_work_there_as_they_do_here(base, store, tmp_path):
 def test_a_program_that_is_killed_leaves_a_run_that_goes_on(base, tmp_path):
     """main.py itself, killed once its first checkpoint is there."""
     data_dir = tmp_path / "tfds"
-    command = train_command(base, data_dir, 1600)
+    command = train_command(base, data_dir, 240)
     process = start(*command)
     folder = Path(remote.local(base))
     deadline = time.monotonic() + 300
@@ -160,10 +162,10 @@ def test_a_program_that_is_killed_leaves_a_run_that_goes_on(base, tmp_path):
     process.kill()
     output = process.communicate()[0]
     assert saved_steps(folder), output
-    assert saved_steps(folder)[-1] < 100, "it ended before it could be killed"
+    assert saved_steps(folder)[-1] < 15, "it ended before it could be killed"
     remote.close()
     assert "resuming from the checkpoint of step " in run("--mode=train", f"--workdir={base}")
-    run(*train_command(tmp_path / "here", data_dir, 1600))
+    run(*train_command(tmp_path / "here", data_dir, 240))
     images = []
     for where in (base, tmp_path / "here"):
         for weights in ("ema", "raw"):

@@ -25,7 +25,8 @@ from lora_diffusion_jax.factory.checks import check
 from lora_diffusion_jax.factory.data import complete, open_source
 from lora_diffusion_jax.factory.networks import build_denoiser, variable_shapes
 from lora_diffusion_jax.factory.pretrained import config_from_dict
-from lora_diffusion_jax.factory.training import build_mesh
+from lora_diffusion_jax.factory.training import build_mesh, trainable
+from lora_diffusion_jax.paths import split
 from lora_diffusion_jax.training import checkpoint, sharding, transfer, workdir, writers
 
 GIB = 2**30
@@ -175,8 +176,11 @@ def training(config: ConfigDict) -> Iterator[str]:
     if config.data.workers and shutil.disk_usage("/dev/shm").free < GIB // 4:
         raise UserError("Less than 0.25 GiB is free in /dev/shm; set data.workers=0 or enlarge it.")
     params = variable_shapes(config, build_denoiser(config))["params"]
-    size = 16 * sum(leaf.size for leaf in jax.tree.leaves(params))  # float32; EMA, two moments
+    trained, frozen = split(params, trainable(config))
+    size = 16 * sum(leaf.size for leaf in jax.tree.leaves(trained))  # float32; EMA, two moments
     yield f"checkpoint: {size / GIB:.2f} GiB"
+    if base := 4 * sum(leaf.size for leaf in jax.tree.leaves(frozen)):
+        yield f"frozen weights, stored once: {base / GIB:.2f} GiB"
     if "error" in probe():  # asking for devices here would end this process
         return
     mesh, part = build_mesh(config), config.train.microbatch or config.train.batch_size

@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import functools
 import importlib.util
+import logging
 import os
 import re
 import secrets
@@ -180,6 +181,9 @@ def _open(path: Path) -> tuple[Any, str]:
 def _file_system(scheme: str) -> Any:
     import fsspec  # the package of the scheme brings it
 
+    for name in ("gcsfs", "s3fs"):  # they log what they raise, with stack traces
+        if logging.getLogger(name).level == logging.NOTSET:
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     # Others write there, too: a listing must be that of this moment.
     return fsspec.filesystem(scheme, use_listings_cache=False)
 

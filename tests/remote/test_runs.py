@@ -84,12 +84,14 @@ def test_killed_stopped_and_resumed_it_ends_with_the_bits_of_a_local_run(scheme,
 
 def test_two_processes_train_there_and_resume_to_the_same_bits(gcs, base, tmp_path, monkeypatch):
     """Each has a mirror of its own; process 0 gets all arrays, which fsdp spreads over both."""
-    layout = ("--fsdp", 2, "--data", 1)
+    layout = ("--fsdp", 2, "--data", 1, "--freeze")
     train_together(tmp_path / "here", 2, *layout)
     about = tmp_path / "about.json"
     with Job(2, *STAND_IN, base, "--about", about, *layout, "--die-at", 22) as job:
         job.end()
-    assert saved_steps(fetched(base))
+    workdir = fetched(base)
+    assert saved_steps(workdir)
+    assert any(name.startswith("base/weights/") for name in remote.listing(workdir))
     outputs = train_together(base, 2, *layout, "--about", about)
     assert "resuming from the checkpoint of step " in outputs[0]
     expected = json.loads((tmp_path / "here.json").read_text())
@@ -106,6 +108,8 @@ def test_commands_work_there_as_they_do_here(base, store, tmp_path):
         name.rsplit("/")[-1] for name in store.find(base)
     }
     assert any(name.endswith("samples/0000000096.png") for name in store.find(base))
+    for name in ("config.json", "metrics.jsonl", "index.html"):
+        assert b"mirror" not in store.cat_file(f"{base}/{name}")
     found = {}
     for name, where in (("local", local), ("there", base)):
         remote.close()

@@ -81,9 +81,7 @@ class Checkpoints:
         self.waited = 0.0
         self.saving = False  # a save was begun whose outcome is not known yet
         self.failed = False  # here, while orbax waits for other processes
-        self.base: base.Reference | None = (
-            None  # where the frozen weights are, once they are stored
-        )
+        self.base: base.Reference | None = None  # of the frozen weights, once they are stored
         self.gathered: int | None = None  # the last step whose arrays process 0 got from all
         self.summing: threading.Thread | None = None  # writes the checksums of the last one
         self.push_error: Exception | None = None  # of that thread
@@ -207,9 +205,8 @@ class Checkpoints:
         if not self.mirrored:
             return
         try:
-            remote.push_small(
-                self.directory.parent
-            )  # first: what was logged before it belongs to it
+            # First: what was logged before the checkpoint belongs to it.
+            remote.push_small(self.directory.parent)
             transfer.push(folder)
             transfer.prune(self.directory, self.keep)
         except Exception as error:

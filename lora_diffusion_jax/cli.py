@@ -22,7 +22,7 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags import config_path
 
-from lora_diffusion_jax import compile_cache, default_config, files, processes
+from lora_diffusion_jax import compile_cache, default_config, files, processes, remote
 from lora_diffusion_jax.errors import UserError, explain, not_installed
 from lora_diffusion_jax.processes.interrupts import Interrupted, Interrupts
 
@@ -70,6 +70,8 @@ def run(work: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> 
     except KeyboardInterrupt:  # before there was anything to save
         print("interrupted; rerun the same command to resume", file=sys.stderr)
         status = 130
+    finally:
+        remote.close()
     if argv is None and status > 128 and processes.alone():
         # An ordinary exit would wait for what the devices are doing, perhaps for minutes. Several
         # processes need it nevertheless, to leave one another in order.
@@ -92,10 +94,10 @@ def _quiet_loops(unraisable: "sys.UnraisableHookArgs") -> None:
 
 def _sentence(error: Exception) -> str:
     if isinstance(error, UserError):
-        return str(error)
+        return remote.named(str(error))
     if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith(__package__):
         return not_installed(error)
-    return explain(error)
+    return remote.named(explain(error))
 
 
 @contextlib.contextmanager
@@ -111,7 +113,6 @@ def joined(args: argparse.Namespace, config: ConfigDict | None = None) -> Iterat
     Raises:
         UserError: a process is missing, or was given another command line.
     """
-    folder = getattr(args, "workdir", None)
     processes.join(
         args.coordinator_address,
         args.num_processes,
@@ -119,7 +120,7 @@ def joined(args: argparse.Namespace, config: ConfigDict | None = None) -> Iterat
         detect=args.distributed,
         limit=args.process_timeout,
         heartbeat_timeout_seconds=args.heartbeat_timeout,
-        folder=folder if folder and not Path(folder).is_file() else None,
+        folder=_shared_folder(getattr(args, "workdir", None)),
     )
     compile_cache.use_compilation_cache()
     with processes.ending_together():
@@ -129,6 +130,13 @@ def joined(args: argparse.Namespace, config: ConfigDict | None = None) -> Iterat
             command["config"] = config.to_json_best_effort(sort_keys=True)
         processes.check_same("the command line", json.dumps(command, sort_keys=True))
         yield
+
+
+def _shared_folder(workdir: str | None) -> str | None:
+    """The workdir, if all processes see it: their secret lies in it until they have joined."""
+    if workdir is None or remote.is_url(workdir) or remote.is_mirrored(workdir):
+        return None
+    return workdir if workdir and not Path(workdir).is_file() else None
 
 
 def cut_short(work: Callable[[], Any], doing: str = "stopping; finished work is kept") -> int:
@@ -183,15 +191,16 @@ class Parser(argparse.ArgumentParser):
         self.set_defaults(**defaults)
         return args, given
 
-    def add_path(self, name: str, *, hub: bool = False, **settings: Any) -> None:
+    def add_path(self, name: str, *, urls: bool = False, **settings: Any) -> None:
         """Adds a flag whose value is a path, with ~ and environment variables replaced.
 
         Args:
             name: of the flag.
-            hub: hf://... is left as it is.
+            urls: whether it may also be hf://... or the URL of an object store, for `interop.local`; these
+                are left as they are.
             settings: of `add_argument`.
         """
-        self.add_argument(name, action=_HubPath if hub else _Path, **settings)
+        self.add_argument(name, action=_PathOrURL if urls else _Path, **settings)
 
     def add_switch(self, name: str, default: bool | None, text: str) -> None:
         """Adds --name and --noname."""
@@ -238,12 +247,14 @@ class _Path(argparse.Action):
         setattr(namespace, self.dest, files.expand(value, self.option_strings[0]))
 
 
-class _HubPath(_Path):
+class _PathOrURL(_Path):
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, value: Any, *_: Any
     ) -> None:
         if value.startswith(files.HUB):
             setattr(namespace, self.dest, value)
+        elif remote.is_url(value):
+            setattr(namespace, self.dest, remote.check_url(value, self.option_strings[0]))
         else:
             super().__call__(parser, namespace, value)
 

@@ -8,7 +8,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "lora_diffusion_jax"
-SHARED = {"errors", "array_types", "keys", "paths", "files", "untrusted", "npz"}  # for everyone
+SHARED = {
+    "errors",
+    "array_types",
+    "keys",
+    "paths",
+    "files",
+    "untrusted",
+    "npz",
+    "remote",
+}  # for everyone
 BELOW_FACTORY = {
     *("processes", "lora", "models", "diffusion", "data", "readers"),
     *("default_config", "generate", "outputs", "training", "evaluation"),
@@ -22,6 +31,7 @@ ALLOWED = {
     "files": set(),
     "untrusted": {"files"},
     "npz": {"files", "untrusted"},
+    "remote": {"files"},
     "grids": set(),
     "processes": set(),
     "lora": set(),
@@ -66,6 +76,7 @@ CONFINED = {
     "wandb": {"training"},
     "huggingface_hub": {"interop"},
     "orbax": {"training"},
+    "fsspec": {"remote"},
     "safetensors": {"readers", "interop", "evaluation"},
 }
 

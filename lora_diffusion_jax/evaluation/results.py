@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_diffusion_jax import files
+from lora_diffusion_jax import files, remote
 
 Record = dict[str, Any]  # one JSON line
 FOLDER = "evaluation"  # inside a workdir
@@ -28,7 +28,7 @@ KEY = (
 
 def note(text: str) -> None:
     """Prints to stderr what is not a result."""
-    print(text, file=sys.stderr, flush=True)
+    print(remote.named(text), file=sys.stderr, flush=True)
 
 
 def to_line(record: Mapping[str, Any]) -> str:
@@ -87,6 +87,7 @@ def append(path: Path, record: Record) -> None:
     with files.disk_errors(path):
         files.make_folder(path.parent, path.parent.parent)
         files.append(path, files.checked_line(to_line(record)), sync=True)
+        remote.push_lines(path)
 
 
 def read(path: Path) -> dict[str, Record]:
@@ -104,6 +105,8 @@ def repair(path: Path) -> None:
         files.append(aside, b"".join(line + b"\n" for line in damaged))
         with files.atomic(path) as temporary:
             temporary.write_bytes(b"".join(files.checked_line(to_line(record)) for record in good))
+    remote.push(aside)
+    remote.push(path)
     note(f"{path}: moved {len(damaged)} damaged lines to {aside.name}; they are measured again")
 
 

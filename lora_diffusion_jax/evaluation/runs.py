@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from lora_diffusion_jax import files
+from lora_diffusion_jax import files, remote
 from lora_diffusion_jax.array_types import Variables
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.evaluation import results, tables
@@ -69,7 +69,10 @@ def evaluate(
     """
     network = run.open(step)
     evaluator.check(len(repeats[0]), network.generator.image_shape, run.where)
-    labels = network.labels | {"weights_hash": tree_hash(network.variables), "workdir": run.where}
+    labels = network.labels | {
+        "weights_hash": tree_hash(network.variables),
+        "workdir": remote.url_of(run.where),
+    }
     finished: list[FeatureSet] = []
     rows: list[list[Record]] = []
     for seeds in repeats:
@@ -78,7 +81,7 @@ def evaluate(
             evaluator.detector,
             functools.partial(network.images, seeds),
             len(seeds),
-            cache_folder() if step is None else _results_folder(run.where),
+            _partial_folder(run.where, step),
             {name: labels[name] for name in IMAGES_DEPEND_ON},
             keep_rows=evaluator.needs_rows,
             mesh=network.generator.mesh,
@@ -124,7 +127,8 @@ def evaluate_all(
         """Every (run, step) that is not done, and whether no more will come."""
         runs = [run_at(path) for path in find_runs()]
         complete = not follow or all(run.is_complete() for run in runs)  # before listing steps
-        steps = [(run.where, step) for run in runs for step in run.steps()]
+        # URLs: each process has a mirror of its own.
+        steps = [(remote.url_of(run.where), step) for run in runs for step in run.steps()]
         if not follow and not steps:
             raise UserError(f"{root}: no run has a checkpoint. Train first, or wait with --follow.")
         return [item for item in steps if item not in done], complete
@@ -142,8 +146,10 @@ def evaluate_all(
             pause_point()
 
 
-def _results_folder(where: str) -> Path:
-    """The folder of a run's results."""
+def _partial_folder(where: str, step: int | None) -> Path:
+    """Where unfinished sums are kept: with the run's results, of a file or a run elsewhere in the cache."""
+    if step is None or remote.is_mirrored(where):
+        return cache_folder()
     folder = Path(where) / results.FOLDER
     with files.disk_errors(folder):
         return files.make_folder(folder, where)
@@ -204,4 +210,5 @@ def _summarise(root: Path, runs: Iterator[Run], repeats: Repeats, evaluator: Eva
         files.write_text(folder / "table.txt", text + "\n")
         for name in names:
             tables.plot(found, name, folder / f"{name}.png")
+    remote.push(folder, ["table.txt", *(f"{name}.png" for name in names)])
     return f"{text}\ntable and plots: {folder}"

@@ -10,7 +10,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
-from lora_diffusion_jax import default_config, files
+from lora_diffusion_jax import default_config, remote
 from lora_diffusion_jax.array_types import Variables
 from lora_diffusion_jax.diffusion.precond import Denoiser
 from lora_diffusion_jax.errors import UserError, choose, printable
@@ -78,14 +78,14 @@ def load_workdir(
     """The network of a run, with numpy variables.
 
     Args:
-        path: the run's directory.
+        path: the run's directory, or its URL.
         weights: `ema`, or `raw` for the weights as the optimizer left them.
         at_step: the checkpoint's step; None: the newest.
 
     Raises:
         UserError: this is not a run, it has no such checkpoint, or its config does not fit the weights.
     """
-    path = files.expand(path)
+    path = remote.local(path)
     config = config_from_dict(workdir.read_config(path))
     step_read, saved = checkpoint.open_for_reading(path, at_step)
     assemble = choose("weights", weights, {"ema": state.ema_variables, "raw": state.raw_variables})

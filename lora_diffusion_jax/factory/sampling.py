@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from lora_diffusion_jax import files, processes
+from lora_diffusion_jax import processes, remote
 from lora_diffusion_jax.diffusion.samplers import searched_grid
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.factory.networks import image_shape, num_classes
@@ -47,7 +47,7 @@ def open_generator(run: Pretrained) -> Generator:
 def _load_weaker(config: ConfigDict) -> Pretrained | None:
     if config.guidance.name != "autoguidance":
         return None
-    path = files.expand(config.guidance.workdir, "guidance.workdir")
+    path = remote.local(config.guidance.workdir, "guidance.workdir")
     weaker = load_workdir(path, at_step=config.guidance.step)
     made, wanted = ((image_shape(c), num_classes(c)) for c in (weaker.config, config))
     if made != wanted:

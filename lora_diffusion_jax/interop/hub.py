@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion_jax import files
+from lora_diffusion_jax import remote
 from lora_diffusion_jax.errors import UserError, printable
 from lora_diffusion_jax.files import HUB
 from lora_diffusion_jax.untrusted import reason
@@ -28,7 +28,7 @@ def local(path: str | os.PathLike, name: str = "path") -> str:
     A folder that --mode=push wrote stands for its file of weights.
 
     Args:
-        path: see `files.expand` for those that are not on the Hub. A revision is a branch, a tag or a
+        path: see `remote.local` for those that are not on the Hub. A revision is a branch, a tag or a
             commit, with %2F for its slashes.
         name: the flag or config field that it comes from, for messages.
 
@@ -36,7 +36,7 @@ def local(path: str | os.PathLike, name: str = "path") -> str:
         UserError: no such repository, revision or file; no network; huggingface_hub is not installed.
     """
     if not str(path).startswith(HUB):
-        found = files.expand(path, name)
+        found = remote.local(path, name)
         weights = Path(found) / WEIGHTS
         return str(weights) if weights.is_file() else found
     match = _URL.fullmatch(str(path))

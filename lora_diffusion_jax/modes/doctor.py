@@ -18,15 +18,16 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from lora_diffusion_jax import compile_cache, files
+from lora_diffusion_jax import compile_cache, files, remote
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.evaluation import results
 from lora_diffusion_jax.factory.checks import check
 from lora_diffusion_jax.factory.data import complete, open_source
 from lora_diffusion_jax.factory.networks import build_denoiser, variable_shapes
 from lora_diffusion_jax.factory.pretrained import config_from_dict
-from lora_diffusion_jax.factory.training import build_mesh
-from lora_diffusion_jax.training import checkpoint, sharding, workdir, writers
+from lora_diffusion_jax.factory.training import build_mesh, trainable
+from lora_diffusion_jax.paths import split
+from lora_diffusion_jax.training import checkpoint, sharding, transfer, workdir, writers
 
 GIB = 2**30
 PROBE_SECONDS = 120  # a TPU that another process holds does not answer
@@ -50,10 +51,10 @@ def examine(config: ConfigDict | None, directory: str | None) -> int:
     for findings in checks:
         try:
             for line in findings():
-                print(line, flush=True)
+                print(remote.named(line), flush=True)
         except UserError as error:  # what else this check would find depends on it
             problems += 1
-            print(f"PROBLEM: {error}", flush=True)
+            print(f"PROBLEM: {remote.named(str(error))}", flush=True)
     count = f"{problems} problem{'s' if problems > 1 else ''}" if problems else "No problems"
     print(f"\n{count} found.")
     return min(problems, 1)
@@ -115,12 +116,7 @@ def cache() -> Iterator[str]:
 
 def run(directory: Path, may_be_new: bool) -> Iterator[str]:
     """A workdir's disk, and the run in it."""
-    disk = next(p for p in (directory, *directory.absolute().parents) if p.exists())
-    with files.disk_errors(disk, "Choose another workdir."), tempfile.TemporaryFile(dir=disk):
-        free = shutil.disk_usage(disk).free
-    yield f"workdir: {directory}, {free / GIB:.1f} GiB free"
-    if free < GIB:
-        raise UserError(f"Less than 1 GiB is free on the disk of {directory}; make room.")
+    yield from place(directory)
     if may_be_new and not (directory / workdir.CONFIG).exists():
         return
     train = config_from_dict(workdir.read_config(directory)).train
@@ -139,15 +135,31 @@ def run(directory: Path, may_be_new: bool) -> Iterator[str]:
     yield "checksums: no damage in what has some of checkpoints, config.json, metrics and results"
 
 
+def place(directory: Path) -> Iterator[str]:
+    """Whether a workdir can be written, and how much room there is."""
+    if mirrored := remote.is_mirrored(directory):
+        remote.check_writable(directory)
+        yield f"workdir: {directory}, can be written"
+        directory = Path(tempfile.gettempdir())  # checkpoints lie there until they are in the store
+    disk = next(p for p in (directory, *directory.absolute().parents) if p.exists())
+    with files.disk_errors(disk, "Choose another workdir."), tempfile.TemporaryFile(dir=disk):
+        free = shutil.disk_usage(disk).free
+    kind = "temporary files" if mirrored else "workdir"
+    yield f"{kind}: {directory}, {free / GIB:.1f} GiB free"
+    if free < GIB:
+        raise UserError(f"Less than 1 GiB is free on the disk of {directory}; make room.")
+
+
 def damaged(directory: Path) -> Iterator[str]:
     """What is damaged in a run's directory, compared with its checksums."""
     folder = directory / checkpoint.FOLDER
     if workdir.has_changed(directory):
         yield f"{directory / workdir.CONFIG} has changed since it was written"
     for step in checkpoint.saved_steps(directory):
+        transfer.fetch(folder / str(step))
         if problem := checkpoint.find_damage(folder / str(step)):
             yield f"checkpoint {step}: {problem} (training and sampling will use the one before it)"
-    for path in sorted(folder.glob("unreadable-*")):
+    for path in checkpoint.set_aside_before(directory):
         yield f"{path} could not be read; delete it if nothing is missing"
     for path in (directory / writers.METRICS, results.results_file(directory)):
         if lines := files.read_lines(path)[1]:
@@ -164,8 +176,11 @@ def training(config: ConfigDict) -> Iterator[str]:
     if config.data.workers and shutil.disk_usage("/dev/shm").free < GIB // 4:
         raise UserError("Less than 0.25 GiB is free in /dev/shm; set data.workers=0 or enlarge it.")
     params = variable_shapes(config, build_denoiser(config))["params"]
-    size = 16 * sum(leaf.size for leaf in jax.tree.leaves(params))  # float32; EMA, two moments
+    trained, frozen = split(params, trainable(config))
+    size = 16 * sum(leaf.size for leaf in jax.tree.leaves(trained))  # float32; EMA, two moments
     yield f"checkpoint: {size / GIB:.2f} GiB"
+    if base := 4 * sum(leaf.size for leaf in jax.tree.leaves(frozen)):
+        yield f"frozen weights, stored once: {base / GIB:.2f} GiB"
     if "error" in probe():  # asking for devices here would end this process
         return
     mesh, part = build_mesh(config), config.train.microbatch or config.train.batch_size

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from lora_diffusion_jax import cli, files, generate, interop, processes
+from lora_diffusion_jax import cli, files, generate, interop, processes, remote
 from lora_diffusion_jax.array_types import Source
 from lora_diffusion_jax.data.sources import open_source
 from lora_diffusion_jax.errors import UserError
@@ -83,8 +83,8 @@ def build_parser() -> cli.Parser:
     gen = add("gen", help="evaluate a network's samples without writing them")
     every = add("all", help="evaluate every checkpoint of a run or a sweep")
     for verb in (gen, every):
-        text = "a run (gen: or a checkpoint file, or hf://OWNER/NAME)"
-        verb.add_path("--workdir", required=True, hub=True, help=text)
+        text = "a run, or its URL (gen: or a checkpoint file, or hf://OWNER/NAME)"
+        verb.add_path("--workdir", required=True, urls=True, help=text)
         verb.add_argument("--seeds", help="one per image, for instance 0-49999")
         verb.add_argument("--weights", choices=("ema", "raw"), help="default: ema")
         verb.add_argument("--repeats", type=int, default=1, help="3: the official seed ranges")
@@ -152,26 +152,28 @@ def run_calc(args: argparse.Namespace) -> None:
 
 def run_gen(args: argparse.Namespace) -> None:
     """Evaluates the samples of one network."""
-    choose = functools.partial(_choose_step, args.workdir, args.step)
+    where = remote.local(args.workdir)
+    choose = functools.partial(_choose_step, where, args.step)
     step = processes.from_leader("choosing the checkpoint", choose)
-    repeats, run = repeat_seeds(args), _run_at(args, args.workdir)
+    repeats, run = repeat_seeds(args), _run_at(args, where)
     evaluator = _open_evaluator(args)
-    evaluator.check(len(repeats[0]), None, args.workdir)
+    evaluator.check(len(repeats[0]), None, where)
     for record in runs.evaluate(run, step, repeats, evaluator):
         if step is not None:
-            results.append(results.results_file(args.workdir), record)
+            results.append(results.results_file(where), record)
         emit(record)
 
 
 def run_all(args: argparse.Namespace) -> None:
     """Evaluates every checkpoint of a run, or of all runs below a folder; skips known results."""
-    find = functools.partial(find_runs, args.workdir)
+    root = remote.local(args.workdir)
+    find = functools.partial(find_runs, root)
     find()  # an error now if there are none
-    repeats, run_at = repeat_seeds(args), lambda where: _run_at(args, where)
+    repeats, run_at = repeat_seeds(args), functools.partial(_run_at, args)
     evaluator = _open_evaluator(args)
-    evaluator.check(len(repeats[0]), None, args.workdir)
+    evaluator.check(len(repeats[0]), None, root)
     for record in runs.evaluate_all(
-        Path(args.workdir), find, run_at, repeats, evaluator, follow=args.follow
+        Path(root), find, run_at, repeats, evaluator, follow=args.follow
     ):
         emit(record)
 
@@ -358,6 +360,7 @@ def _settings(config: ConfigDict, weights: str, step: int | None) -> Record:
 
 
 def _run_at(args: argparse.Namespace, where: str) -> SavedRun:
+    where = remote.local(where) if remote.is_url(where) else where
     if args.batch_size is not None and args.batch_size < 1:
         raise UserError(f"--batch_size={args.batch_size}; it must be at least 1.")
     weights = args.weights or "ema"
@@ -374,7 +377,7 @@ def _choose_step(where: str, step: int | None) -> int | None:
     Raises:
         UserError: neither a run nor a file, no checkpoint, or a step of a file.
     """
-    if not where or not Path(where).exists():
+    if not where or not (Path(where).exists() or _runs_below(where)):
         raise UserError(f"--workdir={where} does not exist; name a run or a checkpoint file.")
     if Path(where).is_file():
         if step is not None:
@@ -393,6 +396,7 @@ def _choose_step(where: str, step: int | None) -> int | None:
 
 
 def _runs_below(directory: str) -> list[str]:
+    remote.fetch_configs(Path(directory), workdir.CONFIG)
     return sorted(str(path.parent) for path in Path(directory).glob(f"*/**/{workdir.CONFIG}"))
 
 

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 
 from ml_collections import ConfigDict
 
-from lora_diffusion_jax import cli, files, processes
+from lora_diffusion_jax import cli, files, processes, remote
 from lora_diffusion_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -40,8 +40,11 @@ def build_parser() -> cli.Parser:
     parser = cli.Parser(description=__doc__)
     add = parser.add_argument
     add("--mode", required=True, choices=MODES, help="what to do")
-    text = "directory of the run; sample, likelihood, analyze, export, info: or a file of weights, hf://..."
-    parser.add_path("--workdir", hub=True, help=text)
+    text = (
+        "directory of the run, or gs://BUCKET/PATH, s3://...; sample, likelihood, analyze, export, info: or "
+        "a file of weights, hf://..."
+    )
+    parser.add_path("--workdir", urls=True, help=text)
     add("--seeds", help="sample: one image per seed, such as 0,5,7-9; default: 0-63 (analyze: 0-7)")
     add(
         "--class_id",
@@ -80,9 +83,9 @@ def build_parser() -> cli.Parser:
         "--out",
         help="sample: folder, .npz or .png (a grid); analyze, push: folder; export: .safetensors",
     )
-    parser.add_path("--source", hub=True, help="import: the checkpoint file, or hf://OWNER/NAME")
+    parser.add_path("--source", urls=True, help="import: the checkpoint file, or hf://OWNER/NAME")
     parser.add_path(
-        "--base", hub=True, help="import: for a file of adapters alone, the base's file or workdir"
+        "--base", urls=True, help="import: for a file of adapters alone, the base's file or workdir"
     )
     add("--repo", default="", help="push: OWNER/NAME on the Hugging Face Hub")
     add("--license", default="", help="push: its identifier on the Hub, such as apache-2.0")
@@ -120,6 +123,10 @@ def work(argv: list[str]) -> int:
     check_flags(args, flags)
     args.workdir = local_workdir(args)
     if args.mode == "sweep":
+        if remote.is_url(args.workdir):
+            raise UserError(
+                f"--workdir={args.workdir}: a sweep keeps its state on this machine's disks; give a folder."
+            )
         return sweep(args, name, overrides)
     config = read_config(args, name)
     if overrides:
@@ -206,11 +213,15 @@ def read_config(args: argparse.Namespace, name: str | None) -> ConfigDict | None
     from lora_diffusion_jax.training import workdir
 
     try:
-        return config_from_dict(workdir.read_config(args.workdir))
+        directory = remote.local(args.workdir)
+        return config_from_dict(workdir.read_config(directory))
     except UserError as error:
         if args.mode == "doctor":  # which reports it
             return None
-        if args.mode == "train" and not (Path(args.workdir) / workdir.CONFIG).exists():
+        if (
+            args.mode == "train"
+            and not (Path(remote.local(args.workdir)) / workdir.CONFIG).exists()
+        ):
             raise UserError(f"{args.workdir} holds no run; start one with --config.") from error
         raise
 
@@ -219,7 +230,7 @@ def train(args: argparse.Namespace, config: ConfigDict) -> int:
     """Trains, or resumes a run; 128 + the signal's number when a signal stopped it."""
     from lora_diffusion_jax.modes.train import train
 
-    return train(config, args.workdir, args.command).exit_code
+    return train(config, remote.local(args.workdir), args.command).exit_code
 
 
 def sample(args: argparse.Namespace, config: ConfigDict) -> int:
@@ -301,7 +312,7 @@ def import_file(args: argparse.Namespace, config: ConfigDict | None) -> int:
     """Turns a checkpoint file into a workdir."""
     from lora_diffusion_jax.modes.checkpoints import import_checkpoint
 
-    count = import_checkpoint(args.source, args.workdir, args.base, config)
+    count = import_checkpoint(args.source, remote.local(args.workdir), args.base, config)
     print(f"imported {count:,} parameters into {args.workdir}")
     return 0
 
@@ -368,7 +379,7 @@ def doctor(args: argparse.Namespace, config: ConfigDict | None) -> int:
     """Prints what is wrong with the machine, the data or a run; 1 if anything is."""
     from lora_diffusion_jax.modes.doctor import examine
 
-    return examine(config, args.workdir)
+    return examine(config, args.workdir and remote.local(args.workdir))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from lora_diffusion_jax import default_config, files, generate, interop, outputs, processes
+from lora_diffusion_jax import default_config, files, generate, interop, outputs, processes, remote
 from lora_diffusion_jax.array_types import Variables
 from lora_diffusion_jax.data.image_source import ImageSource
 from lora_diffusion_jax.diffusion.precond import Denoiser
@@ -161,14 +161,25 @@ def check_disk(config: ConfigDict, denoiser: Denoiser, directory: Path) -> None:
     """Raises UserError unless the checkpoints that are still to come fit on the disk."""
     params = flatten_dict(variable_shapes(config, denoiser)["params"], sep="/")
     trained = trainable(config)
-    # float32: the weights and their average, and of what is trained two moments
-    size = sum(leaf.size * (16 if trained(path) else 8) for path, leaf in params.items())
+    # float32: what is trained, its average and two moments; frozen weights once, before the first
+    size = sum(16 * leaf.size for path, leaf in params.items() if trained(path))
     there = checkpoint.saved_steps(directory)
+    frozen = sum(4 * leaf.size for path, leaf in params.items() if not trained(path))
+    base = 0 if there else frozen
     left = config.train.total_images - (there[-1] if there else 0) * config.train.batch_size
     to_come = -(-max(left, 0) // config.train.checkpoint_every)
     # One more than is kept, while the newest is written.
-    needed = size * max(0, min(config.train.keep + 1, len(there) + to_come) - len(there))
+    new = max(0, min(config.train.keep + 1, len(there) + to_come) - len(there))
+    needed = size * new + base * bool(new)
     free = shutil.disk_usage(directory).free
+    if remote.is_mirrored(directory):
+        if free < 2 * size + frozen:  # the newest, and the next while it is written
+            raise UserError(
+                f"Two checkpoints of this run take {(2 * size + frozen) / 2**30:.2f} GiB on the disk of "
+                f"temporary files before they are in {directory}; {free / 2**30:.1f} GiB are free there. "
+                "Make room, or set TMPDIR to a folder on another disk."
+            )
+        return
     if free < needed:
         raise UserError(
             f"The checkpoints of this run need {needed / 2**30:.1f} GiB more ({size / 2**30:.2f} GiB each, "

@@ -2,17 +2,21 @@
 
 Orbax writes no checksums. Once a checkpoint is complete, a thread writes the SHA-256 of all its files
 into its SHA256SUMS, which every reading compares. A checkpoint that is damaged or lacks a part is set
-aside, and the one before it is used.
+aside, and the one before it is used. Frozen weights are stored once (`base`).
+
+Of a run in an object store (`remote`) the checkpoints are saved in its mirror by process 0, which gets all
+arrays, and carried into the store as whole files by that thread; all processes fetch and read them.
 """
 
 import contextlib
 import functools
 import logging
+import operator
 import os
-import re
+import shutil
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +25,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from lora_diffusion_jax import files, processes
+from lora_diffusion_jax import files, processes, remote
 from lora_diffusion_jax.array_types import PyTree
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.paths import path_of
+from lora_diffusion_jax.training import base, transfer
 from lora_diffusion_jax.training.state import SavedWeights, TrainState
 from lora_diffusion_jax.training.writers import log
 from lora_diffusion_jax.untrusted import read_json
@@ -32,7 +37,6 @@ from lora_diffusion_jax.untrusted import read_json
 FOLDER = "checkpoints"
 # Parts of a checkpoint, restored one by one: sampling reads the weights alone.
 PARTS = ("weights", "optimizer", "interval")
-_STEP = re.compile("0|[1-9][0-9]{0,11}")  # the name of a complete checkpoint
 WEIGHTS = ("params", "frozen", "buffers", "ema")
 # Seconds that processes wait for each other's reading. If one cannot read its share, orbax's own
 # barrier holds the others first, and gives up after 300 s.
@@ -76,19 +80,24 @@ class Checkpoints:
 
     def __init__(self, workdir: str | os.PathLike, *, keep: int = 3):
         self.directory = Path(workdir).absolute() / FOLDER
+        self.mirrored, self.keep = remote.is_mirrored(self.directory), keep
         self.waited = 0.0
         self.saving = False  # a save was begun whose outcome is not known yet
         self.failed = False  # here, while orbax waits for other processes
+        self.base: base.Reference | None = None  # of the frozen weights, once they are stored
+        self.gathered: int | None = None  # the last step whose arrays process 0 got from all
         self.summing: threading.Thread | None = None  # writes the checksums of the last one
+        self.push_error: Exception | None = None  # of that thread
+        self.writers = _this_process() if self.mirrored else _all_processes()
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
+            max_to_keep=1 if self.mirrored else keep,
             enable_async_checkpointing=True,
             # If orbax creates folders in the background and one cannot be created, the other threads
             # wait for it for five minutes.
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
             cleanup_tmp_directories=True,  # what a kill left unfinished
             create=False,  # it would follow links
-            multiprocessing_options=_all_processes(),
+            multiprocessing_options=self.writers,
         )
 
         def create_folder() -> None:
@@ -100,12 +109,12 @@ class Checkpoints:
                             f"{path} is a link; a run writes its checkpoints into its own workdir. Remove it."
                         )
                     # orbax might take it for a later step, and save nothing more
-                    if path.name.isnumeric() and not _STEP.fullmatch(path.name):
+                    if path.name.isnumeric() and not transfer.STEP.fullmatch(path.name):
                         raise UserError(
                             f"{path} is named like a checkpoint, but no run writes that number. Remove it."
                         )
 
-        processes.from_leader("creating the folder of checkpoints", create_folder)
+        _where_it_is(self.directory, "creating the folder of checkpoints", create_folder)
         handlers = {name: ocp.PyTreeCheckpointHandler() for name in PARTS}
         with files.disk_errors(self.directory):
             self.held = files.Held(self.directory)
@@ -143,26 +152,43 @@ class Checkpoints:
         """
         if processes.is_leader() and not self.held.is_there():
             raise files.disappeared(self.directory)
-        if step in self.manager.all_steps():
+        if step in self.manager.all_steps() or step == self.gathered:
             return
-        items = {name: ocp.args.PyTreeSave(part) for name, part in parts.items()}
         began = time.perf_counter()
+        parts = self._without_base(parts)
+        if self.mirrored and not processes.alone():
+            parts, self.gathered = jax.tree.map(processes.fetch, dict(parts)), step
+            if not processes.is_leader():
+                return
+        items = {name: ocp.args.PyTreeSave(part) for name, part in parts.items()}
         self.wait()  # saving may delete the checkpoint whose checksums are being computed
         with self._save_errors():
             self.saving = True
             _thread_errors.clear()
-            self.manager.save(step, args=ocp.args.Composite(**items))
+            about = {"base": self.base} if self.base else None
+            self.manager.save(step, args=ocp.args.Composite(**items), custom_metadata=about)
         self.waited += time.perf_counter() - began
+
+    def _without_base(self, parts: Parts) -> Parts:
+        """The parts without the frozen weights, which are stored once, before the first checkpoint."""
+        weights = parts["weights"]
+        if not jax.tree.leaves(weights.get("frozen")):
+            return parts
+        if self.base is None:
+            self.base = base.write(self.directory.parent, weights["frozen"], self.writers)
+        return {**parts, "weights": {**weights, "frozen": {}}}
 
     def check(self) -> None:
         """Raises what went wrong in the background since the last call; costs next to nothing."""
+        self._raise_push_error()
         if self.saving and (self._fails() or not self.manager.is_saving_in_progress()):
             self._finish()
 
     def wait(self) -> None:
-        """Returns when everything is on disk."""
+        """Returns when everything is on disk, or in the store."""
         self._finish()
         self._join()
+        self._raise_push_error()
 
     def _finish(self) -> None:
         """Waits for the save that was begun, and begins to write its checksums."""
@@ -175,7 +201,7 @@ class Checkpoints:
             self.manager.check_for_errors()
         if saving and processes.is_leader():
             folder = self.directory / str(self.manager.latest_step())
-            self.summing = threading.Thread(target=_write_sums, args=(folder,))
+            self.summing = threading.Thread(target=self._complete, args=(folder,))
             self.summing.start()
 
     @contextlib.contextmanager
@@ -202,9 +228,27 @@ class Checkpoints:
             time.sleep(0.005)
         return not self._fails()
 
+    def _complete(self, folder: Path) -> None:
+        """Writes the checksums of a checkpoint; carries it, and what the run has logged, into a store."""
+        _write_sums(folder)
+        if not self.mirrored:
+            return
+        try:
+            # First: what was logged before the checkpoint belongs to it.
+            remote.push_small(self.directory.parent)
+            transfer.push(folder)
+            transfer.prune(self.directory, self.keep)
+        except Exception as error:
+            self.push_error = error
+
     def _fails(self) -> bool:
         """Whether the save has failed in this process, one of several."""
         return bool(_thread_errors) and not processes.alone()
+
+    def _raise_push_error(self) -> None:
+        error, self.push_error = self.push_error, None
+        if error is not None:
+            raise error
 
     def _join(self) -> None:
         if self.summing is not None:
@@ -232,10 +276,32 @@ class Checkpoints:
         if not steps:
             return None
         step, parts, unreadable = _read_newest(self.directory, steps, like)
+        self.base = base.reference_of(self.directory / str(step))
         if unreadable:
             _set_aside(self.directory, unreadable)
+        if unreadable or self.mirrored:  # the one read was fetched
             self.manager.reload()
+        if self.mirrored and processes.is_leader():
+            transfer.remove_unfinished(self.directory)
         return step, parts
+
+
+def _where_it_is(directory: Path, name: str, work: Callable[[], None]) -> None:
+    """Calls `work` for a folder in process 0; in all if each of them has its own, in the mirror."""
+    if remote.is_mirrored(directory):
+        work()
+    else:
+        processes.from_leader(name, work)
+
+
+def _this_process() -> ocp.options.MultiprocessingOptions:
+    """Has orbax save in this process alone, into a folder that no other one sees."""
+    if processes.alone():
+        return ocp.options.MultiprocessingOptions()
+    me = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process_{me}"
+    )
 
 
 def _all_processes() -> ocp.options.MultiprocessingOptions:
@@ -260,7 +326,12 @@ def _read_newest(
         folder = directory / str(step)
         problem = functools.partial(find_damage, folder, () if like is None else PARTS)
         try:
-            if damage := processes.from_leader("checking a checkpoint", problem, RESTORE_LIMIT):
+            if remote.is_mirrored(folder):
+                transfer.fetch(folder, whole=like is not None)
+                damage = problem()
+            else:
+                damage = processes.from_leader("checking a checkpoint", problem, RESTORE_LIMIT)
+            if damage:
                 raise ValueError(damage)
             parts = _read(folder, like)
         except UserError:
@@ -304,11 +375,14 @@ def find_damage(folder: Path, parts: Sequence[str] = PARTS) -> str:
         folder: of the checkpoint.
         parts: those that must be there, unless weights alone were saved; () to read the weights, of
             which alone the checksums are compared then.
+
+    Raises:
+        UserError: the base that it refers to is missing or has changed: not this checkpoint alone.
     """
     try:
-        saved = read_json(folder / "_CHECKPOINT_METADATA")["item_handlers"].keys()
+        saved = read_json(folder / base.METADATA)["item_handlers"].keys()
     except (UserError, KeyError, TypeError, AttributeError):  # unreadable, or of another form
-        return "its _CHECKPOINT_METADATA is missing or damaged"
+        return f"its {base.METADATA} is missing or damaged"
     weights_alone = saved == {"weights"} and folder.name == "0"
     for name in ("weights",) if weights_alone else parts or ("weights",):
         if name not in saved or not (folder / name).is_dir():
@@ -320,6 +394,8 @@ def find_damage(folder: Path, parts: Sequence[str] = PARTS) -> str:
         return f"{error.filename}: {error.strerror}"
     if damage is None:
         _tell_unverified(folder.parent)
+    if not damage:
+        base.check(folder)
     return damage or ""
 
 
@@ -343,14 +419,25 @@ def _read(folder: Path, like: Parts | None) -> dict[str, PyTree]:
         for path in (folder / name for name in (like or ["weights"])):
             if not path.is_dir():  # weights alone were saved
                 continue
-            saved = handler.metadata(path).tree
-            if like is None:  # the devices that saved it need not exist here
-                how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
-            else:
-                _check_fit(like[path.name], saved, path)
-                how = ocp.checkpoint_utils.construct_restore_args(like[path.name])
-            found[path.name] = reader.restore(path, ocp.args.PyTreeRestore(restore_args=how))
+            stored = base.folder_of(folder) if path.name == "weights" else None
+            places = [path] if stored is None else [path, stored / base.WEIGHTS]
+            saved = [handler.metadata(place).tree for place in places]
+            if like is not None:
+                _check_fit(like[path.name], functools.reduce(operator.or_, saved), path)
+            pieces = []
+            for place, tree in zip(places, saved, strict=True):
+                how = _restore_args(tree, None if like is None else like[path.name])
+                pieces.append(reader.restore(place, ocp.args.PyTreeRestore(restore_args=how)))
+            found[path.name] = functools.reduce(operator.or_, pieces)
     return found
+
+
+def _restore_args(saved: PyTree, like: PyTree | None) -> PyTree:
+    """How orbax reads a saved tree: as numpy arrays, or as `like` has its fields."""
+    if like is None:  # the devices that saved it need not exist here
+        return jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
+    fields = {name: like[name] if jax.tree.leaves(saved[name]) else {} for name in saved}
+    return ocp.checkpoint_utils.construct_restore_args(fields)
 
 
 def _check_fit(like: PyTree, saved: PyTree, path: Path) -> None:
@@ -376,10 +463,16 @@ def _set_aside(directory: Path, unreadable: Sequence[int]) -> None:
 
     def rename() -> None:
         with files.disk_errors(directory):
+            if remote.is_mirrored(directory):  # their names are taken
+                for path in set_aside_before(directory.parent):
+                    path.mkdir(parents=True, exist_ok=True)
             for step in unreadable:
-                files.set_aside(directory / str(step), f"unreadable-{step}")
+                aside = files.set_aside(directory / str(step), f"unreadable-{step}")
+                if remote.is_mirrored(aside) and processes.is_leader():
+                    remote.push(aside)
+                    transfer.remove(directory / str(step))
 
-    processes.from_leader("setting unreadable checkpoints aside", rename)
+    _where_it_is(directory, "setting unreadable checkpoints aside", rename)
 
 
 def saved_steps(workdir: str | os.PathLike) -> list[int]:
@@ -388,10 +481,23 @@ def saved_steps(workdir: str | os.PathLike) -> list[int]:
     Other names, such as 003, are no checkpoints: opened by its number, each would be another folder.
     """
     directory = Path(workdir).absolute() / FOLDER
+    if remote.is_mirrored(directory):
+        return transfer.stored_steps(directory)
     if not directory.is_dir():
         return []
     # One that is not complete has a name beside its number.
-    return sorted(int(path.name) for path in directory.iterdir() if _STEP.fullmatch(path.name))
+    return sorted(
+        int(path.name) for path in directory.iterdir() if transfer.STEP.fullmatch(path.name)
+    )
+
+
+def set_aside_before(workdir: str | os.PathLike) -> list[Path]:
+    """The checkpoints that could not be read and were renamed."""
+    directory = Path(workdir).absolute() / FOLDER
+    if remote.is_mirrored(directory):
+        names = {name.split("/")[0] for name in remote.listing(directory)}
+        return sorted(directory / name for name in names if name.startswith("unreadable-"))
+    return sorted(directory.glob("unreadable-*"))
 
 
 def open_for_reading(
@@ -412,7 +518,7 @@ def open_for_reading(
     directory = Path(workdir).absolute() / FOLDER
 
     def list_steps() -> list[int]:
-        if not directory.is_dir():
+        if not directory.is_dir() and not (remote.is_mirrored(directory) and saved_steps(workdir)):
             raise UserError(
                 f"{workdir} has no checkpoints (looked for {directory}). Give the workdir of a "
                 "training run that has saved one."
@@ -426,6 +532,8 @@ def open_for_reading(
             f"{', '.join(map(str, steps)) or 'none yet'}."
         )
     step, parts, _ = _read_newest(directory, steps if step is None else [step], None)
+    if remote.is_mirrored(directory):
+        shutil.rmtree(directory)  # an evaluation reads one after the other
     return step, SavedWeights(**{name: parts["weights"].get(name, {}) for name in WEIGHTS})
 
 

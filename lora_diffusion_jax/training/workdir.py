@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from flax import traverse_util
 
-from lora_diffusion_jax import files, processes
+from lora_diffusion_jax import files, processes, remote
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.training.writers import log
 from lora_diffusion_jax.untrusted import is_text, read_json
@@ -36,7 +36,9 @@ def open_workdir(
 
     Nothing is written through links in it.
 
-    Only process 0 takes the lock, which the system frees when the process dies.
+    Only process 0 takes the lock, which the system frees when the process dies. Of a run in an object store
+    the directory is its mirror, a lease takes the place of the lock, and what is written is carried there at
+    the end.
 
     Args:
         path: the directory.
@@ -57,15 +59,19 @@ def open_workdir(
         def create_and_lock() -> None:
             with files.disk_errors(directory):
                 directory.mkdir(parents=True, exist_ok=True)
-            lock = files.Lock(
-                directory / LOCK,
-                taken=f"Another run is using {directory} ({{holder}}). Wait for it or stop it, or "
-                "choose another workdir.",
-                holder=this_process(),
+            taken = (
+                f"Another run is using {directory} ({{holder}}). Wait for it or stop it, or "
+                "choose another workdir."
             )
-            stack.enter_context(lock)
+            if remote.is_mirrored(directory):
+                stack.enter_context(remote.Lease(directory, taken, this_process()))
+            else:
+                stack.enter_context(files.Lock(directory / LOCK, taken, this_process()))
 
         processes.from_leader("opening the workdir", create_and_lock)
+        if remote.is_mirrored(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+            remote.fetch_small(directory)  # as the run before this one has left them
         deadline = time.monotonic() + 60  # NFS may cache for a while that it was missing
         while not directory.is_dir() and time.monotonic() < deadline:
             time.sleep(0.5)
@@ -75,7 +81,19 @@ def open_workdir(
                 f"{jax.process_index()}. Choose a workdir that all processes share."
             )
         reconcile_config(directory, config, may_change, complete)
-        yield directory
+        try:
+            yield directory
+        except BaseException:
+            with contextlib.suppress(UserError):  # the first error is the one to report
+                push_small(directory)
+            raise
+        push_small(directory)
+
+
+def push_small(directory: Path) -> None:
+    """Carries what has changed of a run, but for its checkpoints, into its store if it lives in one."""
+    if processes.is_leader():
+        remote.push_small(directory)
 
 
 def this_process() -> str:

@@ -17,7 +17,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tqdm import tqdm
 
-from lora_diffusion_jax import files, processes
+from lora_diffusion_jax import files, processes, remote
 from lora_diffusion_jax.training.metrics import check_names
 
 METRICS = "metrics.jsonl"
@@ -157,7 +157,7 @@ def _is_line(line: Mapping[str, Any]) -> bool:
 def log(text: str) -> None:
     """Prints a line in process 0, above the progress bar if there is one."""
     if processes.is_leader():
-        tqdm.write(text, file=sys.stdout)
+        tqdm.write(remote.named(text), file=sys.stdout)
         sys.stdout.flush()
 
 

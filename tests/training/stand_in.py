@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_diffusion_jax import processes
+from lora_diffusion_jax import processes, remote
 from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.paths import is_adapter
 from lora_diffusion_jax.training import sharding
 from lora_diffusion_jax.training.ema import Ema
 from lora_diffusion_jax.training.loop import Cadence, train
@@ -127,11 +128,12 @@ def make_run(workdir, *, total=40, mesh=None, callbacks=None, step_options=None,
     optimizer = adam(2e-3, rampup_images=100)
     cadence = {"log_every": 7 * BATCH, "checkpoint_every": 5 * BATCH} | options.pop("cadence", {})
     in_memory = options.pop("in_memory", True)
+    trainable = options.pop("trainable", lambda path: True)
     mesh = mesh or make_mesh()
     rows = local_rows(BATCH, mesh)
     arguments = {
         "config": {"train": {"batch_size": BATCH, "total_images": total * BATCH}, "model": "net"},
-        "init": lambda: create_state(init_variables(), optimizer),
+        "init": lambda: create_state(init_variables(), optimizer, trainable),
         "step_fn": make_step(optimizer, mesh=mesh, **(step_options or {})),
         "batches": ArrayBatches(*make_data(), BATCH, in_memory=in_memory, rows=rows),
         "mesh": mesh,
@@ -166,12 +168,14 @@ def train_lines(workdir):
 
 
 def main():
-    """Trains as told, and writes {digest, step, exit code} to WORKDIR.json."""
+    """Trains as told, and writes {digest, step, devices} to WORKDIR.json, or --about."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("workdir")
+    parser.add_argument("workdir", help="or its URL")
+    parser.add_argument("--about")
     parser.add_argument("--total", type=int, default=40)
     parser.add_argument("--data", type=int, default=-1)
     parser.add_argument("--fsdp", type=int, default=1)
+    parser.add_argument("--freeze", action="store_true", help="train the adapter alone")
     parser.add_argument("--log-every", type=int, default=7)
     parser.add_argument("--pause", type=float, default=0.0, help="seconds per batch")
     parser.add_argument("--die-at", type=int, help="kill -9 when this step's batch is asked for")
@@ -184,16 +188,17 @@ def main():
         with processes.ending_together():
             sys.exit(go(options))
     except UserError as error:
-        print(f"UserError: {error}", flush=True)
+        print(f"UserError: {remote.named(str(error))}", flush=True)
         sys.exit(2)
 
 
 def go(options):
     """Trains; returns the exit code."""
     arguments = make_run(
-        options.workdir,
+        remote.local(options.workdir),
         total=options.total,
         mesh=make_mesh(options.data, options.fsdp),
+        trainable=is_adapter if options.freeze else lambda path: True,
         cadence={"log_every": options.log_every * BATCH},
     )
     indices = arguments["batches"].indices
@@ -212,7 +217,7 @@ def go(options):
     result = run(**arguments)
     about = {"digest": digest(result.state), "step": result.step, "devices": jax.device_count()}
     if processes.is_leader():
-        Path(f"{options.workdir}.json").write_text(json.dumps(about))
+        Path(options.about or f"{options.workdir}.json").write_text(json.dumps(about))
     return result.exit_code
 
 

@@ -86,6 +86,13 @@ def build_parser() -> cli.Parser:
     parser.add_switch("adapters_only", False, "export: leave the base out")
     text = "export: the weights, or the whole sampler as a program for JAX alone"
     add("--what", default="network", choices=("network", "sampler"), help=text)
+    add(
+        "--measure",
+        default="auto",
+        choices=("auto", "step", "off"),
+        help="info: what is run to tell what a run takes; auto: the training step, on a CPU only if it is "
+        "small; step: the step; off: nothing",
+    )
     parser.add_config_help(with_file=True)
     parser.add_process_flags()
     return parser
@@ -213,12 +220,20 @@ def analyze(args: argparse.Namespace, config: ConfigDict) -> int:
 
 
 def info(args: argparse.Namespace, config: ConfigDict | None) -> int:
-    """Prints parameters, LoRA sites, cost and data set of a config."""
+    """Prints parameters, LoRA sites and data set of a config, and what a run of it takes here."""
+    from lora_diffusion_jax.modes.estimate import estimate
     from lora_diffusion_jax.modes.info import describe
 
     if config is None:
         raise UserError("--mode=info needs --config=FILE or --workdir=DIR.")
-    print(describe(config, needs_data=args.gives_data))
+    found = describe(config, needs_data=args.gives_data)
+    print(found.text, flush=True)
+    if args.measure != "off":
+        try:
+            text = estimate(found.config, found.num_images, args.measure)
+        except UserError as error:  # it may be meant for other devices, or for sampling alone
+            text = f"What this run takes here is not known: {error}"
+        print(f"\n{text}")
     return 0
 
 

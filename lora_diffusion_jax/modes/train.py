@@ -137,12 +137,17 @@ def with_defaults(saved: dict[str, Any]) -> dict[str, Any]:
     return resolved(config_from_dict(saved))
 
 
-def check_disk(config: ConfigDict, denoiser: Denoiser, directory: Path) -> None:
-    """Raises UserError unless the checkpoints that are still to come fit on the disk."""
+def checkpoint_bytes(config: ConfigDict, denoiser: Denoiser) -> int:
+    """The size of one checkpoint, about."""
     params = flatten_dict(variable_shapes(config, denoiser)["params"], sep="/")
     trained = trainable(config)
     # float32: the weights and their average, and of what is trained two moments
-    size = sum(leaf.size * (16 if trained(path) else 8) for path, leaf in params.items())
+    return sum(leaf.size * (16 if trained(path) else 8) for path, leaf in params.items())
+
+
+def check_disk(config: ConfigDict, denoiser: Denoiser, directory: Path) -> None:
+    """Raises UserError unless the checkpoints that are still to come fit on the disk."""
+    size = checkpoint_bytes(config, denoiser)
     there = checkpoint.saved_steps(directory)
     left = config.train.total_images - (there[-1] if there else 0) * config.train.batch_size
     to_come = -(-max(left, 0) // config.train.checkpoint_every)

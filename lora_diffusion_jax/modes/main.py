@@ -1,18 +1,4 @@
-"""Train, sample, describe, import and export diffusion networks with conditioned LoRA.
-
-    main.py --mode=train  --config=configs/digits.py --workdir=DIR [--config.a.b=value ...]
-    main.py --mode=sample --workdir=DIR --seeds=0-63 [--class_id=3|cat|all] --out=FOLDER|FILE.npz|FILE.png
-    main.py --mode=likelihood --workdir=DIR [--num=1000] [--route=vlb|ode]
-    main.py --mode=analyze --workdir=DIR --out=FOLDER [--classes=3,8] [--noise_factor=2]
-    main.py --mode=info   --config=configs/cifar10_edm.py [--config.a.b=value ...]
-    main.py --mode=sweep  --config=FILE --workdir=DIR [--sweep='lora.rank=1,2,4;train.seed=0-2'] [--jobs=2]
-    main.py --mode=doctor [--config=FILE] [--workdir=DIR]
-    main.py --mode=import --source=FILE --workdir=DIR [--config=FILE, for a state dict (.pt)]
-    main.py --mode=export --workdir=DIR --out=FILE.safetensors [--adapters_only]
-    main.py --mode=export --workdir=DIR --out=FILE.jax --what=sampler
-
-Without --config, the config of the run in --workdir is used; overrides apply to it as well.
-"""
+"""Train, sample, describe, import and export diffusion networks with conditioned LoRA."""
 
 # Each mode imports what it needs: --help and mistakes in flags answer at once.
 
@@ -29,12 +15,43 @@ from lora_diffusion_jax import cli, processes
 from lora_diffusion_jax.errors import UserError
 
 
+HELP = """Diffusion networks whose attention layers carry conditioned low-rank adapters (LoRA): training,
+sampling, analysis. A run is a directory, --workdir; the same command again resumes it. A config is
+a Python file or the name of a packaged one (digits, cifar10_edm, ...).
+
+modes:
+  train       train a config in a workdir, or go on with the run that is there
+  sample      write images of a run: a folder, an .npz, or a grid as .png
+  info        parameters, LoRA sites and data set of a config; time, memory and disk a run takes here
+  doctor      versions, devices, memory, disk, data and checkpoints, and what is wrong with them
+  analyze     what the adapters do: composition weights, norms, losses without them, conditions between
+  likelihood  bits per dimension of held-out images
+  sweep       many runs of one config, several at a time, and a page that compares them
+  import      turn an official checkpoint or an export into a workdir
+  export      write weights as safetensors, or the whole sampler as a program
+
+the commands used most:
+  %(prog)s --mode=train  --config=digits --workdir=DIR --config.lora.rank=8
+  %(prog)s --mode=sample --workdir=DIR --seeds=0-63 --out=grid.png
+  %(prog)s --mode=info   --config=cifar10_edm --config.dtype=bfloat16
+  %(prog)s --mode=doctor --workdir=DIR
+  %(prog)s --mode=sweep  --config=digits --workdir=DIR2 --sweep='lora.rank=1,2,4;train.seed=0-2'
+
+config fields:  --helpfull lists them with their defaults (lora_diffusion_jax/default_config.py)
+evaluation:     eval_fid.py --help (installed: lora-diffusion-fid)
+documentation:  README.md and docs/ of the repository; `make docs` builds pages of them
+"""
+
+
 def build_parser() -> cli.Parser:
     """The flags."""
-    parser = cli.Parser(description=__doc__)
+    parser = cli.Parser(description=HELP)
     add = parser.add_argument
-    add("--mode", required=True, choices=MODES, help="what to do")
-    parser.add_path("--workdir", help="directory of the run")
+    add("--mode", required=True, choices=MODES, help="what to do, see above")
+    parser.add_path(
+        "--workdir",
+        help="directory of the run; without --config, its config is used, and overrides apply to it",
+    )
     add("--seeds", help="sample: one image per seed, such as 0,5,7-9; default: 0-63 (analyze: 0-7)")
     add(
         "--class_id",

@@ -14,7 +14,13 @@ _NETWORK = {
     "sampler.batch_size": 16,
 }
 _EDM = {**_NETWORK, "sampler.num_steps": 2}
-_DISCRETE = {**_NETWORK, "precond.num_steps": 50, "model.channels": 32, "eval.num_steps": 2}
+_DISCRETE = {
+    **_NETWORK,
+    "precond.num_steps": 50,
+    "model.channels": 32,
+    "eval.num_steps": 2,
+    "sampler.num_steps": 10,
+}
 _PICTURES = {  # stands in for a data set of 32x32 colour images in ten classes
     "data.name": "",
     "data.path": "cifar10.zip",
@@ -52,7 +58,22 @@ NOT_RUN = {
     "docs/evaluation.md": [
         "needs CIFAR-10 prepared by TFDS and downloads the Inception weights",
     ],
-    "docs/scaling.md": ["installs the TPU compiler", "rents TPUs", "a script for Slurm"],
+    "docs/reproducing.md": [
+        "needs CIFAR-10 and ImageNet, and downloads the Inception weights",
+        "needs the official checkpoints and Inception features",
+        "needs the official checkpoints, and a day of a GPU for each",
+        "needs the official checkpoint, and hours of a GPU for each",
+        "needs the official checkpoint, and days of a GPU for each",
+    ],
+    "docs/recipes.md": [
+        "installs CUDA",
+        "trains for days",
+        "a script for Slurm",
+        "rents a TPU",
+        "installs JAX for TPUs",
+        "rents TPUs",
+    ],
+    "docs/scaling.md": ["installs the TPU compiler"],
 }
 
 # Pages whose Python blocks another test runs, with the names that they presuppose.

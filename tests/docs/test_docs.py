@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import itertools
 import re
 import shlex
 import shutil
@@ -55,6 +56,9 @@ def test_commands_have_the_flags_and_fields_they_name(page):
         if block.language == "bash":
             for words in block.commands():
                 check_command(words, runs, known=not block.not_run)
+        elif block.language == "yaml" and " main.py " in block.text:  # of Kubernetes
+            rest = re.sub(r"\$\w+", "0", block.text.partition(" main.py ")[2]).split()
+            check_main(list(itertools.takewhile(lambda w: w.startswith("--"), rest)), runs)
 
 
 def test_the_commands_of_help_are_right():
@@ -82,7 +86,8 @@ def check_command(words: list[str], runs: dict[str, ConfigDict], *, known: bool)
             check_command(shlex.split(inner) or ["true"], runs, known=False)
     if "main.py" in words[2:]:  # behind srun, nohup or env
         words = words[words.index("main.py") - 1 :]
-    program, *rest = words
+    words = list(itertools.takewhile(lambda word: word not in (">", "|", "&"), words))
+    program, *rest = (re.sub(r"\$\{?\w+\}?", "0", word) for word in words)  # shell variables
     if program.endswith("python") and rest[0] == "-m":
         module = rest[1]
         assert module in ("venv", "pytest") or (ROOT / f"{module.replace('.', '/')}.py").exists()
@@ -165,6 +170,23 @@ def test_python_is_python_and_its_imports_exist(page):
                     importlib.import_module(f"{node.module}.{name}")
 
 
+def test_the_sentences_of_errors_are_real():
+    """The first columns of the tables on troubleshooting quote what the program says; … leaves a part out."""
+    said = set()
+    for path in Path(cli.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                said.add(node.value)
+    page = (ROOT / "docs/troubleshooting.md").read_text()
+    cells = re.findall(r"^\| (.+?) \|", page, re.M)
+    quoted = [code for cell in cells for code in re.findall(r"`([^`]*(?: |…)[^`]*)`", cell)]
+    assert len(quoted) > 25
+    for text in quoted:
+        for part in filter(None, (part.strip(" .,()") for part in text.split("…"))):
+            if not part.startswith("--mode"):
+                assert any(part in sentence for sentence in said), f"{text}: {part!r}"
+
+
 def test_links_lead_somewhere():
     for page in pages():
         for target in re.findall(r"\]\(([^)\s]+)\)", prose_of(page)):
@@ -190,6 +212,8 @@ def test_a_page_runs_from_top_to_bottom(page, tmp_path):
     if not todo:
         pytest.skip("nothing to run")
     copy = prepare(tmp_path / "copy")
+    if any(".pkl" in block.text for block in todo):
+        write_checkpoints(copy)
     env = fast_compile_env(PYTHONPATH=str(copy), HOME=str(tmp_path), TFDS_DATA_DIR=str(tmp_path))
     for block in todo:
         text = block.text
@@ -228,7 +252,6 @@ def prepare(copy: Path) -> Path:
     write_pictures(copy / "cifar10.zip", CIFAR10, (32, 32, 3))
     write_pictures(copy / "images.zip", ("a", "b"), (16, 24, 3))
     write_pictures(copy / "eleven.zip", map(str, range(11)), (8, 8))
-    write_checkpoints(copy)
     (copy / ".venv/bin").mkdir(parents=True)
     script = copy / ".venv/bin/python"
     script.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
@@ -258,10 +281,10 @@ def write_pictures(path: Path, classes, shape: tuple[int, ...]) -> None:
 def write_checkpoints(copy: Path) -> None:
     """Small networks under the names of official files, which are recognised by their content."""
     script = """
+from pathlib import Path
 import jax
 from lora_diffusion_jax import cli, interop
 from lora_diffusion_jax.factory.networks import build_denoiser, variable_shapes
-from lora_diffusion_jax.interop.openai_names import to_state_dict
 from tests.interop import openai
 
 def network(name):
@@ -272,7 +295,7 @@ def network(name):
 config, variables = network("cifar10_edm")
 interop.export_network("official.safetensors", variables, config, weights="ema")
 config, variables = network("cifar10_iddpm")
-openai.write("cifar10_uncond_50M_500K.pt", to_state_dict(variables, config))
+openai.write(Path("cifar10_uncond_50M_500K.pt"), interop.to_state_dict(variables, config))
 """
     env = fast_compile_env(PYTHONPATH=f"{copy}:{ROOT}")
     subprocess.run([sys.executable, "-c", script], cwd=copy, env=env, check=True)

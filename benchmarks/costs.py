@@ -6,6 +6,7 @@ Parameters and FLOP are those of the networks themselves, the rate is that which
 """
 
 import dataclasses
+import itertools
 
 from lora_diffusion_jax import cli, lora
 from lora_diffusion_jax.factory import networks, objectives
@@ -14,13 +15,17 @@ from lora_diffusion_jax.factory import networks, objectives
 TRAINING = 2378 * 3 * 40.587e9  # images a second; a training image costs three evaluations
 SAMPLING = 255 * 35 * 40.587e9
 SAMPLES = 50_000
+HEAD = """\
+| network | mode | parameters | GFLOP | EFLOP | training | sampling | FID, paper | here |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
     """A row of table 1 of arXiv 2405.03958: its config with overrides, and the paper's FID."""
 
-    title: str
+    group: str  # data
+    title: str  # network and mode
     config: str
     fid: str
     overrides: tuple[str, ...] = ()
@@ -41,12 +46,11 @@ class Row:
             self.title,
             f"{count:,}",
             f"{flops / 1e9:.1f}",
-            f"{images / 1e6:,.0f} M of {config.train.batch_size}",
             f"{train / 1e18:,.3g}",
             f"{train / TRAINING / 3600:,.0f} h",
             f"{sample / SAMPLING / 60:,.0f} min",
             self.fid,
-            "not yet measured",
+            "not yet",
         ]
         return f"| {' | '.join(cells)} |"
 
@@ -66,14 +70,22 @@ def rows() -> list[Row]:
             ("EDM", "cifar10_edm", edm, ()),
         ):
             for mode, fid in zip(modes, fids, strict=True):
-                title = f"CIFAR-10 {classes}, {kind}, {mode}"
+                group, title = f"CIFAR-10, {classes}", f"{kind} | {mode}"
                 fields = (f"class_conditional={conditional}", f"lora.mode={mode}", *more)
-                found.append(Row(title, config, fid, fields))
+                found.append(Row(group, title, config, fid, fields))
     for mode, fid in zip(modes, ("19.2", "18.2", "not at hand"), strict=True):
-        title = f"ImageNet-64 unconditional, IDDPM, {mode}"
-        found.append(Row(title, "imagenet64_iddpm", fid, (f"lora.mode={mode}",)))
+        group, title = "ImageNet-64, unconditional", f"IDDPM | {mode}"
+        found.append(Row(group, title, "imagenet64_iddpm", fid, (f"lora.mode={mode}",)))
     return found
 
 
+def tables() -> str:
+    """All rows in Markdown, a table for each data set."""
+    lines = []
+    for group, members in itertools.groupby(rows(), lambda row: row.group):
+        lines += [f"**{group}**", "", HEAD, *(row.line() for row in members), ""]
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
-    print("\n".join(row.line() for row in rows()))
+    print(tables())

@@ -18,6 +18,7 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 from PIL import Image
 
+from benchmarks import costs
 from lora_diffusion_jax import cli, default_config
 from lora_diffusion_jax.diffusion.samplers import SAMPLERS
 from lora_diffusion_jax.modes import evaluate, main
@@ -199,6 +200,11 @@ def test_links_lead_somewhere():
                 titles = re.findall(r"^#+ (.+)$", found.read_text(), re.M)
                 slugs = {re.sub(r"[^\w\- ]", "", t.lower()).replace(" ", "-") for t in titles}
                 assert anchor in slugs, f"{page}: {target}"
+
+
+@pytest.mark.slow
+def test_the_costs_of_the_paper_are_those_that_are_computed():
+    assert costs.tables().strip() in (ROOT / "docs/reproducing.md").read_text()
 
 
 # What is run, page by page, in a copy of the repository.

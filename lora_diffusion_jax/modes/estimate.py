@@ -132,25 +132,22 @@ def samples_during_training(config: ConfigDict, denoiser: Denoiser) -> tuple[int
 def memory_rows(config: ConfigDict, room: int | None, step: measure.Step) -> list[Row]:
     """The memory of each device, whether it suffices, and what it is for."""
     memory = step.memory
-    if room is None:
-        fits = "how much the device has is not known"
-    elif memory.total > room:
-        fits = f"DOES NOT FIT into the {size(room)} there are; see train.microbatch"
+    there = "" if room is None else f" into the {size(room)} there are"
+    if step.exhausted or (room is not None and memory.total > room):
+        fits = f"DOES NOT FIT{there}; see train.microbatch"
     else:
-        fits = f"fits into the {size(room)} there are"
+        fits = f"fits{there}" if there else "how much the device has is not known"
     if step.batch < config.train.batch_size:
         fits = f"of a step of {step.batch} images, which {fits}"
-    about = "" if memory.compiled else "about "
-    return [
+    about = "" if memory.compiled else "at least " if step.exhausted else "about "
+    rows = [
         ("memory of each device", about + size(memory.total), fits),
         ("  weights, moments, EMA", size(memory.state), ""),
         ("  data set and batch", size(memory.data), ""),
-        (
-            "  gradients, activations",
-            about + size(memory.work),
-            "" if memory.compiled else "not compiled",
-        ),
     ]
+    if memory.work:  # not where compiling failed
+        rows.append(("  gradients, activations", about + size(memory.work), ""))
+    return rows
 
 
 def disk_row(config: ConfigDict, denoiser: Denoiser) -> Row:

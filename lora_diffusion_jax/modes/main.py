@@ -14,7 +14,6 @@ from ml_collections import ConfigDict
 from lora_diffusion_jax import cli, processes
 from lora_diffusion_jax.errors import UserError
 
-
 HELP = """Diffusion networks whose attention layers carry conditioned low-rank adapters (LoRA): training,
 sampling, analysis. A run is a directory, --workdir; the same command again resumes it. A config is
 a Python file or the name of a packaged one (digits, cifar10_edm, ...).

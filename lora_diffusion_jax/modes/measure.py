@@ -15,8 +15,10 @@ from ml_collections import ConfigDict
 
 from lora_diffusion_jax.array_types import PyTree
 from lora_diffusion_jax.diffusion.precond import Denoiser
+from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.factory import networks, training
 from lora_diffusion_jax.training import loop, sharding
+from lora_diffusion_jax.training.state import TrainState, assemble
 
 SECONDS = 5.0  # spent on repeating what is timed
 MAX_REPEATS = 20
@@ -68,12 +70,14 @@ class Step:
         memory: what it needs.
         compile_seconds: tracing and compiling; None: not compiled.
         timed: None: not run, because it is too large or does not fit.
+        exhausted: whether compiling or running it took more memory than there is.
     """
 
     batch: int
     memory: Memory
     compile_seconds: float | None = None
     timed: Timed | None = None
+    exhausted: bool = False
 
 
 def images_at_once(limit: float, flops: float, mesh: Mesh) -> int:
@@ -91,6 +95,9 @@ def time_evaluation(
         denoiser: its network.
         mesh: the devices.
         cpu_flops: of an image, which bounds how many are computed at a time; None: sampler.batch_size.
+
+    Raises:
+        UserError: an evaluation does not fit into the devices' memory.
     """
     images = training.build_generator(config, denoiser, mesh).call_size
     if cpu_flops is not None:
@@ -106,7 +113,15 @@ def time_evaluation(
     variables = networks.variable_shapes(config, denoiser)
     compiled = jax.jit(call, in_shardings=(whole, spread, spread))
     arguments = (zeros(variables, whole), zeros(x, spread), zeros(labels, spread))
-    return Timed(seconds_of(lambda: compiled(*arguments)), images)
+    try:
+        return Timed(seconds_of(lambda: compiled(*arguments)), images)
+    except jax.errors.JaxRuntimeError as error:
+        if not is_exhausted(error):
+            raise
+        raise UserError(
+            f"An evaluation of {images} images does not fit into the devices' memory; lower "
+            "sampler.batch_size."
+        ) from error
 
 
 def measure_step(
@@ -128,21 +143,24 @@ def measure_step(
     shapes = training.step_arguments(config, denoiser, mesh, num_images)
     began = time.perf_counter()
     step_fn = training.build_step(config, denoiser, mesh)
+    memory, compile_seconds = Memory(*state_bytes(shapes, mesh), work=0, compiled=False), None
     try:
         compiled = loop.jit_step(step_fn, shapes[0], mesh).lower(*shapes).compile()
-        compile_seconds = time.perf_counter() - began
-        memory = memory_of(compiled, shapes, mesh)
+        memory, compile_seconds = memory_of(compiled, shapes, mesh), time.perf_counter() - began
         room = free_memory(mesh)
         if room is not None and memory.total > room:
-            return Step(part, memory, compile_seconds)
+            return Step(part, memory, compile_seconds, exhausted=True)
         seconds = _run(compiled, shapes, mesh)
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not is_exhausted(error):
             raise
-        state, data = state_bytes(shapes, mesh)
-        least = Memory(state, data, max(0, (free_memory(mesh) or 0) - state - data), compiled=False)
-        return Step(part, least)
+        return Step(part, memory, compile_seconds, exhausted=True)
     return Step(part, memory, compile_seconds, Timed(seconds, part))
+
+
+def is_exhausted(error: jax.errors.JaxRuntimeError) -> bool:
+    """Whether a device's memory did not suffice."""
+    return "RESOURCE_EXHAUSTED" in str(error)
 
 
 def _run(compiled: Any, shapes: tuple[Any, ...], mesh: Mesh) -> float:
@@ -166,28 +184,25 @@ def trace_step(config: ConfigDict, denoiser: Denoiser, mesh: Mesh, num_images: i
     That is close to what a CPU needs; compilers for GPUs and TPUs keep less.
     """
     shapes = training.step_arguments(config, denoiser, mesh, num_images)
-    variables = networks.variable_shapes(config, denoiser)
-    frozen = {name: tree for name, tree in variables.items() if name != "params"}
-    objective, classes = training.build_objective(config, denoiser), networks.num_classes(config)
+    start, classes = shapes[0], networks.num_classes(config)
+    objective = training.build_objective(config, denoiser)
     images = config.train.microbatch or config.train.batch_size
-    x = jnp.float32, (images, *networks.image_shape(config))
-    labels = jax.ShapeDtypeStruct((images, classes), jnp.float32) if classes else None
 
-    def backward(params: PyTree, frozen: PyTree, x: jax.Array, labels: Any) -> Any:
+    def backward(start: TrainState) -> Any:
+        x = jnp.zeros((images, *networks.image_shape(config)))
+        labels = jnp.zeros((images, classes)) if classes else None
         draws = objective.draw(jax.random.key(0), x.shape)
 
         def loss(params: PyTree) -> jax.Array:
-            terms = objective.loss({**frozen, "params": params}, x, labels, draws, True)
+            variables = assemble(params, start.frozen, start.buffers)
+            terms = objective.loss(variables, x, labels, draws, True)
             return sum(jax.tree.leaves(jax.tree.map(jnp.sum, terms)), jnp.zeros(()))
 
-        return jax.vjp(loss, params)[1]
+        return jax.vjp(loss, start.params)[1]
 
-    kept = jax.eval_shape(
-        backward, variables["params"], frozen, jax.ShapeDtypeStruct(x[1], x[0]), labels
-    )
-    gradients = sum(leaf.size * 4 for leaf in jax.tree.leaves(shapes[0].params))
+    kept = jax.eval_shape(backward, start)
     state, data = state_bytes(shapes, mesh)
-    work = nbytes(kept) // mesh.size + gradients
+    work = nbytes(kept) // mesh.size + nbytes(start.params)  # and the gradients
     return Step(config.train.batch_size, Memory(state, data, work, compiled=False))
 
 

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from lora_diffusion_jax.factory import networks, training
@@ -29,7 +30,7 @@ def value_of(text):
 def rows(text):
     """Row -> (bytes or seconds, the words behind them)."""
     lines = text.partition("What this run takes")[2].splitlines()[1:]
-    pattern = r"  ( *\S.*?)  +(?:about )?([\d.,]+ \w+)(?:  (.*))?"
+    pattern = r"  ( *\S.*?)  +(?:about |at least )?([\d.,]+ \w+)(?:  (.*))?"
     found = [re.fullmatch(pattern, line) for line in lines]
     return {m[1].strip(): (value_of(m[2]), m[3] or "") for m in found}
 
@@ -110,6 +111,19 @@ def test_what_does_not_fit_is_not_run(data_dir, monkeypatch):
     found = rows(info(data_dir))
     assert "DOES NOT FIT into the 100 kB there are" in found["memory of each device"][1]
     assert found["a step of 16 images"][1].startswith("derived")
+
+
+def exhaust(*_, **__):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
+
+
+def test_a_device_that_runs_out_of_memory_is_said_to(data_dir, monkeypatch):
+    monkeypatch.setattr(measure.loop, "jit_step", exhaust)
+    found = rows(info(data_dir))
+    assert "DOES NOT FIT" in found["memory of each device"][1]
+    assert "gradients, activations" not in found
+    monkeypatch.setattr(measure, "seconds_of", exhaust)
+    assert "An evaluation of 64 images does not fit" in info(data_dir)
 
 
 @pytest.mark.parametrize(("microbatch", "least", "most"), [(8, 0.5, 0.75), (2, 0.1, 0.4)])

@@ -169,12 +169,19 @@ def test_durations_are_readable(seconds, text):
 
 @pytest.mark.slow
 def test_the_estimate_holds_for_a_real_run(data_dir, tmp_path, monkeypatch):
+    """Within a factor of two, in one of three trials: other programs may take the machine between the two."""
     monkeypatch.setattr(measure, "SECONDS", 3.0)
-    expected = rows(info(data_dir))["a step of 16 images"][0]
-    train(tmp_path / "run", data_dir, 1600, "--config.train.log_every=800")
-    lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
-    rates = [line["perf/images_per_sec"] for line in lines if "perf/images_per_sec" in line]
-    assert expected / 2 < 16 / rates[-1] < 2 * expected
+    found = []
+    for trial in range(3):
+        expected = rows(info(data_dir))["a step of 16 images"][0]
+        path = tmp_path / str(trial)
+        train(path, data_dir, 1600, "--config.train.log_every=800")
+        lines = map(json.loads, (path / "metrics.jsonl").read_text().splitlines())
+        rates = [line["perf/images_per_sec"] for line in lines if "perf/images_per_sec" in line]
+        found.append(expected / (16 / rates[-1]))
+        if 0.5 < found[-1] < 2:
+            return
+    pytest.fail(f"the estimate is {found} times the time of a step")
 
 
 @pytest.mark.slow

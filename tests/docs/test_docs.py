@@ -256,7 +256,7 @@ def prepare(copy: Path) -> Path:
         if fields:
             shorten(copy / "configs" / f"{name}.py", fields)
     write_pictures(copy / "cifar10.zip", CIFAR10, (32, 32, 3))
-    write_pictures(copy / "images.zip", ("a", "b"), (16, 24, 3))
+    write_pictures(copy / "images.zip", ("cat", "dog"), (16, 16, 3))
     write_pictures(copy / "eleven.zip", map(str, range(11)), (8, 8))
     (copy / ".venv/bin").mkdir(parents=True)
     script = copy / ".venv/bin/python"

@@ -125,7 +125,8 @@ def samples_during_training(config: ConfigDict, denoiser: Denoiser) -> tuple[int
     images = grids * GRID + evals * config.eval.num_samples
     count = images * evaluations_per_image(quick, denoiser)
     count += last * evaluations_per_image(config, denoiser)
-    words = f"{grids:,} of {GRID} images, {evals:,} of {config.eval.num_samples:,}"
+    words = f"{grids:,} of {GRID} images"
+    words += f", {evals:,} of {config.eval.num_samples:,}" if evals else ""
     return count, words + (f", one of {last:,}" if last else "")
 
 

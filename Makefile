@@ -1,10 +1,10 @@
-# make demo | test | test-slow | lint | bench. The first use creates .venv.
+# make demo | test | test-slow | lint | bench | docs. The first use creates .venv.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow lint bench docs clean
 
 $(VENV)/installed: requirements.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Requires Python 3.11 or newer, found " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")'
@@ -14,6 +14,10 @@ $(VENV)/installed: requirements.txt pyproject.toml
 
 $(VENV)/installed-test: $(VENV)/installed
 	$(INSTALL) -e '.[test]'
+	touch $@
+
+$(VENV)/installed-docs: $(VENV)/installed
+	$(INSTALL) -e '.[docs]'
 	touch $@
 
 demo: $(VENV)/installed
@@ -38,5 +42,9 @@ bench: $(VENV)/installed
 	$(RUN) -m benchmarks.network
 	$(RUN) -m benchmarks.augment
 
+docs: $(VENV)/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+	@echo "Pages: site/index.html"
+
 clean:
-	rm -rf $(VENV) workdirs
+	rm -rf $(VENV) workdirs site

@@ -31,7 +31,7 @@ from benchmarks import aot_hlo, aot_report  # noqa: E402
 from lora_diffusion_jax import cli  # noqa: E402
 from lora_diffusion_jax.errors import UserError  # noqa: E402
 from lora_diffusion_jax.factory import networks, training  # noqa: E402
-from lora_diffusion_jax.training import feed, loop, metrics, sharding, state  # noqa: E402
+from lora_diffusion_jax.training import loop, sharding  # noqa: E402
 
 NUM_IMAGES = {"cifar10": 50_000, "ffhq-64x64.zip": 70_000, "imagenet-64x64.zip": 1_281_167}
 LAID_OUT = "*after_optimizations_after_buffer_assignment.txt"
@@ -52,24 +52,9 @@ def build_mesh(config: ConfigDict, topology: str) -> Mesh:
 
 def lower_step(config: ConfigDict, mesh: Mesh) -> jax.stages.Lowered:
     """The training loop's program: gather, augment, loss, gradients, Adam, EMA, metrics."""
-    denoiser, optimizer = networks.build_denoiser(config), training.build_optimizer(config)
-
-    def rows(count: int) -> tuple[jax.Array, jax.Array]:
-        shape = count, *networks.image_shape(config)
-        return jnp.zeros(shape, jnp.uint8), jnp.zeros(count, jnp.int32)
-
-    def arguments() -> tuple[Any, ...]:
-        variables = networks.init_variables(config, denoiser, jax.random.key(0))
-        start = state.create_state(variables, optimizer, training.trainable(config))
-        images, labels = rows(config.train.batch_size)
-        data, item = {}, {"image": images, "label": labels}
-        whole = rows(NUM_IMAGES[config.data.name or Path(config.data.path).name])
-        if whole[0].nbytes <= feed.DEVICE_BYTES:  # then the data set stays on the devices
-            data, item = feed.DeviceDataset.of(*whole), {"index": labels}
-        item["signal"] = jnp.zeros(mesh.size, jnp.int32)
-        return start, metrics.TrainMetrics.empty(), data, item, jax.random.key(0)
-
-    shapes = jax.eval_shape(arguments)
+    denoiser = networks.build_denoiser(config)
+    count = NUM_IMAGES[config.data.name or Path(config.data.path).name]
+    shapes = training.step_arguments(config, denoiser, mesh, count)
     step = training.build_step(config, denoiser, mesh)
     return loop.jit_step(step, shapes[0], mesh).lower(*shapes)
 

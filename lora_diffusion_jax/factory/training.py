@@ -1,7 +1,9 @@
 """Mesh, optimizer, step, cadence and sample generator of a config."""
 
 import functools
+import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +16,15 @@ from lora_diffusion_jax.array_types import PyTree
 from lora_diffusion_jax.diffusion import precond
 from lora_diffusion_jax.diffusion.samplers import to_uint8
 from lora_diffusion_jax.factory.guidance import build_bind
-from lora_diffusion_jax.factory.networks import image_shape, is_class_pair, num_classes
+from lora_diffusion_jax.factory.networks import (
+    image_shape,
+    init_variables,
+    is_class_pair,
+    num_classes,
+)
 from lora_diffusion_jax.factory.objectives import build_objective, build_sampler
 from lora_diffusion_jax.paths import is_adapter, path_of
-from lora_diffusion_jax.training import ema, loop, metrics, optimizer, sharding, step
+from lora_diffusion_jax.training import ema, feed, loop, metrics, optimizer, sharding, state, step
 
 # Images of a batch from which folding pays off: it costs what the adapters do on one or two images.
 FOLD_FROM = 2
@@ -73,6 +80,36 @@ def metrics_type(denoiser: precond.Denoiser) -> type[Collection]:
         return metrics.TrainMetrics
     hybrid = denoiser.precond.loss == "hybrid"
     return metrics.HybridMetrics if hybrid else metrics.DiscreteMetrics
+
+
+def step_arguments(
+    config: ConfigDict, denoiser: precond.Denoiser, mesh: Mesh, num_images: int = 0
+) -> tuple[Any, ...]:
+    """Shapes of what `loop.jit_step` takes: (state, interval, data, item, key); nothing is computed.
+
+    Args:
+        config: of a run.
+        denoiser: its network.
+        mesh: the devices.
+        num_images: of the data set, which lies on the devices if it is small; 0: it is streamed.
+    """
+
+    def rows(count: int) -> tuple[jax.Array, jax.Array]:
+        return jnp.zeros((count, *image_shape(config)), jnp.uint8), jnp.zeros(count, jnp.int32)
+
+    def arguments() -> tuple[Any, ...]:
+        variables = init_variables(config, denoiser, jax.random.key(0))
+        start = state.create_state(variables, build_optimizer(config), trainable(config))
+        images, labels = rows(config.train.batch_size)
+        data: feed.DeviceDataset | dict = {}
+        item = {"image": images, "label": labels}
+        limit = min(feed.DEVICE_BYTES, int(config.data.memory_limit_gib * 2**30))
+        if 0 < num_images * math.prod(image_shape(config)) <= limit:
+            data, item = feed.DeviceDataset.of(*rows(num_images)), {"index": labels}
+        item["signal"] = jnp.zeros(mesh.size, jnp.int32)
+        return start, metrics_type(denoiser).empty(), data, item, jax.random.key(0)
+
+    return jax.eval_shape(arguments)
 
 
 def build_cadence(config: ConfigDict) -> loop.Cadence:

@@ -26,6 +26,7 @@ from lora_diffusion_jax.factory.data import complete, open_source
 from lora_diffusion_jax.factory.networks import build_denoiser, variable_shapes
 from lora_diffusion_jax.factory.pretrained import config_from_dict
 from lora_diffusion_jax.factory.training import build_mesh, trainable
+from lora_diffusion_jax.modes.measure import host_memory
 from lora_diffusion_jax.paths import split
 from lora_diffusion_jax.training import checkpoint, sharding, transfer, workdir, writers
 
@@ -65,11 +66,10 @@ def machine() -> Iterator[str]:
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
     yield f"python {platform.python_version()} on {platform.platform()}"
     yield ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
-    meminfo = Path("/proc/meminfo")
-    lines = meminfo.read_text().splitlines() if meminfo.exists() else []
-    free = sum(int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable"))
-    yield f"host: {os.cpu_count()} cores, {free / GIB:.1f} GiB of memory available"
-    if lines and free < 2 * GIB:
+    free = host_memory()
+    known = "unknown" if free is None else f"{free / GIB:.1f} GiB"
+    yield f"host: {os.cpu_count()} cores, {known} of memory available"
+    if free is not None and free < 2 * GIB:
         raise UserError("Less than 2 GiB of memory is available; stop other programs first.")
 
 

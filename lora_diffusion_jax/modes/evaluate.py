@@ -1,13 +1,4 @@
-"""Reference statistics, and how close images or the samples of networks come to them.
-
-    python eval_fid.py ref  --data=NAME|FOLDER|ZIP|NPZ --dest=stats.npz
-    python eval_fid.py calc --images=FOLDER|ZIP|NPZ|NAME --ref=stats.npz
-    python eval_fid.py gen  --workdir=DIR|FILE --ref=stats.npz --num=50000 [--seeds=0-49999]
-    python eval_fid.py all  --workdir=DIR --ref=stats.npz [--follow]
-
-Prints one JSON line per result on stdout. `--help` after a verb lists its options;
-docs/evaluation.md explains the numbers.
-"""
+"""Reference statistics, and how close images or the samples of networks come to them."""
 
 import argparse
 import contextlib
@@ -37,6 +28,25 @@ from lora_diffusion_jax.factory.sampling import open_generator, prepare
 from lora_diffusion_jax.npz import check_target
 from lora_diffusion_jax.training import checkpoint, workdir
 
+HELP = """FID and other distances between images and a data set. Each result is one line of JSON on stdout.
+
+what to do:
+  ref   write the statistics of a data set, once; the others compare with them
+  calc  evaluate images in a folder, ZIP or npz
+  gen   sample a run or a checkpoint file and evaluate that, without writing images
+  all   evaluate every checkpoint of a run, or of all runs below a folder
+
+the commands used most:
+  %(prog)s ref  --data=cifar10 --data_dir=DIR --dest=cifar10.npz
+  %(prog)s gen  --workdir=RUN --ref=cifar10.npz --num=50000
+  %(prog)s gen  --workdir=RUN --ref=cifar10.npz --repeats=3 --config.sampler.num_steps=18
+  %(prog)s all  --workdir=RUN --ref=cifar10.npz --follow
+  %(prog)s calc --images=FOLDER --ref=cifar10.npz --metrics=fid,kid,is
+
+options:        --help after a verb lists its own: %(prog)s gen --help
+config fields:  --helpfull lists them with their defaults; gen and all take them
+documentation:  docs/evaluation.md of the repository explains the numbers; `make docs` builds pages
+"""
 MAX_REPEATS = 100
 SMALL_BYTES = 64 * 2**20  # features up to this size go into a reference without --keep_features
 
@@ -63,7 +73,7 @@ def work(argv: list[str]) -> int:
 
 def build_parser() -> cli.Parser:
     """The verbs and their flags."""
-    parser = cli.Parser(description=__doc__)
+    parser = cli.Parser(description=HELP)
     parser.add_config_help(with_file=False)
     add = parser.add_subparsers(dest="verb", required=True, metavar="ref|calc|gen|all").add_parser
     ref = add("ref", help="statistics of a data set, in EDM's npz format")

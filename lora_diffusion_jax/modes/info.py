@@ -1,5 +1,7 @@
 """What a config describes: parameters, LoRA sites, cost of an evaluation, data set."""
 
+from typing import NamedTuple
+
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
@@ -18,8 +20,22 @@ from lora_diffusion_jax.factory.networks import (
 from lora_diffusion_jax.factory.objectives import build_sampler
 
 
-def describe(config: ConfigDict, *, needs_data: bool = False) -> str:
-    """The table of parameters and what else there is to know, as lines of text.
+class Description(NamedTuple):
+    """What a config describes.
+
+    Attributes:
+        text: the table of parameters and what else there is to know, as lines.
+        config: with the sizes of its data set, if that is there.
+        num_images: of the data set; 0: it is not there.
+    """
+
+    text: str
+    config: ConfigDict
+    num_images: int
+
+
+def describe(config: ConfigDict, *, needs_data: bool = False) -> Description:
+    """What a config describes; nothing is compiled.
 
     Args:
         config: of a run.
@@ -34,11 +50,12 @@ def describe(config: ConfigDict, *, needs_data: bool = False) -> str:
     try:
         source = open_source(config)
     except NotThereError as error:
-        data = f"data set: not opened. {error}"
+        data, num_images = f"data set: not opened. {error}", 0
         if needs_data or not (config.data.image_size and config.data.channels):
             raise
     else:
         config, data = complete(config, source), summarize(source)
+        num_images = len(source)
     check_attention(config)
     denoiser = build_denoiser(config)
     build_sampler(config, denoiser)
@@ -56,4 +73,4 @@ def describe(config: ConfigDict, *, needs_data: bool = False) -> str:
         f"Adapter parameters: {lora.count(adapters):,}",
         f"Total parameters: {lora.count(params):,}",
     ]
-    return "\n".join(lines)
+    return Description("\n".join(lines), config, num_images)

@@ -1,19 +1,4 @@
-"""Train, sample, describe, import and export diffusion networks with conditioned LoRA.
-
-    main.py --mode=train  --config=configs/digits.py --workdir=DIR [--config.a.b=value ...]
-    main.py --mode=sample --workdir=DIR --seeds=0-63 [--class_id=3|cat|all] --out=FOLDER|FILE.npz|FILE.png
-    main.py --mode=likelihood --workdir=DIR [--num=1000] [--route=vlb|ode]
-    main.py --mode=analyze --workdir=DIR --out=FOLDER [--classes=3,8] [--noise_factor=2] [--guidance=4]
-    main.py --mode=info   --config=configs/cifar10_edm.py [--config.a.b=value ...]
-    main.py --mode=sweep  --config=FILE --workdir=DIR [--sweep='lora.rank=1,2,4;train.seed=0-2'] [--jobs=2]
-    main.py --mode=doctor [--config=FILE] [--workdir=DIR]
-    main.py --mode=import --source=FILE --workdir=DIR [--config=FILE, for a state dict (.pt)]
-    main.py --mode=export --workdir=DIR --out=FILE.safetensors [--adapters_only]
-    main.py --mode=export --workdir=DIR --out=FILE.jax --what=sampler
-    main.py --mode=push   --workdir=DIR [--repo=OWNER/NAME] [--out=FOLDER] [--license=apache-2.0]
-
-Without --config, the config of the run in --workdir is used; overrides apply to it as well.
-"""
+"""Train, sample, describe, import and export diffusion networks with conditioned LoRA."""
 
 # Each mode imports what it needs: --help and mistakes in flags answer at once.
 
@@ -34,15 +19,43 @@ from lora_diffusion_jax.errors import UserError
 if TYPE_CHECKING:
     from lora_diffusion_jax.factory.pretrained import Pretrained
 
+HELP = """Diffusion networks whose attention layers carry conditioned low-rank adapters (LoRA): training,
+sampling, analysis. A run is a directory, --workdir; the same command again resumes it. A config is
+a Python file or the name of a packaged one (digits, cifar10_edm, ...).
+
+modes:
+  train       train a config in a workdir, or go on with the run that is there
+  sample      write images of a run: a folder, an .npz, or a grid as .png
+  info        parameters, LoRA sites and data set of a config; time, memory and disk a run takes here
+  doctor      versions, devices, memory, disk, data and checkpoints, and what is wrong with them
+  analyze     what the adapters do: composition weights, norms, losses without them, conditions between
+  likelihood  bits per dimension of held-out images
+  sweep       many runs of one config, several at a time, and a page that compares them
+  import      turn an official checkpoint or an export into a workdir
+  export      write weights as safetensors, or the whole sampler as a program
+  push        write a folder for the Hugging Face Hub, with a model card, and upload it
+
+the commands used most:
+  %(prog)s --mode=train  --config=digits --workdir=DIR --config.lora.rank=8
+  %(prog)s --mode=sample --workdir=DIR --seeds=0-63 --out=grid.png
+  %(prog)s --mode=info   --config=cifar10_edm --config.dtype=bfloat16
+  %(prog)s --mode=doctor --workdir=DIR
+  %(prog)s --mode=sweep  --config=digits --workdir=DIR2 --sweep='lora.rank=1,2,4;train.seed=0-2'
+
+config fields:  --helpfull lists them with their defaults (lora_diffusion_jax/default_config.py)
+evaluation:     eval_fid.py --help (installed: lora-diffusion-fid)
+documentation:  README.md and docs/ of the repository; `make docs` builds pages of them
+"""
+
 
 def build_parser() -> cli.Parser:
     """The flags."""
-    parser = cli.Parser(description=__doc__)
+    parser = cli.Parser(description=HELP)
     add = parser.add_argument
-    add("--mode", required=True, choices=MODES, help="what to do")
+    add("--mode", required=True, choices=MODES, help="what to do, see above")
     text = (
-        "directory of the run, or gs://BUCKET/PATH, s3://...; sample, likelihood, analyze, export, info: or "
-        "a file of weights, hf://..."
+        "directory of the run, or gs://BUCKET/PATH, s3://...; without --config, its config is used, and "
+        "overrides apply to it; sample, likelihood, analyze, export, info, push: or a file of weights, hf://..."
     )
     parser.add_path("--workdir", urls=True, help=text)
     add("--seeds", help="sample: one image per seed, such as 0,5,7-9; default: 0-63 (analyze: 0-7)")
@@ -104,6 +117,13 @@ def build_parser() -> cli.Parser:
     parser.add_switch("adapters_only", False, "export: leave the base out")
     text = "export: the weights, or the whole sampler as a program for JAX alone"
     add("--what", default="network", choices=("network", "sampler"), help=text)
+    add(
+        "--measure",
+        default="auto",
+        choices=("auto", "step", "off"),
+        help="info: what is run to tell what a run takes; auto: the training step, on a CPU only if it is "
+        "small; step: the step; off: nothing",
+    )
     parser.add_config_help(with_file=True)
     parser.add_process_flags()
     return parser
@@ -299,12 +319,20 @@ def analyze(args: argparse.Namespace, config: ConfigDict) -> int:
 
 
 def info(args: argparse.Namespace, config: ConfigDict | None) -> int:
-    """Prints parameters, LoRA sites, cost and data set of a config."""
+    """Prints parameters, LoRA sites and data set of a config, and what a run of it takes here."""
+    from lora_diffusion_jax.modes.estimate import estimate
     from lora_diffusion_jax.modes.info import describe
 
     if config is None:
         raise UserError("--mode=info needs --config=FILE or --workdir=DIR.")
-    print(describe(config, needs_data=args.gives_data))
+    found = describe(config, needs_data=args.gives_data)
+    print(found.text, flush=True)
+    if args.measure != "off":
+        try:
+            text = estimate(found.config, found.num_images, args.measure)
+        except UserError as error:  # it may be meant for other devices, or for sampling alone
+            text = f"What this run takes here is not known: {error}"
+        print(f"\n{text}")
     return 0
 
 

@@ -157,14 +157,25 @@ def with_defaults(saved: dict[str, Any]) -> dict[str, Any]:
     return resolved(config_from_dict(saved))
 
 
-def check_disk(config: ConfigDict, denoiser: Denoiser, directory: Path) -> None:
-    """Raises UserError unless the checkpoints that are still to come fit on the disk."""
+def checkpoint_bytes(config: ConfigDict, denoiser: Denoiser) -> int:
+    """The size of one checkpoint, about."""
     params = flatten_dict(variable_shapes(config, denoiser)["params"], sep="/")
     trained = trainable(config)
-    # float32: what is trained, its average and two moments; frozen weights once, before the first
-    size = sum(16 * leaf.size for path, leaf in params.items() if trained(path))
+    # float32: what is trained, its average and two moments
+    return sum(16 * leaf.size for path, leaf in params.items() if trained(path))
+
+
+def frozen_bytes(config: ConfigDict, denoiser: Denoiser) -> int:
+    """The size of the frozen weights, which a run stores once."""
+    params = flatten_dict(variable_shapes(config, denoiser)["params"], sep="/")
+    trained = trainable(config)
+    return sum(4 * leaf.size for path, leaf in params.items() if not trained(path))
+
+
+def check_disk(config: ConfigDict, denoiser: Denoiser, directory: Path) -> None:
+    """Raises UserError unless the checkpoints that are still to come fit on the disk."""
+    size, frozen = checkpoint_bytes(config, denoiser), frozen_bytes(config, denoiser)
     there = checkpoint.saved_steps(directory)
-    frozen = sum(4 * leaf.size for path, leaf in params.items() if not trained(path))
     base = 0 if there else frozen
     left = config.train.total_images - (there[-1] if there else 0) * config.train.batch_size
     to_come = -(-max(left, 0) // config.train.checkpoint_every)

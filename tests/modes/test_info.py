@@ -36,7 +36,7 @@ def test_a_mistake_in_data_that_were_given_is_an_error(images, arguments, says):
 
 def test_what_a_config_names_may_be_elsewhere(images, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(images))
-    text = run("--mode=info", "--config=configs/cifar10_edm.py")
+    text = run("--mode=info", "--config=configs/cifar10_edm.py", "--measure=off")
     assert "data set: not opened. 'cifar10' is not prepared" in text
     assert "Total parameters" in text
     text = run("--mode=info", "--config=cifar10_edm", "--config.data.name=cifar11", status=2)

@@ -77,11 +77,16 @@ def test_samples_are_functions_of_seed_class_and_weights(workdir, tmp_path):
 
 
 def test_info_counts_the_paper_row():
-    text = run("--mode=info", "--config=configs/cifar10_edm.py")
+    text = run("--mode=info", "--config=configs/cifar10_edm.py", "--measure=off")
     assert "Total parameters: 57,746,907" in text.splitlines()
     assert "LoRA sites (with_lora): 12" in text
     changes = {"class_conditional": True, "lora__adapter": "time_class", "lora__mode": "only_lora"}
-    text = run("--mode=info", "--config=configs/cifar10_iddpm.py", *config_flags(**changes))
+    text = run(
+        "--mode=info",
+        "--config=configs/cifar10_iddpm.py",
+        "--measure=off",
+        *config_flags(**changes),
+    )
     assert "Total parameters: 48,513,040" in text.splitlines()
     assert "LoRA sites (only_lora): 30" in text
 

@@ -22,7 +22,7 @@ from lora_diffusion_jax.errors import NotThereError, UserError, printable
 from lora_diffusion_jax.untrusted import normal, reason
 
 PREFIX = "hf"  # of data.name: hf:OWNER/NAME, or hf alone with data.data_dir
-_NAME = re.compile(r"hf:(?P<repo>[^:@]+)(:(?P<config>[^:@]+))?(@(?P<revision>.+))?")
+_NAME = re.compile(r"hf:(?P<repo>\w[\w.-]*/[\w.-]+)(:(?P<config>[^:@]+))?(@(?P<revision>.+))?")
 _READERS = ("parquet", "arrow")  # builders of `datasets` that hold images themselves
 _SAVED = ("state.json", "dataset_dict.json")  # of Dataset.save_to_disk and DatasetDict's
 _MAX_CLASSES = 100_000
@@ -204,7 +204,8 @@ def _open(name: str, data_dir: str) -> tuple[str, Mapping[str, Any]]:
         _check_folder(data_dir, folder)
         if any((folder / file).is_file() for file in _SAVED):
             return str(folder), _opened(str(folder), lambda: _saved(folder))
-        shown, path, chosen = str(folder), str(folder), {}
+        # Absolute: relative names like "parquet" or "csv" are formats to `datasets`.
+        shown, path, chosen = str(folder), str(folder.absolute()), {}
     else:
         match = _NAME.fullmatch(name)
         if not match or data_dir:
@@ -213,6 +214,11 @@ def _open(name: str, data_dir: str) -> tuple[str, Mapping[str, Any]]:
                 f"{printable(found, 200)} names no data set; give data.name=hf:OWNER/NAME for one on the "
                 "Hugging Face Hub (with :CONFIG or @REVISION behind it where it has several), or "
                 "data.name=hf with data.data_dir=FOLDER for files of your own."
+            )
+        if Path(match["repo"]).exists():  # which `datasets` would read instead
+            raise UserError(
+                f"{name}: there is also a folder {match['repo']} here; give data.name=hf with "
+                "data.data_dir=FOLDER for that one, or start the command elsewhere."
             )
         shown, path = name, match["repo"]
         chosen = {"name": match["config"], "revision": match["revision"]}

@@ -212,12 +212,32 @@ def test_labels_that_are_missing_are_named(tmp_path):
         ("hf", "/nowhere", "is not a folder"),
         ("hf:", "", "names no data set"),
         ("hf:a/b", "/tmp", "with data.data_dir=/tmp names no data set"),
+        (
+            "hf:parquet",
+            "",
+            "names no data set",
+        ),  # a format to `datasets`, of the files that are here
+        ("hf:./here", "", "names no data set"),
         ("hf:nobody/nothing", "", "hf:nobody/nothing"),  # offline
     ],
 )
 def test_names_of_no_data_set(name, data_dir, words):
     with pytest.raises(UserError, match=words):
         open_source(name, data_dir)
+
+
+@pytest.mark.parametrize("name", ["parquet", "csv", "imagefolder"])
+def test_a_folder_may_be_called_like_a_format(tmp_path, monkeypatch, name):
+    write(tmp_path / name, {"image": encoded(IMAGES[:4])}, described(image=IMAGE))
+    monkeypatch.chdir(tmp_path)
+    np.testing.assert_array_equal(open_source("hf", name).read(range(4))["image"], IMAGES[:4])
+
+
+def test_a_folder_here_is_not_mistaken_for_the_hub(tmp_path, monkeypatch):
+    write(tmp_path / "owner" / "name", {"image": encoded(IMAGES[:4])}, described(image=IMAGE))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="there is also a folder owner/name here"):
+        open_source("hf:owner/name", "")
 
 
 def test_other_kinds_of_files_are_refused_and_nothing_in_them_is_run(tmp_path):

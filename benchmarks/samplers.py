@@ -163,14 +163,19 @@ def plot(records: list[dict[str, Any]], path: Path) -> None:
                     if r["grid"] == grid and r["solver"] == solver and value in r
                 )
                 if points:
-                    style = {"marker": "o", "markersize": 3, "linestyle": "-" if i < 10 else "--"}
+                    style = {
+                        "color": f"C{i % 10}",  # the same in every panel, of which some lack solvers
+                        "marker": "o",
+                        "markersize": 3,
+                        "linestyle": "-" if i < 10 else "--",
+                    }
                     panel.plot(*zip(*points, strict=True), label=solver, **style)
             panel.set_yscale("log")
             panel.set_title(f"grid {grid}")
             panel.set_xlabel("evaluations of the network")
             panel.grid(alpha=0.3)
         row[0].set_ylabel(value)
-    axes[0][-1].legend(fontsize=7, ncols=2)
+    axes[0][0].legend(fontsize=7, ncols=2)  # the panel with all solvers
     figure.savefig(path, dpi=110)
 
 

@@ -37,7 +37,8 @@ ALLOWED = {
     "interop": {"factory", "readers", "default_config", "lora", "models", "diffusion"},
     "analysis": {"lora", "diffusion", "factory"},
     "compile_cache": set(),
-    "cli": {"compile_cache", "processes", "default_config"},
+    "memory": set(),
+    "cli": {"compile_cache", "processes", "default_config", "memory"},
     "pages": {"training", "evaluation"},
     "sweeps": {"grids", "cli", "processes", "training", "evaluation"},
     "modes": {

@@ -50,7 +50,7 @@ def config_of(precision: str, batch: int) -> ConfigDict:
 
 
 def ours(config: ConfigDict, precision: str) -> tuple[dict[str, Call], dict[str, float]]:
-    """One call each of a compiled sampling run and of a compiled training step, and how long they compiled."""
+    """A call of a compiled sampling run, one of a training step, and how long the two compiled."""
     batch, side, channels = config.train.batch_size, config.data.image_size, config.data.channels
     denoiser, mesh = networks.build_denoiser(config), training.build_mesh(config)
     variables = networks.init_variables(config, denoiser, jax.random.key(0))

@@ -11,11 +11,15 @@ import argparse
 import functools
 import json
 
+from lora_diffusion_jax import memory
+
+if __name__ == "__main__":  # before the threads of the imports below
+    memory.keep_freed_memory()
+
 import jax
 import jax.numpy as jnp
 
 from benchmarks.network import ratio
-from lora_diffusion_jax import memory
 from lora_diffusion_jax.models import convolution
 
 SAME = ((1, 1), (1, 1))
@@ -66,7 +70,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--shapes", default=SHAPES)
     args = parser.parse_args()
-    memory.keep_freed_memory()
     for text in args.shapes.split(","):
         shape = tuple(map(int, text.split("x")))
         found = {key: float(f"{value:.3g}") for key, value in compare(shape, args.rounds).items()}

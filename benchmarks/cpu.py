@@ -23,10 +23,14 @@ import os
 import pathlib
 from typing import Any
 
+from lora_diffusion_jax import memory
+
+if __name__ == "__main__":  # before the threads of the imports below
+    memory.keep_freed_memory()
+
 from ml_collections import ConfigDict
 
 from benchmarks.gpu import compare, ours, peer
-from lora_diffusion_jax import memory
 
 BATCH = {"digits": 128, "small": 16, "full": 8}
 SIMD = ("avx512f", "avx2", "avx", "sse4_2", "asimd")  # best first; the last is ARM's
@@ -68,7 +72,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--what", default="sampling,training")
     args = parser.parse_args()
-    memory.keep_freed_memory()
 
     for size in args.sizes.split(","):
         config = config_of(size)

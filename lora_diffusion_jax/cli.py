@@ -22,7 +22,7 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags import config_path
 
-from lora_diffusion_jax import compile_cache, default_config, files, memory, processes
+from lora_diffusion_jax import compile_cache, default_config, files, processes
 from lora_diffusion_jax.errors import UserError, explain, not_installed
 from lora_diffusion_jax.processes.interrupts import Interrupted, Interrupts
 
@@ -50,8 +50,6 @@ def run(work: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> 
         argv: its arguments; None: those of this process, which then exits at once after a signal.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    if argv is None:
-        memory.keep_freed_memory()
     warnings.showwarning = _show_warning
     arguments = sys.argv[1:] if argv is None else list(argv)
     processes.session.debug = "--debug" in arguments

@@ -17,7 +17,8 @@ def keep_freed_memory() -> bool:
     the system and returns them at once, so that each step touches new pages, which took a tenth to a
     quarter of its time (docs/scaling.md). The memory of a process then stays at its highest.
 
-    To be called before there are threads, which would get memory of their own otherwise. Does nothing
+    To be called before numpy and JAX are imported: the threads that they start get memory of their own,
+    of which this holds no more. Does nothing
     where there is an accelerator, whose host has other work for its threads, where the user has set
     malloc's behaviour by environment variables, or without glibc.
     """

@@ -30,7 +30,6 @@ def test_calls_that_are_timed():
 @pytest.mark.slow
 def test_lines_of_the_cpu(monkeypatch, capsys):
     monkeypatch.setattr(cpu, "config_of", lambda size: tiny())
-    monkeypatch.setattr(cpu.memory, "keep_freed_memory", lambda: True)  # this process goes on
     monkeypatch.setattr("sys.argv", ["cpu", "--sizes=digits", "--rounds=1"])
     cpu.main()
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

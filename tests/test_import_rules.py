@@ -38,7 +38,7 @@ ALLOWED = {
     "analysis": {"lora", "diffusion", "factory"},
     "compile_cache": set(),
     "memory": set(),
-    "cli": {"compile_cache", "processes", "default_config", "memory"},
+    "cli": {"compile_cache", "processes", "default_config"},
     "pages": {"training", "evaluation"},
     "sweeps": {"grids", "cli", "processes", "training", "evaluation"},
     "modes": {
@@ -47,6 +47,7 @@ ALLOWED = {
         "interop",
         "analysis",
         "compile_cache",
+        "memory",
         "cli",
         "grids",
         "pages",

@@ -28,6 +28,7 @@ from lora_diffusion_jax import memory
 if __name__ == "__main__":  # before the threads of the imports below
     memory.keep_freed_memory()
 
+import jax
 from ml_collections import ConfigDict
 
 from benchmarks.gpu import compare, ours, peer
@@ -72,6 +73,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--what", default="sampling,training")
     args = parser.parse_args()
+    jax.config.update("jax_enable_compilation_cache", False)
 
     for size in args.sizes.split(","):
         config = config_of(size)

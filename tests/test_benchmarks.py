@@ -30,6 +30,7 @@ def test_calls_that_are_timed():
 @pytest.mark.slow
 def test_lines_of_the_cpu(monkeypatch, capsys):
     monkeypatch.setattr(cpu, "config_of", lambda size: tiny())
+    monkeypatch.setattr(cpu.jax.config, "update", lambda name, value: None)  # this process goes on
     monkeypatch.setattr("sys.argv", ["cpu", "--sizes=digits", "--rounds=1"])
     cpu.main()
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

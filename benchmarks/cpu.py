@@ -5,7 +5,7 @@
 FOLDER is a checkout of the authors' code (lthilnklover/diffusion_lora); it needs PyTorch. Both sides
 have equal networks and batches in float32 and take turns. One JSON line per measurement, the median of
 the rounds in seconds; for the peer `ours_is_faster_by`, its time over ours. Under `taskset -c 0` it
-measures one core. Both sides keep the memory that they free (lora_diffusion_jax/memory.py).
+measures one core. The peer runs in a process of its own, as memory.py changes the memory of this one.
 
 full        the CIFAR-10 DDPM++ with LoRA, 57.7M parameters, batch 8
 small       the same with two levels of 32 and 64 channels, 1.0M parameters, batch 16
@@ -17,10 +17,14 @@ compile     seconds from a traced program to one that runs, without the cache
 """
 
 import argparse
+import contextlib
+import functools
 import importlib
 import json
+import multiprocessing
 import os
 import pathlib
+from multiprocessing.connection import Connection
 from typing import Any
 
 from lora_diffusion_jax import memory
@@ -31,7 +35,7 @@ if __name__ == "__main__":  # before the threads of the imports below
 import jax
 from ml_collections import ConfigDict
 
-from benchmarks.gpu import compare, ours, peer
+from benchmarks.gpu import Call, compare, ours, peer
 
 BATCH = {"digits": 128, "small": 16, "full": 8}
 SIMD = ("avx512f", "avx2", "avx", "sse4_2", "asimd")  # best first; the last is ARM's
@@ -64,6 +68,29 @@ def machine() -> dict[str, Any]:
     }
 
 
+def peer_process(folder: str, size: str, compiled: bool) -> dict[str, Call]:
+    """The calls of `benchmarks.gpu.peer`, in a process of their own."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    context.Process(target=serve, args=(folder, size, compiled, there), daemon=True).start()
+    there.close()  # that an error over there ends `recv` here
+
+    def call(what: str) -> None:
+        here.send(what)
+        here.recv()
+
+    return {what: functools.partial(call, what) for what in ("sampling", "training")}
+
+
+def serve(folder: str, size: str, compiled: bool, there: Connection) -> None:
+    """Makes the calls that are asked for, until the other side has ended."""
+    calls = peer(folder, config_of(size), "float32", compiled, "cpu")
+    with contextlib.suppress(EOFError):
+        while True:
+            calls[there.recv()]()
+            there.send(None)
+
+
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -80,9 +107,9 @@ def main() -> None:
         calls, compiling = ours(config, "float32")
         sides = {"ours": calls}
         if args.peer:
-            sides["eager"] = peer(str(args.peer), config, "float32", False, "cpu")
+            sides["eager"] = peer_process(str(args.peer), size, False)
         if args.peer and args.compile:
-            sides["compile"] = peer(str(args.peer), config, "float32", True, "cpu")
+            sides["compile"] = peer_process(str(args.peer), size, True)
         about = {"benchmark": "cpu", **machine(), "size": size, "batch": config.train.batch_size}
         for what in args.what.split(","):
             took = compare({who: calls[what] for who, calls in sides.items()}, args.rounds)

@@ -1,15 +1,23 @@
-"""The gradient of a 3x3 convolution's kernel on CPU: XLA's own beside matrix products, one JSON line a shape.
+"""3x3 convolutions on CPU: XLA's beside those of models/convolution.py, one JSON line a shape.
 
 python -m benchmarks.convolution [--rounds=5] [--shapes=8x32x32x256x256,8x8x8x256x256]
 
-ratio   time of XLA's gradient over that of the products (models/convolution.py), the two in turn
+output, input, kernel   time of XLA's convolution, and of its gradients with respect to the input and
+                        the kernel, over the time of ours, the two in turn
+error                   greatest difference of the two outputs, relative to the greatest output
 """
 
 import argparse
 import functools
 import json
 
+from lora_diffusion_jax import memory
+
+if __name__ == "__main__":  # before the threads of the imports below
+    memory.keep_freed_memory()
+
 import jax
+import jax.numpy as jnp
 
 from benchmarks.network import ratio
 from lora_diffusion_jax.models import convolution
@@ -22,22 +30,38 @@ SHAPES = (
 )
 
 
-def compare(shape: tuple[int, ...], rounds: int) -> float:
-    """Time of XLA's gradient over that of the products."""
+def compare(shape: tuple[int, ...], rounds: int) -> dict[str, float]:
+    """Times of XLA's over ours, and the error."""
     batch, height, width, c_in, c_out = shape
-    keys = jax.random.split(jax.random.key(0))
+    keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (batch, height, width, c_in))
     g = jax.random.normal(keys[1], (batch, height, width, c_out))
-    kernel = jax.ShapeDtypeStruct((3, 3, c_in, c_out), x.dtype)
+    kernel = jax.random.normal(keys[2], (3, 3, c_in, c_out)) / (9 * c_in) ** 0.5
 
-    def by_xla(x: jax.Array, g: jax.Array) -> jax.Array:
-        return jax.linear_transpose(functools.partial(convolution.plain, SAME, x), kernel)(g)[0]
-
-    def by_products(x: jax.Array, g: jax.Array) -> jax.Array:
-        return convolution.kernel_gradient(x, g, kernel.shape, SAME)
-
-    first, second = jax.jit(by_xla), jax.jit(by_products)
-    return ratio(lambda: first(x, g), lambda: second(x, g), rounds)
+    plain, winograd = (
+        functools.partial(f, SAME) for f in (convolution.plain, convolution.winograd)
+    )
+    parts = {
+        "output": (plain, winograd, (x, kernel)),
+        "input": (
+            lambda g, kernel: jax.linear_transpose(lambda x: plain(x, kernel), x)(g)[0],
+            lambda g, kernel: winograd(g, kernel[::-1, ::-1].swapaxes(2, 3)),
+            (g, kernel),
+        ),
+        "kernel": (
+            lambda x, g: jax.linear_transpose(lambda kernel: plain(x, kernel), kernel)(g)[0],
+            lambda x, g: convolution.kernel_gradient(x, g, kernel.shape, SAME),
+            (x, g),
+        ),
+    }
+    found = {}
+    for part, (by_xla, by_ours, inputs) in parts.items():
+        # As arguments: XLA would compute with constants while it compiles.
+        xla, ours = (functools.partial(jax.jit(f), *inputs) for f in (by_xla, by_ours))
+        found[part] = ratio(xla, ours, rounds)
+        if part == "output":
+            found["error"] = float(jnp.abs(xla() - ours()).max() / jnp.abs(xla()).max())
+    return found
 
 
 def main() -> None:
@@ -48,8 +72,8 @@ def main() -> None:
     args = parser.parse_args()
     for text in args.shapes.split(","):
         shape = tuple(map(int, text.split("x")))
-        found = {"benchmark": "convolution", "shape": shape, "ratio": compare(shape, args.rounds)}
-        print(json.dumps({**found, "ratio": round(found["ratio"], 2)}), flush=True)
+        found = {key: float(f"{value:.3g}") for key, value in compare(shape, args.rounds).items()}
+        print(json.dumps({"benchmark": "convolution", "shape": shape, **found}), flush=True)
 
 
 if __name__ == "__main__":

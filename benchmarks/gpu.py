@@ -49,20 +49,27 @@ def config_of(precision: str, batch: int) -> ConfigDict:
     return config
 
 
-def ours(precision: str, batch: int) -> dict[str, Call]:
-    """One call each of a compiled sampling run and of a compiled training step."""
-    config = config_of(precision, batch)
+def ours(config: ConfigDict, precision: str) -> tuple[dict[str, Call], dict[str, float]]:
+    """A call of a compiled sampling run, one of a training step, and how long the two compiled."""
+    batch, side, channels = config.train.batch_size, config.data.image_size, config.data.channels
     denoiser, mesh = networks.build_denoiser(config), training.build_mesh(config)
     variables = networks.init_variables(config, denoiser, jax.random.key(0))
     generator = training.build_generator(config, denoiser, mesh)
     seeds, labels = jnp.arange(batch, dtype=jnp.uint32), jnp.eye(10)[np.arange(batch) % 10]
-    images = jax.random.randint(jax.random.key(1), (batch, 32, 32, 3), 0, 255).astype(jnp.uint8)
+    images = jax.random.randint(jax.random.key(1), (batch, side, side, channels), 0, 255)
+    images = images.astype(jnp.uint8)
     data = {"image": images, "label": jnp.arange(batch) % 10}
-    current = [create_state(variables, training.build_optimizer(config))]
+    # The step takes over the arrays of its state.
+    current = [create_state(jax.tree.map(jnp.copy, variables), training.build_optimizer(config))]
+    compiling = {}
     with jax.default_matmul_precision(MATMUL[precision]):
+        start = time.perf_counter()
         sample = generator.compiled.lower(variables, seeds, labels).compile()
+        compiling["sampling"] = time.perf_counter() - start
+        start = time.perf_counter()
         step = jax.jit(training.build_step(config, denoiser, mesh), donate_argnums=0)
         step = step.lower(current[0], data, jax.random.key(2)).compile()
+        compiling["training"] = time.perf_counter() - start
 
     def train() -> Any:
         current[0], metrics = step(current[0], data, jax.random.key(2))
@@ -70,62 +77,71 @@ def ours(precision: str, batch: int) -> dict[str, Call]:
 
     # jax.jit and the peer start from equal ground: the weights lie on the device
     variables = jax.device_put(variables)
-    return {
-        "sampling": lambda: np.asarray(sample(variables, seeds, labels)),
+    calls = {
+        "sampling": lambda: np.asarray(jax.block_until_ready(sample(variables, seeds, labels))[0]),
         "training": train,
     }
+    return calls, compiling
 
 
-def peer(folder: str, precision: str, batch: int, compiled: bool) -> dict[str, Call]:
+def peer(
+    folder: str, config: ConfigDict, precision: str, compiled: bool, device: str = "cuda"
+) -> dict[str, Call]:
     """The same two calls of the authors' network, sampler, loss and optimizer."""
     sys.path.insert(0, folder)
     import torch
 
+    model, data, batch = config.model, config.data, config.train.batch_size
+
     blocks = {n: importlib.import_module(f"training.{n}") for n in ("networks", "lora", "loss")}
     augment_pipe = importlib.import_module("training.augment").AugmentPipe(
-        p=0.12, xflip=1e8, yflip=1, scale=1, rotate_frac=1, aniso=1, translate_frac=1
+        p=config.augment.p, xflip=1e8, yflip=1, scale=1, rotate_frac=1, aniso=1, translate_frac=1
     )
     net = blocks["networks"].EDMPrecond(
-        img_resolution=32,
-        img_channels=3,
-        label_dim=10,
+        img_resolution=data.image_size,
+        img_channels=data.channels,
+        label_dim=data.num_classes,
         model_type="SongUNet",
-        model_channels=128,
-        channel_mult=[2, 2, 2],
-        augment_dim=9,
-        dropout=0.13,
+        model_channels=model.channels,
+        channel_mult=list(model.channel_mult),
+        num_blocks=model.num_blocks,
+        attn_resolutions=list(model.attn_resolutions),
+        augment_dim=model.augment_dim,
+        dropout=model.dropout,
     )
     with contextlib.redirect_stdout(None):
         blocks["lora"].inject_trainable_lora(net, lora_rank=4, num_basis=18, mlp_width=[128, 64])
-    net = net.cuda().requires_grad_(True)
-    count = sum(p.numel() for p in net.parameters())
-    assert count == 57_746_907, f"the peer has {count:,} parameters"
+    net = net.to(device).requires_grad_(True)
+    count, expected = sum(p.numel() for p in net.parameters()), parameters(config)
+    assert abs(count - expected) < 1e-3 * expected, f"{count:,} parameters, ours {expected:,}"
     average = {name: p.detach().clone() for name, p in net.named_parameters()}
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
     loss_of = blocks["loss"].EDMLoss()
     forward = torch.compile(net.model.forward) if compiled else net.model.forward
 
     def autocast(*inputs: Any, **named: Any) -> Any:  # the preconditioning wants float32 back
-        with torch.autocast("cuda", torch.bfloat16, precision == "bfloat16"):
+        with torch.autocast(device, torch.bfloat16, precision == "bfloat16"):
             return forward(*inputs, **named).float()
 
     net.model.forward = autocast
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "float32"
     torch.backends.cudnn.benchmark = True
     sampler = importlib.import_module("generate_all").edm_sampler
-    images = torch.randn(batch, 3, 32, 32, device="cuda").clamp(-1, 1)
-    labels = torch.eye(10, device="cuda")[torch.arange(batch) % 10]
+    pipe = augment_pipe if config.augment.p else None
+    shape = (batch, data.channels, data.image_size, data.image_size)
+    images = torch.randn(shape, device=device).clamp(-1, 1)
+    labels = torch.eye(data.num_classes, device=device)[torch.arange(batch) % data.num_classes]
 
     @torch.no_grad()
     def sample() -> Any:
         net.eval()
-        out = sampler(net, torch.randn_like(images), labels, num_steps=STEPS)
+        out = sampler(net, torch.randn_like(images), labels, num_steps=config.sampler.num_steps)
         return (out * 127.5 + 128).clip(0, 255).to(torch.uint8).cpu().numpy()
 
     def train() -> Any:
         net.train()
         optimizer.zero_grad(set_to_none=True)
-        loss = loss_of(net=net, images=images, labels=labels, augment_pipe=augment_pipe)
+        loss = loss_of(net=net, images=images, labels=labels, augment_pipe=pipe)
         loss.sum().mul(1 / batch).backward()
         for p in net.parameters():
             if p.grad is not None:
@@ -134,9 +150,17 @@ def peer(folder: str, precision: str, batch: int, compiled: bool) -> dict[str, C
         with torch.no_grad():
             for name, p in net.named_parameters():
                 average[name].lerp_(p, 0.001)
-        torch.cuda.synchronize()
+        if device == "cuda":
+            torch.cuda.synchronize()
 
     return {"sampling": sample, "training": train}
+
+
+def parameters(config: ConfigDict) -> int:
+    """The number of parameters of a config's network."""
+    denoiser = networks.build_denoiser(config)
+    shapes = jax.eval_shape(lambda: networks.init_variables(config, denoiser, jax.random.key(0)))
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
 
 
 def seconds(call: Call) -> float:
@@ -218,11 +242,12 @@ def main() -> None:
     if "accuracy" in args.what:
         report(what="accuracy", **accuracy())
     for precision in args.precisions.split(","):
-        sides = {"ours": ours(precision, args.batch)}
+        config = config_of(precision, args.batch)
+        sides = {"ours": ours(config, precision)[0]}
         if args.peer:
-            sides["eager"] = peer(str(args.peer), precision, args.batch, False)
+            sides["eager"] = peer(str(args.peer), config, precision, False)
         if args.peer and args.compile:
-            sides["compile"] = peer(str(args.peer), precision, args.batch, True)
+            sides["compile"] = peer(str(args.peer), config, precision, True)
         for what, work in per_image.items():
             if what not in args.what:
                 continue

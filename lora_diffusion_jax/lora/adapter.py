@@ -59,6 +59,15 @@ def _up(layer: nn.Module) -> nn.Module:
     )
 
 
+def _by_rows(layer: nn.Module, x: Array) -> Array:
+    """A layer that works on the last axis, given a matrix.
+
+    XLA on CPU transposes the operands of products over several axes, such as the kernel's gradient.
+    """
+    y = layer(x.reshape(-1, x.shape[-1]))
+    return y.reshape(*x.shape[:-1], *y.shape[1:])
+
+
 def check_layer(layer: nn.Module, path: str) -> None:
     """Raises UserError for a layer that cannot have a low-rank pair beside it."""
     if not isinstance(layer, LAYER_TYPES):
@@ -136,10 +145,11 @@ class LowRankAdapter(nn.Module):
         self.sow("intermediates", "omega", omega)
         weights = jnp.repeat(omega, self.rank, axis=-1)  # [*leading, m * r]
         width = weights.shape[-1]
-        hidden = _down(layer, width, self.rank)(x)  # [B, ..., m * r]
+        down = _down(layer, width, self.rank)
+        hidden = _by_rows(down, x) if isinstance(down, nn.Dense) else down(x)  # [B, ..., m * r]
         leading = self._leading(omega.shape[:-1], hidden.shape[:-1])
         scaled = hidden * weights.reshape(*leading, width).astype(hidden.dtype)
-        delta = _up(layer)(scaled)
+        delta = _by_rows(_up(layer), scaled)
         if self.use_bias:
             features = delta.shape[hidden.ndim - 1 :]
             shape = (width, int(np.prod(features)))

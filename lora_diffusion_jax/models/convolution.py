@@ -1,72 +1,216 @@
-"""A convolution for training, whose kernel gradient on CPU is a sum of matrix products."""
+"""3x3 convolutions that on CPU compute half the products: Winograd's algorithm along the height."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 Padding = tuple[tuple[int, int], ...]
-# XLA on CPU computes the kernel's gradient at 10 to 38 GFLOP/s a core, matrix products at 30 to 60. The
-# products read the images once for each tap and pay off from this width on (benchmarks/convolution.py).
-MIN_CHANNELS = 192
+# From these widths on it pays off (benchmarks/convolution.py): the output and the gradient of the
+# input, and the gradient of the kernel.
+MIN_CHANNELS = 32
+MIN_CHANNELS_KERNEL = 64
+
+# F(4, 3) of Winograd (1980): four outputs of a filter of three taps from six products. Polynomials
+# are evaluated at 0, +-A, +-B and infinity, and interpolated. Points near 1 keep the error of float32
+# at some twice that of the sum itself; the usual 1 and 2 have four times.
+TILE, TAPS = 4, 3
+A, B = 3 / 4, 3 / 2
+ROWS = np.array(  # six rows of the input -> six terms
+    [
+        [A**2 * B**2, 0, -(A**2) - B**2, 0, 1, 0],
+        [0, -A * B**2, -(B**2), A, 1, 0],
+        [0, A * B**2, -(B**2), -A, 1, 0],
+        [0, -B * A**2, -(A**2), B, 1, 0],
+        [0, B * A**2, -(A**2), -B, 1, 0],
+        [0, A**2 * B**2, 0, -(A**2) - B**2, 0, 1],
+    ]
+)
+OUTPUT = np.array(  # six products -> four rows of the output
+    [
+        [1, 1, 1, 1, 1, 0],
+        [0, A, -A, B, -B, 0],
+        [0, A**2, A**2, B**2, B**2, 0],
+        [0, A**3, -(A**3), B**3, -(B**3), 1],
+    ]
+)
+FILTER = np.array(  # three taps -> six
+    [
+        [1 / (A**2 * B**2), 0, 0],
+        *([w, w * p, w * p**2] for p, w in ((s * A, 0.5 / (A**4 - A**2 * B**2)) for s in (1, -1))),
+        *([w, w * p, w * p**2] for p, w in ((s * B, 0.5 / (B**4 - A**2 * B**2)) for s in (1, -1))),
+        [0, 0, 1],
+    ]
+)
 
 
-def conv_general_dilated(
+def conv_for_training(
     x: Float[Array, "B H W c_in"],
     kernel: Float[Array, "kh kw c_in c_out"],
     window_strides: Sequence[int],
     padding: Sequence[tuple[int, int]],
     **rest: Any,
 ) -> Float[Array, "B H2 W2 c_out"]:
-    """`jax.lax.conv_general_dilated`, on CPU with another gradient for wide kernels, equal up to rounding.
+    """`jax.lax.conv_general_dilated`, on CPU by other means, equal up to rounding.
 
     Platforms other than CPU get the program that they would get without it. As a function with a
     gradient of its own it cannot be differentiated in forward mode. Takes what `nn.Conv` passes on.
     """
-    if max(window_strides) > 1 or min(kernel.shape[2:]) < MIN_CHANNELS:
+    if not pays_off(x, kernel, window_strides, padding):
         return jax.lax.conv_general_dilated(x, kernel, window_strides, padding, **rest)
-    return _conv(tuple(padding), x, kernel)
+    return _trained(tuple(padding), x, kernel)
+
+
+def conv(
+    x: Float[Array, "B H W c_in"],
+    kernel: Float[Array, "kh kw c_in c_out"],
+    window_strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    **rest: Any,
+) -> Float[Array, "B H2 W2 c_out"]:
+    """As `conv_for_training`, with derivatives in both modes, which are XLA's."""
+    if not pays_off(x, kernel, window_strides, padding):
+        return jax.lax.conv_general_dilated(x, kernel, window_strides, padding, **rest)
+    return _sampled(tuple(padding), x, kernel)
+
+
+def pays_off(
+    x: Array, kernel: Array, strides: Sequence[int], padding: Sequence[tuple[int, int]]
+) -> bool:
+    """Whether a convolution is of the kind that is faster on CPU by the products of `winograd`."""
+    height = x.shape[1] + sum(padding[0]) - TAPS + 1
+    return (
+        kernel.shape[0] == TAPS
+        and max(strides) == 1
+        and min(kernel.shape[2:]) >= MIN_CHANNELS
+        and x.dtype == kernel.dtype
+        and jnp.finfo(x.dtype).bits >= 32  # sums of rows would lose what little bfloat16 has
+        and height >= 0.7 * TILE * -(-height // TILE)  # the last tile is not mostly padding
+    )
 
 
 def plain(padding: Padding, x: Array, kernel: Array) -> Array:
-    """The convolution as XLA differentiates it."""
+    """The convolution as XLA computes and differentiates it."""
     return jax.lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=NHWC)
 
 
-_conv = jax.custom_vjp(plain, nondiff_argnums=(0,))
+def _chosen(padding: Padding, x: Array, kernel: Array) -> Array:
+    return jax.lax.platform_dependent(
+        x,
+        kernel,
+        cpu=functools.partial(winograd, padding),
+        default=functools.partial(plain, padding),
+    )
+
+
+_sampled = jax.custom_jvp(_chosen, nondiff_argnums=(0,))
+
+
+@_sampled.defjvp
+def _tangent(
+    padding: Padding, primals: tuple[Array, Array], tangents: tuple[Array, Array]
+) -> tuple[Array, Array]:
+    x, kernel = primals
+    by_both = plain(padding, tangents[0], kernel) + plain(padding, x, tangents[1])
+    return _sampled(padding, x, kernel), by_both
+
+
+_trained = jax.custom_vjp(_chosen, nondiff_argnums=(0,))
 
 
 def _forward(padding: Padding, x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return plain(padding, x, kernel), (x, kernel)
+    return _chosen(padding, x, kernel), (x, kernel)
 
 
 def _backward(padding: Padding, kept: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     x, kernel = kept
 
-    def by_xla(x: Array, g: Array) -> Array:
-        return jax.linear_transpose(functools.partial(plain, padding, x), kernel)(g)[0]
+    def by_xla(x: Array, kernel: Array, g: Array) -> tuple[Array, Array]:
+        (dx,) = jax.linear_transpose(lambda x: plain(padding, x, kernel), x)(g)
+        (dk,) = jax.linear_transpose(functools.partial(plain, padding, x), kernel)(g)
+        return dx, dk
 
-    def by_products(x: Array, g: Array) -> Array:
-        return kernel_gradient(x, g, kernel.shape, padding)
+    def by_products(x: Array, kernel: Array, g: Array) -> tuple[Array, Array]:
+        kh, kw = kernel.shape[:2]
+        (top, bottom), (left, right) = padding
+        around = ((kh - 1 - top, kh - 1 - bottom), (kw - 1 - left, kw - 1 - right))
+        dx = winograd(around, g, kernel[::-1, ::-1].swapaxes(2, 3))
+        if min(kernel.shape[2:]) < MIN_CHANNELS_KERNEL:
+            return dx, by_xla(x, kernel, g)[1]
+        return dx, kernel_gradient(x, g, kernel.shape, padding)
 
-    (dx,) = jax.linear_transpose(lambda x: plain(padding, x, kernel), x)(g)
-    return dx, jax.lax.platform_dependent(x, g, cpu=by_products, default=by_xla)
+    return jax.lax.platform_dependent(x, kernel, g, cpu=by_products, default=by_xla)
 
 
-_conv.defvjp(_forward, _backward)
+_trained.defvjp(_forward, _backward)
 
 
-def kernel_gradient(x: Array, g: Array, shape: Sequence[int], padding: Padding) -> Array:
-    """dk[i, j] = sum_bhw x[b, h + i - pad, w + j - pad] g[b, h, w]^T: a matrix product for each tap."""
-    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    height, width = g.shape[1:3]
-    taps = [
-        jnp.einsum("bhwc,bhwk->ck", x[:, i : i + height, j : j + width], g)
-        for i in range(shape[0])
-        for j in range(shape[1])
+def winograd(
+    padding: Padding, x: Float[Array, "B H W c_in"], kernel: Float[Array, "3 kw c_in c_out"]
+) -> Float[Array, "B H2 W2 c_out"]:
+    """The convolution from six ones of a kernel of one row, each on a quarter of the rows."""
+    height = x.shape[1] + sum(padding[0]) - TAPS + 1
+    filters = _combine(FILTER, list(kernel))  # six of [kw, c_in, c_out]
+    across = (padding[1][0], padding[1][1])
+    terms = [
+        jax.lax.conv_general_dilated(
+            rows, row[None], (1, 1), ((0, 0), across), dimension_numbers=NHWC
+        )
+        for rows, row in zip(_terms(x, padding[0], height), filters, strict=True)
     ]
-    return jnp.stack(taps).reshape(shape)
+    out = jnp.stack(_combine(OUTPUT, terms), axis=2)  # [B, tiles, TILE, W2, c_out]
+    return out.reshape(x.shape[0], -1, *out.shape[3:])[:, :height]
+
+
+def kernel_gradient(
+    x: Float[Array, "B H W c_in"],
+    g: Float[Array, "B H2 W2 c_out"],
+    shape: Sequence[int],
+    padding: Padding,
+) -> Float[Array, "3 kw c_in c_out"]:
+    """dk[i, j] = sum_bhw x[b, h + i - pad, w + j - pad] g[b, h, w]^T, as the transpose of `winograd`.
+
+    Each of its six terms is one matrix product, with all taps of a row beside one another.
+    """
+    height, width = g.shape[1:3]
+    x = jnp.pad(x, ((0, 0), (0, 0), padding[1], (0, 0)))
+    tiles = _tiled(g, (0, 0), height)
+    sums = []
+    for rows, term in zip(_terms(x, padding[0], height), _combine(OUTPUT.T, tiles), strict=True):
+        beside = jnp.concatenate([rows[:, :, j : j + width] for j in range(shape[1])], axis=-1)
+        # Of two dimensions each: XLA on CPU transposes products over several.
+        flat = beside.reshape(-1, beside.shape[-1]), term.reshape(-1, term.shape[-1])
+        sums.append(jnp.einsum("tc,tk->ck", *flat))
+    return jnp.stack(_combine(FILTER.T, sums)).reshape(shape)
+
+
+def _terms(x: Array, padding: tuple[int, int], height: int) -> list[Array]:
+    """Six combinations of the rows that an output of `height` rows sees, [B, tiles, W, C] each."""
+    return _combine(ROWS, _tiled(x, padding, height, TAPS - 1))
+
+
+def _tiled(x: Array, padding: tuple[int, int], height: int, more: int = 0) -> list[Array]:
+    """Rows i, i + TILE, ... for each i < TILE + more, [B, tiles, W, C] each; zeros outside."""
+    tiles = -(-height // TILE)
+    whole = TILE * (tiles + -(-more // TILE))
+    x = jnp.pad(x, ((0, 0), (padding[0], whole - x.shape[1] - padding[0]), (0, 0), (0, 0)))
+    x = x.reshape(x.shape[0], -1, TILE, *x.shape[2:])
+    return [x[:, i // TILE : i // TILE + tiles, i % TILE] for i in range(TILE + more)]
+
+
+def _combine(matrix: np.ndarray, parts: Sequence[Array]) -> list[Array]:
+    """The matrix times a vector of arrays; factors of 0 and 1 cost nothing."""
+
+    def scaled(factor: float, part: Array) -> Array:
+        return part if factor == 1 else float(factor) * part
+
+    add: Callable[[Array, Array], Array] = jnp.add
+    return [
+        functools.reduce(add, [scaled(f, p) for f, p in zip(row, parts, strict=True) if f])
+        for row in matrix
+    ]

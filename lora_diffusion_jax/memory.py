@@ -18,9 +18,8 @@ def keep_freed_memory() -> bool:
     quarter of its time (docs/scaling.md). The memory of a process then stays at its highest.
 
     To be called before numpy and JAX are imported: the threads that they start get memory of their own,
-    of which this holds no more. Does nothing
-    where there is an accelerator, whose host has other work for its threads, where the user has set
-    malloc's behaviour by environment variables, or without glibc.
+    which this no longer affects. Does nothing where there is an accelerator, whose host has other work
+    for its threads, where the user has set malloc's behaviour by environment variables, or without glibc.
     """
     if any(glob.glob(pattern) for pattern in ACCELERATORS):
         return False

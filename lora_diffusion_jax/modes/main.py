@@ -440,7 +440,7 @@ MODES = {
         ("workdir", "out"),
         (*_WHICH, "seeds", "num", "classes", "noise_factor", "guidance", "overwrite", *_JOINED),
     ),
-    "info": Mode(info, (), ("workdir", *_JOINED)),
+    "info": Mode(info, (), ("workdir", "measure", *_JOINED)),
     "import": Mode(import_file, ("source", "workdir"), ("base", *_JOINED)),
     "export": Mode(export_file, ("workdir", "out"), (*_WHICH, "what", "adapters_only", *_JOINED)),
     "push": Mode(

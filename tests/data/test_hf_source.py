@@ -267,6 +267,7 @@ assert "tensorflow" not in sys.modules
 """
 
 
+@pytest.mark.slow
 def test_training_imports_no_tensorflow(folder, tmp_path):
     """In a process where importing it would fail."""
     package = tmp_path / "path" / "tensorflow"

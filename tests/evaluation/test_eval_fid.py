@@ -198,7 +198,12 @@ def test_stopped_gen_goes_on_to_the_same_number(capsys, reference, run, monkeypa
 
 @pytest.mark.parametrize(
     ("verb", "number"),
-    [("gen", signal.SIGTERM), ("gen", signal.SIGINT), ("calc", signal.SIGTERM), ("all", 15)],
+    [
+        ("gen", signal.SIGTERM),
+        pytest.param("gen", signal.SIGINT, marks=pytest.mark.slow),
+        ("calc", signal.SIGTERM),
+        pytest.param("all", signal.SIGTERM, marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_saves_and_the_same_command_goes_on(
     capsys, reference, run, digits, tmp_path, monkeypatch, verb, number

@@ -15,6 +15,7 @@ def put(store, folder, url):
             store.put_file(str(path), f"{url}/{path.relative_to(folder)}")
 
 
+@pytest.mark.slow
 def test_gen_gives_the_number_of_a_local_run_and_keeps_it_there(
     base, store, tmp_path, capsys, reference  # noqa: F811
 ):  # fmt: skip

@@ -327,8 +327,10 @@ def _read_newest(
         problem = functools.partial(find_damage, folder, () if like is None else PARTS)
         try:
             if remote.is_mirrored(folder):
-                transfer.fetch(folder, whole=like is not None)
-                damage = problem()
+                for _ in range(2):  # what differs may have been damaged on the way
+                    transfer.fetch(folder, whole=like is not None)
+                    if not (damage := problem()):
+                        break
             else:
                 damage = processes.from_leader("checking a checkpoint", problem, RESTORE_LIMIT)
             if damage:

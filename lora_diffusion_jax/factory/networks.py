@@ -354,6 +354,10 @@ def variable_shapes(config: ConfigDict, denoiser: Denoiser) -> Variables:
 
 def forward_flops(config: ConfigDict, denoiser: Denoiser) -> float:
     """Floating-point operations of one evaluation per image, as XLA counts them; nothing is compiled."""
+    if config.dtype == "float16":  # not for CPUs, and float32 has as many
+        config = config.copy_and_resolve_references()
+        config.dtype = "float32"
+        denoiser = build_denoiser(config)
     shapes = variable_shapes(config, denoiser)
     x, labels = _example(config)
     call = jax.jit(lambda variables, x: denoiser.apply(variables, x, jnp.ones(()), labels))

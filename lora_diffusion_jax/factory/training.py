@@ -15,6 +15,7 @@ from lora_diffusion_jax import generate
 from lora_diffusion_jax.array_types import PyTree
 from lora_diffusion_jax.diffusion import precond
 from lora_diffusion_jax.diffusion.samplers import to_uint8
+from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.factory.guidance import build_bind
 from lora_diffusion_jax.factory.networks import (
     image_shape,
@@ -31,8 +32,17 @@ FOLD_FROM = 2
 
 
 def build_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The (data, fsdp) mesh of some devices; None: of all."""
-    return sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
+    """The (data, fsdp) mesh of some devices; None: of all.
+
+    Raises:
+        UserError: the sizes do not fit the devices, or these cannot compute in the config's dtype.
+    """
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
+    if config.dtype == "float16" and mesh.devices.flat[0].platform == "cpu":
+        raise UserError(
+            "dtype is float16, which XLA does not support on a CPU; use float32 or bfloat16, or a GPU."
+        )
+    return mesh
 
 
 def build_optimizer(config: ConfigDict) -> optimizer.Optimizer:

@@ -17,11 +17,12 @@ from lora_diffusion_jax.factory.networks import (
     build_denoiser,
     bypass_lora,
     check_attention,
+    forward_flops,
     init_variables,
     variable_shapes,
 )
 from lora_diffusion_jax.factory.objectives import build_sampler
-from lora_diffusion_jax.factory.training import build_cadence
+from lora_diffusion_jax.factory.training import build_cadence, build_mesh
 from lora_diffusion_jax.models import NETWORKS
 from lora_diffusion_jax.models.adm_unet import ADMUNet
 from lora_diffusion_jax.models.song_unet import SongUNet
@@ -210,3 +211,11 @@ def test_attention_at_a_height_that_no_level_has_is_refused():
     check_attention(small_config())
     with pytest.raises(UserError, match="no level of an image 24 pixels high has 4: .* 24, 12"):
         check_attention(small_config(data__image_size=24))
+
+
+def test_float16_is_counted_and_refused_on_a_cpu():
+    whole, half = small_config(), small_config(dtype="float16")
+    expected = forward_flops(whole, build_denoiser(whole))
+    assert forward_flops(half, build_denoiser(half)) == expected > 0
+    with pytest.raises(UserError, match="dtype is float16, .* use float32 or bfloat16"):
+        build_mesh(half)

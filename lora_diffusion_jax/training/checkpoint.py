@@ -209,7 +209,12 @@ class Checkpoints:
         """`files.disk_errors`; without the folder, orbax fails in many ways and words, or goes on."""
         try:
             with files.disk_errors(self.directory):
-                yield
+                try:
+                    yield
+                except TimeoutError as error:  # an OSError, but orbax's own is not of the disk
+                    if error.errno is not None or processes.alone():
+                        raise
+                    raise RuntimeError(f"lost connection to another process: {error}") from error
         except Exception as error:
             if not self.held.is_there():
                 raise files.disappeared(self.directory) from error

@@ -296,3 +296,16 @@ def test_a_file_in_place_of_the_folder_is_an_error_at_once(tmp_path):
     (tmp_path / "checkpoints").write_text("")
     with pytest.raises(UserError, match="Cannot use .*checkpoints: "):
         Checkpoints(tmp_path)
+
+
+def test_a_process_that_orbax_waited_for_is_not_a_disk_error(tmp_path, monkeypatch):
+    def time_out(error):
+        with Checkpoints(tmp_path) as checkpoints, checkpoints._save_errors():
+            raise error
+
+    with pytest.raises(UserError, match="Cannot use .*: connection timed out"):
+        time_out(TimeoutError(110, "Connection timed out"))  # of a network file system
+    monkeypatch.setattr("lora_diffusion_jax.processes.alone", lambda: False)
+    monkeypatch.setattr("lora_diffusion_jax.training.checkpoint.LAST_SAVE_LIMIT", 0.0)
+    with pytest.raises(RuntimeError, match="lost connection to another process: no barrier"):
+        time_out(TimeoutError("no barrier"))

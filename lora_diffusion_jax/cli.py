@@ -134,9 +134,9 @@ def joined(args: argparse.Namespace, config: ConfigDict | None = None) -> Iterat
 
 def _shared_folder(workdir: str | None) -> str | None:
     """The workdir, if all processes see it: their secret lies in it until they have joined."""
-    if workdir is None or remote.is_url(workdir) or remote.is_mirrored(workdir):
+    if not workdir or remote.is_url(workdir) or remote.is_mirrored(workdir):
         return None
-    return workdir if workdir and not Path(workdir).is_file() else None
+    return None if Path(workdir).is_file() else workdir
 
 
 def cut_short(work: Callable[[], Any], doing: str = "stopping; finished work is kept") -> int:

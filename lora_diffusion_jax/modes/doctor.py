@@ -25,9 +25,9 @@ from lora_diffusion_jax.factory.checks import check
 from lora_diffusion_jax.factory.data import complete, open_source
 from lora_diffusion_jax.factory.networks import build_denoiser, variable_shapes
 from lora_diffusion_jax.factory.pretrained import config_from_dict
-from lora_diffusion_jax.factory.training import build_mesh, trainable
+from lora_diffusion_jax.factory.training import build_mesh
 from lora_diffusion_jax.modes.measure import host_memory
-from lora_diffusion_jax.paths import split
+from lora_diffusion_jax.modes.train import stored_bytes
 from lora_diffusion_jax.training import checkpoint, sharding, transfer, workdir, writers
 
 GIB = 2**30
@@ -176,10 +176,9 @@ def training(config: ConfigDict) -> Iterator[str]:
     if config.data.workers and shutil.disk_usage("/dev/shm").free < GIB // 4:
         raise UserError("Less than 0.25 GiB is free in /dev/shm; set data.workers=0 or enlarge it.")
     params = variable_shapes(config, build_denoiser(config))["params"]
-    trained, frozen = split(params, trainable(config))
-    size = 16 * sum(leaf.size for leaf in jax.tree.leaves(trained))  # float32; EMA, two moments
+    size, base = stored_bytes(config, params)
     yield f"checkpoint: {size / GIB:.2f} GiB"
-    if base := 4 * sum(leaf.size for leaf in jax.tree.leaves(frozen)):
+    if base:
         yield f"frozen weights, stored once: {base / GIB:.2f} GiB"
     if "error" in probe():  # asking for devices here would end this process
         return

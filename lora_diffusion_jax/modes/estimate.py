@@ -9,9 +9,8 @@ from lora_diffusion_jax.factory import networks, objectives, training
 from lora_diffusion_jax.modes import measure
 from lora_diffusion_jax.modes.train import (
     check_training,
-    checkpoint_bytes,
-    frozen_bytes,
     quick_config,
+    stored_bytes,
 )
 from lora_diffusion_jax.training import sharding
 
@@ -158,10 +157,11 @@ def memory_rows(config: ConfigDict, room: int | None, step: measure.Step) -> lis
 
 def disk_row(config: ConfigDict, denoiser: Denoiser) -> Row:
     """The disk space of the checkpoints."""
-    each, train = checkpoint_bytes(config, denoiser), config.train
+    params = networks.variable_shapes(config, denoiser)["params"]
+    (each, frozen), train = stored_bytes(config, params), config.train
     kept = min(train.keep + 1, math.ceil(train.total_images / train.checkpoint_every))
     how = f"{kept} checkpoints of {size(each)}, the one being written included"
-    if frozen := frozen_bytes(config, denoiser):
+    if frozen:
         how += f", and the frozen weights once, {size(frozen)}"
     return "disk", size(kept * each + frozen), how
 

@@ -10,11 +10,19 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from lora_diffusion_jax import default_config, files, generate, interop, outputs, processes, remote
-from lora_diffusion_jax.array_types import Variables
+from lora_diffusion_jax import (
+    default_config,
+    files,
+    generate,
+    interop,
+    lora,
+    outputs,
+    processes,
+    remote,
+)
+from lora_diffusion_jax.array_types import PyTree, Variables
 from lora_diffusion_jax.data.image_source import ImageSource
 from lora_diffusion_jax.diffusion.precond import Denoiser
 from lora_diffusion_jax.errors import UserError
@@ -43,6 +51,7 @@ from lora_diffusion_jax.factory.training import (
 from lora_diffusion_jax.keys import INIT, purpose_key
 from lora_diffusion_jax.modes.checkpoints import has_checkpoint
 from lora_diffusion_jax.pages import collect, page
+from lora_diffusion_jax.paths import split
 from lora_diffusion_jax.processes.interrupts import pause_point
 from lora_diffusion_jax.training import checkpoint, loop, state, workdir
 from lora_diffusion_jax.training.wandb_sink import check_wandb, open_sinks
@@ -157,24 +166,20 @@ def with_defaults(saved: dict[str, Any]) -> dict[str, Any]:
     return resolved(config_from_dict(saved))
 
 
-def checkpoint_bytes(config: ConfigDict, denoiser: Denoiser) -> int:
-    """The size of one checkpoint, about."""
-    params = flatten_dict(variable_shapes(config, denoiser)["params"], sep="/")
-    trained = trainable(config)
-    # float32: what is trained, its average and two moments
-    return sum(16 * leaf.size for path, leaf in params.items() if trained(path))
+def stored_bytes(config: ConfigDict, params: PyTree) -> tuple[int, int]:
+    """The size of one checkpoint, about, and of the frozen weights, which a run stores once.
 
-
-def frozen_bytes(config: ConfigDict, denoiser: Denoiser) -> int:
-    """The size of the frozen weights, which a run stores once."""
-    params = flatten_dict(variable_shapes(config, denoiser)["params"], sep="/")
-    trained = trainable(config)
-    return sum(4 * leaf.size for path, leaf in params.items() if not trained(path))
+    Args:
+        config: of the run.
+        params: shapes of all parameters.
+    """
+    trained, frozen = map(lora.count, split(params, trainable(config)))
+    return 16 * trained, 4 * frozen  # float32: what is trained, its average and two moments
 
 
 def check_disk(config: ConfigDict, denoiser: Denoiser, directory: Path) -> None:
     """Raises UserError unless the checkpoints that are still to come fit on the disk."""
-    size, frozen = checkpoint_bytes(config, denoiser), frozen_bytes(config, denoiser)
+    size, frozen = stored_bytes(config, variable_shapes(config, denoiser)["params"])
     there = checkpoint.saved_steps(directory)
     base = 0 if there else frozen
     left = config.train.total_images - (there[-1] if there else 0) * config.train.batch_size

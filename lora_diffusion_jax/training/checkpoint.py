@@ -209,15 +209,14 @@ class Checkpoints:
         """`files.disk_errors`; without the folder, orbax fails in many ways and words, or goes on."""
         try:
             with files.disk_errors(self.directory):
-                try:
-                    yield
-                except TimeoutError as error:  # an OSError, but orbax's own is not of the disk
-                    if error.errno is not None or processes.alone():
-                        raise
-                    raise RuntimeError(f"lost connection to another process: {error}") from error
+                yield
         except Exception as error:
             if not self.held.is_there():
                 raise files.disappeared(self.directory) from error
+            cause = error.__cause__
+            # An OSError, but orbax's own is not of the disk.
+            if isinstance(cause, TimeoutError) and cause.errno is None and not processes.alone():
+                raise RuntimeError(f"lost connection to another process: {cause}") from cause
             raise
 
     def _saved_within(self, limit: float) -> bool:
@@ -329,16 +328,8 @@ def _read_newest(
         parts: dict[str, PyTree] = {}
         error = None
         folder = directory / str(step)
-        problem = functools.partial(find_damage, folder, () if like is None else PARTS)
         try:
-            if remote.is_mirrored(folder):
-                for _ in range(2):  # what differs may have been damaged on the way
-                    transfer.fetch(folder, whole=like is not None)
-                    if not (damage := problem()):
-                        break
-            else:
-                damage = processes.from_leader("checking a checkpoint", problem, RESTORE_LIMIT)
-            if damage:
+            if damage := _check_or_fetch(folder, whole=like is not None):
                 raise ValueError(damage)
             parts = _read(folder, like)
         except UserError:
@@ -357,6 +348,23 @@ def _read_newest(
         f"No checkpoint in {directory} can be read (tried {unreadable}): {max(reasons)}. Copy them "
         "again, or move the folder away to start from scratch."
     ) from error
+
+
+def _check_or_fetch(folder: Path, whole: bool) -> str:
+    """What is wrong with a checkpoint, '' if nothing is; one in a store is fetched into the mirror.
+
+    Args:
+        folder: of the checkpoint.
+        whole: all of it, or its weights alone.
+    """
+    problem = functools.partial(find_damage, folder, PARTS if whole else ())
+    if not remote.is_mirrored(folder):
+        return processes.from_leader("checking a checkpoint", problem, RESTORE_LIMIT)
+    transfer.fetch(folder, whole=whole)
+    if damage := problem():  # perhaps on the way
+        transfer.fetch(folder, whole=whole)
+        damage = problem()
+    return damage
 
 
 def _one_line(error: Exception) -> str:

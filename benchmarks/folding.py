@@ -17,7 +17,6 @@ folded         with_lora, one class, sampler.fold=on
 import argparse
 import importlib
 import json
-import time
 from collections.abc import Callable
 
 import jax
@@ -25,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from benchmarks.gpu import compare
 from lora_diffusion_jax.factory import networks, training
 
 # name -> lora.mode, sampler.fold, whether the images share their class
@@ -75,15 +75,7 @@ def main() -> None:
             name: compiled(config_of(args.config, batch, mode, fold), one)
             for name, (mode, fold, one) in VARIANTS.items()
         }
-        times: dict[str, list[float]] = {name: [] for name in calls}
-        for call in calls.values():
-            call()
-        for _ in range(args.rounds):
-            for name, call in calls.items():
-                start = time.perf_counter()
-                call()
-                times[name].append(time.perf_counter() - start)
-        medians = {name: float(np.median(spent)) for name, spent in times.items()}
+        medians = compare(calls, args.rounds)
         ratios = {name: round(m / medians["baseline"], 3) for name, m in medians.items()}
         about = {"benchmark": "folding", "config": args.config, "batch": batch}
         print(json.dumps({**about, "baseline_seconds": medians["baseline"], **ratios}), flush=True)

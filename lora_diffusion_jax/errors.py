@@ -49,6 +49,14 @@ def printable(value: Any, limit: int = 80) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+def needs_package(wanted: str, package: str | None, extras: str) -> str:
+    """The sentence for something that was asked for, and the package and our extras that bring it."""
+    return (
+        f"{wanted} needs the package {package}, which is not installed; pip install "
+        f"'lora-diffusion-jax[{extras}]'"
+    )
+
+
 def not_installed(error: ModuleNotFoundError) -> str:
     """The sentence for a package that an extra of this one brings."""
     return (

@@ -87,6 +87,16 @@ class Generator:
         """Images a call: batch_size rounded up to a multiple of the devices."""
         return -(-self.batch_size // self.mesh.size) * self.mesh.size
 
+    @property
+    def _spread(self) -> NamedSharding:
+        """Rows over all devices."""
+        return NamedSharding(self.mesh, P(self.mesh.axis_names))
+
+    @property
+    def _whole(self) -> NamedSharding:
+        """The same on every device."""
+        return NamedSharding(self.mesh, P())
+
     @functools.cached_property
     def compiled(
         self,
@@ -97,7 +107,7 @@ class Generator:
 
         Kept, so that a training run compiles its sampler once and not at every grid of samples.
         """
-        spread = NamedSharding(self.mesh, P(self.mesh.axis_names))
+        spread = self._spread
         return jax.jit(self.sample, in_shardings=(None, spread, spread), out_shardings=spread)
 
     @functools.cached_property
@@ -105,9 +115,8 @@ class Generator:
         self,
     ) -> Callable[[Variables, jax.Array, Labels], tuple[jax.Array, jax.Array]]:
         """`compiled` for one label [1, n] that all images share: what depends on it is computed once."""
-        spread, whole = (NamedSharding(self.mesh, P(axes)) for axes in (self.mesh.axis_names, ()))
-        sample = functools.partial(self.sample, bind=self.bind_shared)
-        return jax.jit(sample, in_shardings=(None, spread, whole), out_shardings=spread)
+        spread, sample = self._spread, functools.partial(self.sample, bind=self.bind_shared)
+        return jax.jit(sample, in_shardings=(None, spread, self._whole), out_shardings=spread)
 
     def latents(self, seeds: jax.Array) -> Images:
         """Unit normal noise [B, H, W, C], each image's from its seed."""
@@ -132,7 +141,7 @@ class Generator:
     ) -> tuple[jax.Array, jax.Array]:
         churn = jax.vmap(functools.partial(purpose_key, purpose=CHURN))(seeds)
         # Weights that training splits (`training.sharding.gathered` says why) are used whole.
-        variables = jax.lax.with_sharding_constraint(variables, NamedSharding(self.mesh, P()))
+        variables = jax.lax.with_sharding_constraint(variables, self._whole)
         denoise = (bind or self.bind)(
             self.denoiser, variables, labels if self.num_classes else None
         )
@@ -173,9 +182,8 @@ class Generator:
         seeds, labels = np.asarray(seeds, np.int64), np.asarray(labels)
         labels = labels if labels.ndim == 2 else labels.astype(np.int32)
         shared = share_condition(labels) if shared is None else shared
-        whole = NamedSharding(self.mesh, P())  # host arrays go to the devices once, not every call
-        variables = jax.tree.map(
-            lambda v: v if isinstance(v, jax.Array) else processes.place(v, whole), variables
+        variables = jax.tree.map(  # host arrays go to the devices once, not every call
+            lambda v: v if isinstance(v, jax.Array) else processes.place(v, self._whole), variables
         )
         hidden = None if progress else True  # None: only on a terminal
         with tqdm(total=len(seeds), unit="img", desc="sampling", disable=hidden) as bar:
@@ -188,13 +196,12 @@ class Generator:
     def _run(
         self, variables: Variables, seeds: np.ndarray, labels: np.ndarray, shared: bool
     ) -> Batch:
-        spread, whole = (NamedSharding(self.mesh, P(axes)) for axes in (self.mesh.axis_names, ()))
-        inputs = processes.place_rows(seeds.astype(np.uint32), self.call_size, spread)
+        inputs = processes.place_rows(seeds.astype(np.uint32), self.call_size, self._spread)
         if shared:
-            row = processes.place(self.one_hot(labels[:1]), whole)
+            row = processes.place(self.one_hot(labels[:1]), self._whole)
             made = self.compiled_shared(variables, inputs, row)
         else:
-            rows = processes.place_rows(self.one_hot(labels), self.call_size, spread)
+            rows = processes.place_rows(self.one_hot(labels), self.call_size, self._spread)
             made = self.compiled(variables, inputs, rows)
         images, finite = map(processes.fetch, made)
         return Batch(images[: len(seeds)], seeds, labels, finite[: len(seeds)])

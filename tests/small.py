@@ -4,6 +4,7 @@ import contextlib
 import lzma
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,19 @@ def fast_compile_env(flags: str = "", **variables: str) -> dict[str, str]:
         variables: more environment variables.
     """
     return {**os.environ, "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}", **variables}
+
+
+def run_on_eight(*arguments: Any, cwd: Path | None = None) -> str:
+    """Runs Python with eight CPU devices; returns what it prints."""
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        env=fast_compile_env("--xla_force_host_platform_device_count=8"),
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def small_config(**changes: Any) -> ConfigDict:

@@ -18,7 +18,7 @@ from lora_diffusion_jax.data.image_source import (
     common_shape,
     evenly_spaced,
 )
-from lora_diffusion_jax.errors import NotThereError, UserError, printable
+from lora_diffusion_jax.errors import NotThereError, UserError, needs_package, printable
 from lora_diffusion_jax.untrusted import normal, reason
 
 PREFIX = "hf"  # of data.name: hf:OWNER/NAME, or hf alone with data.data_dir
@@ -190,15 +190,19 @@ class HfSource(EncodedSource):
         return common_shape(shapes())
 
 
+def repo_of(name: str) -> str:
+    """OWNER/NAME of hf:OWNER/NAME[:CONFIG][@REVISION]; '' for any other name."""
+    match = _NAME.fullmatch(name)
+    return match["repo"] if match else ""
+
+
 def _open(name: str, data_dir: str) -> tuple[str, Mapping[str, Any]]:
     """The data set's name in messages, and its splits."""
     try:
         import datasets
     except ModuleNotFoundError as error:
-        raise UserError(
-            f"data.name={name} needs the package {error.name}, which is not installed; pip install "
-            "'lora-diffusion-jax[train,eval,hf-datasets]'"
-        ) from error
+        wanted = needs_package(f"data.name={name}", error.name, "train,eval,hf-datasets")
+        raise UserError(wanted) from error
     if name == PREFIX:
         folder = Path(files.expand(data_dir, "data.data_dir"))
         _check_folder(data_dir, folder)

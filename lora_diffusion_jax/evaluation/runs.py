@@ -210,5 +210,6 @@ def _summarise(root: Path, runs: Iterator[Run], repeats: Repeats, evaluator: Eva
         files.write_text(folder / "table.txt", text + "\n")
         for name in names:
             tables.plot(found, name, folder / f"{name}.png")
-    remote.push(folder, ["table.txt", *(f"{name}.png" for name in names)])
+    for name in ("table.txt", *(f"{name}.png" for name in names)):
+        remote.push(folder / name)
     return f"{text}\ntable and plots: {folder}"

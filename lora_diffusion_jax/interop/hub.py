@@ -13,13 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from lora_diffusion_jax import remote
-from lora_diffusion_jax.errors import UserError, printable
+from lora_diffusion_jax.errors import UserError, needs_package, printable
 from lora_diffusion_jax.files import HUB
 from lora_diffusion_jax.untrusted import reason
 
 WEIGHTS = "model.safetensors"  # in a repository, where hf:// names no file
 _REPO = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 _URL = re.compile(rf"hf://(?P<repo>{_REPO})(@(?P<revision>[^/@]+))?(/(?P<file>[^@]+))?")
+
+
+def repo_of(path: str) -> str:
+    """OWNER/NAME of hf://OWNER/NAME[@REVISION][/FILE]; '' for any other path."""
+    match = _URL.fullmatch(path)
+    return match["repo"] if match else ""
 
 
 def local(path: str | os.PathLike, name: str = "path") -> str:
@@ -96,10 +102,7 @@ def _hub(wanted: str) -> Any:
         import huggingface_hub
         import huggingface_hub.errors
     except ModuleNotFoundError as error:
-        raise UserError(
-            f"{wanted} needs the package {error.name}, which is not installed; pip install "
-            "'lora-diffusion-jax[train,eval,hub]'"
-        ) from error
+        raise UserError(needs_package(wanted, error.name, "train,eval,hub")) from error
     return huggingface_hub
 
 

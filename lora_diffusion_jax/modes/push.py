@@ -11,6 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from lora_diffusion_jax import default_config, files, interop, lora
+from lora_diffusion_jax.data import hf_source
 from lora_diffusion_jax.errors import UserError, printable
 from lora_diffusion_jax.factory.networks import num_classes
 from lora_diffusion_jax.factory.pretrained import Pretrained
@@ -135,14 +136,10 @@ def published(config: ConfigDict) -> dict[str, Any]:
         for field in (*_PATHS, *_LEFT_OUT):
             group, _, name = field.rpartition(".")
             owner, usual = (c[group] if group else c for c in (config, base))
-            public = field in _PATHS and _is_public(owner[name])
-            owner[name] = (
-                owner[name]
-                if public
-                else Path(owner[name]).name
-                if field in _PATHS
-                else usual[name]
-            )
+            if field in _LEFT_OUT:
+                owner[name] = usual[name]
+            elif not _is_public(owner[name]):
+                owner[name] = Path(owner[name]).name
     return config.to_dict()
 
 
@@ -216,18 +213,12 @@ def _metadata(config: ConfigDict, license_name: str) -> str:
         fields["tags"] += ["lora", f"lora-{config.lora.adapter}"]
     if license_name:
         fields["license"] = license_name
-    if config.data.name.startswith("hf:"):
-        fields["datasets"] = [config.data.name[3:].partition("@")[0].partition(":")[0]]
-    if base := _base_repo(config):
+    if data := hf_source.repo_of(config.data.name):
+        fields["datasets"] = [data]
+    if base := hub.repo_of(config.init_from):
         fields["base_model"] = base
     lines = [f"{name}: {json.dumps(value)}" for name, value in fields.items()]
     return "\n".join(["---", *lines, "---"])
-
-
-def _base_repo(config: ConfigDict) -> str:
-    if not _is_public(config.init_from):
-        return ""
-    return "/".join(config.init_from.removeprefix(files.HUB).partition("@")[0].split("/")[:2])
 
 
 def _opening(config: ConfigDict) -> str:

@@ -17,12 +17,12 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from lora_diffusion_jax import files
-from lora_diffusion_jax.errors import UserError, printable
+from lora_diffusion_jax.errors import UserError, needs_package, printable
 
 # Scheme -> the package that fsspec needs for it, and our extra that brings it.
 SCHEMES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
@@ -69,10 +69,7 @@ def check_url(url: str, name: str) -> str:
         )
     package, extra = SCHEMES[scheme]
     if importlib.util.find_spec(package) is None:
-        raise UserError(
-            f"{name}={url} needs the package {package}, which is not installed; "
-            f"pip install 'lora-diffusion-jax[train,{extra}]'"
-        )
+        raise UserError(needs_package(f"{name}={url}", package, f"train,{extra}"))
     parts = rest.rstrip("/").split("/")
     if len(parts) < 2 or not all(map(_is_plain, parts)):
         raise UserError(
@@ -300,12 +297,12 @@ def _signature(path: Path) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
-def push(path: Path, names: Iterable[str] | None = None) -> None:
+def push(path: Path, last: Sequence[str] = ()) -> None:
     """Carries files from the mirror into the store, each whole; does nothing for a path elsewhere.
 
     Args:
-        path: a file, or a folder.
-        names: which files of the folder, by their path in it; None: all of them.
+        path: a file, or a folder with all files in it.
+        last: files of the folder, by their path in it, that are carried behind all others, in this order.
 
     Raises:
         UserError: the store cannot be used, or the run's lease is lost.
@@ -313,11 +310,17 @@ def push(path: Path, names: Iterable[str] | None = None) -> None:
     if not is_mirrored(path):
         return
     if path.is_file():
-        path, names = path.parent, [path.name]
-    elif names is None:
-        found = (Path(parent, name) for parent, _, below in files.walk(path) for name in below)
-        names = [str(file.relative_to(path)) for file in found]
-    names = sorted(names)
+        _push(path.parent, [path.name])
+        return
+    found = (Path(parent, name) for parent, _, below in files.walk(path) for name in below)
+    names = {str(file.relative_to(path)) for file in found}
+    _push(path, sorted(names - set(last)))
+    for name in last:
+        _push(path, sorted(names & {name}))
+
+
+def _push(path: Path, names: Sequence[str]) -> None:
+    """Carries these files of a folder of the mirror into the store."""
     if not names:
         return
     _check_fence(path)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_diffusion_jax import files
-from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.errors import UserError, needs_package
 from lora_diffusion_jax.sweeps import local, state
 
 FAILED = "failed.txt"  # in a run's directory: how its last job failed, if it did
@@ -164,8 +164,6 @@ def _submitit() -> Any:
     try:
         import submitit
     except ModuleNotFoundError as error:
-        raise UserError(
-            "--launcher=slurm needs submitit, which is not installed; pip install "
-            "'lora-diffusion-jax[train,eval,slurm]'"
-        ) from error
+        wanted = needs_package("--launcher=slurm", error.name, "train,eval,slurm")
+        raise UserError(wanted) from error
     return submitit

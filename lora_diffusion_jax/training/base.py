@@ -99,9 +99,7 @@ def write(workdir: Path, frozen: PyTree, options: ocp.options.MultiprocessingOpt
             folder = workdir / _choose(workdir)
             _save(folder, frozen, options)
             found = _sum(folder)
-            names = [str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()]
-            remote.push(folder, set(names) - {files.SUMS})
-            remote.push(folder, [files.SUMS])
+            remote.push(folder, last=[files.SUMS])
             return found
 
         return processes.from_leader("saving the base", write_alone, _LIMIT)

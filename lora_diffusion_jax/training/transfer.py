@@ -41,11 +41,7 @@ def fetch(folder: Path, *, whole: bool = True) -> None:
 def push(folder: Path) -> None:
     """Carries a checkpoint into the store; what an interrupted attempt has left there goes first."""
     remote.remove(folder, remote.listing(folder))
-    found = (Path(parent, name) for parent, _, names in files.walk(folder) for name in names)
-    names = {str(path.relative_to(folder)) for path in found}
-    remote.push(folder, names - set(_MARKS))
-    for mark in reversed(_MARKS):
-        remote.push(folder, names & {mark})
+    remote.push(folder, last=_MARKS[::-1])
 
 
 def remove(folder: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lora_diffusion_jax import files, processes
-from lora_diffusion_jax.errors import UserError, choose, printable
+from lora_diffusion_jax.errors import UserError, choose, needs_package, printable
 from lora_diffusion_jax.training.writers import Sink, log
 from lora_diffusion_jax.untrusted import read_file, reason
 
@@ -82,10 +82,8 @@ def check_wandb(mode: str) -> Any:
     try:
         import wandb
     except ModuleNotFoundError as error:
-        raise UserError(
-            f"log.wandb_project needs the package {error.name}, which is not installed; pip install "
-            "'lora-diffusion-jax[train,eval,wandb]', or leave log.wandb_project empty."
-        ) from error
+        wanted = needs_package("log.wandb_project", error.name, "train,eval,wandb")
+        raise UserError(f"{wanted}, or leave log.wandb_project empty.") from error
     return wandb
 
 

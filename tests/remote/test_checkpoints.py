@@ -106,7 +106,7 @@ def test_one_that_was_not_carried_over_whole_does_not_count(workdir, store):
 def test_a_failed_upload_ends_the_run_and_leaves_no_checkpoint(workdir, monkeypatch):
     save(workdir, 1)
 
-    def fail(path, names=None):
+    def fail(*_, **__):
         raise UserError("Cannot use the store")
 
     with Checkpoints(workdir) as checkpoints:

@@ -3,8 +3,6 @@
 import hashlib
 import json
 import shutil
-import subprocess
-import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +18,7 @@ from lora_diffusion_jax.training.checkpoint import (
     saved_steps,
     to_parts,
 )
-from tests.small import ROOT, fast_compile_env
+from tests.small import ROOT, run_on_eight
 from tests.training.test_checkpoint import Sums, assert_equal, make_state, save, shapes
 
 
@@ -176,12 +174,5 @@ np.testing.assert_array_equal(open_for_reading(sys.argv[1], 1)[1].frozen["f"], v
 
 
 def test_it_is_spread_over_eight_devices_and_comes_back_on_another_mesh(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", EIGHT, tmp_path],
-        env=fast_compile_env("--xla_force_host_platform_device_count=8"),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    run_on_eight("-c", EIGHT, tmp_path, cwd=ROOT)
     assert [path.name for path in tmp_path.glob("base*")] == ["base"]

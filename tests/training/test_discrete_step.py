@@ -3,8 +3,6 @@
 import dataclasses
 import functools
 import json
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +23,7 @@ from lora_diffusion_jax.training.optimizer import Optimizer
 from lora_diffusion_jax.training.state import create_state
 from lora_diffusion_jax.training.step import make_train_step
 from tests.diffusion.toy import PixelNet
-from tests.small import fast_compile_env, fast_jit
+from tests.small import fast_jit, run_on_eight
 
 PROCESS = DDPM(num_steps=2047)
 IMAGES = np.random.default_rng(0).integers(0, 256, (16, 4, 4, 1), np.uint8)
@@ -74,14 +72,8 @@ def main():
 
 @pytest.mark.slow
 def test_eight_devices_train_like_one():
-    done = subprocess.run(
-        [sys.executable, "-c", "from tests.training import test_discrete_step as t; t.main()"],
-        env=fast_compile_env("--xla_force_host_platform_device_count=8"),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    of_one, of_eight, gap, layouts = json.loads(done.stdout.splitlines()[-1])
+    printed = run_on_eight("-c", "from tests.training import test_discrete_step as t; t.main()")
+    of_one, of_eight, gap, layouts = json.loads(printed.splitlines()[-1])
     assert {"train/loss_q0", "train/vb_q3", "train/mse", "train/lora_grad_norm"} <= set(of_one)
     assert of_one == pytest.approx(of_eight, rel=1e-5)
     assert of_one["train/update_norm"] > 1e-3

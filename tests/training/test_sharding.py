@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -15,7 +13,7 @@ from lora_diffusion_jax.training.sharding import (
     make_mesh,
     put_replicated,
 )
-from tests.small import fast_compile_env
+from tests.small import run_on_eight
 
 
 class FakeMesh:
@@ -114,14 +112,7 @@ print(json.dumps(out))
 
 def test_eight_devices_train_like_one(tmp_path):
     """Data parallel; fsdp with accumulation; and that moved to one device in the middle."""
-    done = subprocess.run(
-        [sys.executable, "-c", MESHES, tmp_path],
-        env=fast_compile_env("--xla_force_host_platform_device_count=8"),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    out = json.loads(done.stdout.splitlines()[-1])
+    out = json.loads(run_on_eight("-c", MESHES, tmp_path).splitlines()[-1])
     one = out.pop("1x1")
     assert len(one["losses"]) == 50
     for name, run in out.items():

@@ -27,11 +27,3 @@ def base(gcs, request):
 def store(gcs):
     """A client of the store, beside the program's own."""
     return file_system("gs")
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """What needs the server is slow: under load a checkpoint came back with wrong bytes once in ten runs."""
-    for item in items:
-        if "gcs" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.slow)

@@ -21,6 +21,8 @@ RUN = """
 import runpy, socketserver, sys
 socketserver.TCPServer.request_queue_size = 256
 module = sys.argv.pop(1)
+if module == "gcp_storage_emulator":
+    from tests.remote import whole_uploads
 sys.argv[0] = module
 runpy.run_module(module, run_name="__main__", alter_sys=True)
 """

@@ -33,6 +33,17 @@ def test_files_go_to_the_store_and_come_to_another_mirror(base):
     assert {name: (folder / name).read_bytes() for name in contents} == contents
 
 
+@pytest.mark.parametrize("end", [b"\r", b"\n", b"\r\n", b"\n\r", b"\0", b""])
+def test_every_byte_comes_back(base, end):
+    folder = Path(remote.local(base))
+    folder.mkdir(parents=True)
+    content = bytes(range(256)) + end
+    (folder / "config.json").write_bytes(content)
+    remote.push(folder / "config.json")
+    remote.close()
+    assert (Path(remote.local(base)) / "config.json").read_bytes() == content
+
+
 def test_of_a_run_what_has_changed_is_carried_but_no_checkpoints_or_hidden_files(base, store):
     folder = Path(remote.local(base))
     for name in ("a.txt", "b.txt", "samples/1.png", "checkpoints/1/d", ".lock"):

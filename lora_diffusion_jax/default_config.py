@@ -58,7 +58,7 @@ def base() -> ConfigDict:
 
     config.lora = ConfigDict()
     config.lora.mode = "with_lora"  # baseline | with_lora | only_lora
-    config.lora.adapter = "uc"  # uc | time | class | time_class
+    config.lora.adapter = "uc"  # uc | time | class | time_class | static
     config.lora.rank = 4
     config.lora.bases = 18  # the paper's TimeLoRA has 11; class has one per class
     config.lora.widths = (128, 64)  # uc: hidden widths of the composition MLP

@@ -104,11 +104,11 @@ def _check_choices(config: ConfigDict) -> None:
     for field, known in _CHOICES.items():
         if (value := _get(config, field)) is not None:
             choose(field, value, known)
-    sees = lora.CONDITIONS.get(config.lora.adapter, ())
-    if sees != ("map",) and (not sees or not set(sees) <= {"time", "class"}):
+    sees = lora.CONDITIONS.get(config.lora.adapter)
+    if sees is None or (sees != ("map",) and not set(sees) <= {"time", "class"}):
         raise UserError(
             f"lora.adapter is {config.lora.adapter!r}, for which lora.CONDITIONS has {sees}; expected "
-            "('map',), ('time',), ('class',) or ('time', 'class'). Add what the adapter sees."
+            "('map',), ('time',), ('class',), ('time', 'class') or (). Add what the adapter sees."
         )
 
 

@@ -203,7 +203,7 @@ def _attach(config: ConfigDict, unet: nn.Module, precond: Precond) -> lora.Adapt
     """The U-Net with the adapters of `config.lora`.
 
     An adapter's condition is what `lora.CONDITIONS` says: the output of the mapping network `map`, or
-    the time and the class from the U-Net's arguments.
+    the time and the class from the U-Net's arguments, if it sees them.
     """
     kind, classes = config.lora.adapter, num_classes(config)
     sees = lora.CONDITIONS[kind]
@@ -237,7 +237,7 @@ class Condition:
     A class and no closure, so that equal configs give equal modules.
 
     Attributes:
-        sees: `time`, `class`, or both.
+        sees: `time`, `class`, both or neither.
         precond: turns the noise label into a time in [0, 1].
         num_timesteps: T, the largest time.
         num_classes: of the network.
@@ -256,7 +256,7 @@ class Condition:
         augment_labels: jax.Array | None = None,
         train: bool = False,
     ) -> Any:
-        """The time [B or 1] in [0, T], the class labels [B or 1, num_classes], or both by name."""
+        """The time [B or 1] in [0, T], the labels [B or 1, num_classes], or a mapping of what is seen."""
         time = self.precond.timestep(noise_labels, self.num_timesteps)
         if class_labels is None:  # no class: none of the classes' pairs
             class_labels = jnp.zeros((1, self.num_classes))

@@ -10,6 +10,7 @@ from lora_diffusion_jax.lora.adapter import (
     CONDITIONS,
     ClassLoRA,
     LowRankAdapter,
+    StaticLoRA,
     SumOfAdapters,
     TimeLoRA,
     UCLoRA,
@@ -30,6 +31,7 @@ __all__ = [
     "UCLoRA",
     "TimeLoRA",
     "ClassLoRA",
+    "StaticLoRA",
     "SumOfAdapters",
     "LowRankAdapter",
     # Parameters

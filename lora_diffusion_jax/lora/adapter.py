@@ -247,8 +247,6 @@ class TimeLoRA(LowRankAdapter):
 class ClassLoRA(LowRankAdapter):
     """ClassLoRA: one pair per class, weighted by the label (ids [B] or one-hot [B, num_classes]).
 
-    With one class and the condition 0 it is LoRA without a condition.
-
     Attributes:
         num_classes: number of classes, and of pairs.
     """
@@ -262,6 +260,26 @@ class ClassLoRA(LowRankAdapter):
     def example(self, width: int | None) -> Any:
         """The class 0."""
         return jnp.zeros(1, jnp.int32)
+
+
+class StaticLoRA(LowRankAdapter):
+    """LoRA without a condition: all weights are 1. What the condition contributes is measured against it.
+
+    Its m pairs of rank r are one of rank m r, whose A has the spread that those of the other adapters have.
+
+    Attributes:
+        bases: number m of low-rank pairs.
+    """
+
+    bases: int = 18
+
+    def compose(self, condition: Any) -> Float[Array, "1 bases"]:
+        """Ones, for all samples."""
+        return jnp.ones((1, self.bases))
+
+    def example(self, width: int | None) -> Any:
+        """Any condition will do."""
+        return ()
 
 
 class SumOfAdapters(nn.Module):
@@ -320,12 +338,14 @@ ADAPTERS: dict[str, Callable[..., nn.Module]] = {
     "time": TimeLoRA,
     "class": ClassLoRA,
     "time_class": time_class_lora,
+    "static": StaticLoRA,
 }
 # lora.adapter -> what a config's network gives it as its condition: the output of the mapping network
-# (`map`, alone), the time, or the class; several as a mapping by these names
+# (`map`, alone), the time, or the class; several as a mapping by these names, as is none
 CONDITIONS: dict[str, tuple[str, ...]] = {
     "uc": ("map",),
     "time": ("time",),
     "class": ("class",),
     "time_class": ("time", "class"),
+    "static": (),
 }

@@ -19,7 +19,7 @@ from lora_diffusion_jax.factory.networks import (
 )
 from tests.small import fast_jit, random_variables, small_config
 
-ADAPTERS = ("uc", "time", "class", "time_class")
+ADAPTERS = ("uc", "time", "class", "time_class", "static")
 X = np.random.default_rng(0).normal(size=(3, 8, 8, 1)).astype(np.float32)
 SIGMA = np.float32([0.3, 1.0, 5.0])
 LABELS = np.eye(3, dtype=np.float32)
@@ -223,6 +223,22 @@ def test_classes_weight_their_own_pairs():
     assert weights[("time",)].shape == (3, 3)
     without = composition(denoiser, variables, X, SIGMA)
     np.testing.assert_array_equal(without[("class",)], np.zeros((1, 3)))
+
+
+def test_without_a_condition_one_folded_network_serves_all_noise_levels_and_classes():
+    denoiser, variables = network("static")
+    params = variables["params"]
+    site = params["model"]["dec"]["4x4_in0"]["qkv"]
+    width = site["lora"]["down"]["kernel"].shape[1]
+    kernel = site["kernel"] + site["lora"]["down"]["kernel"] @ site["lora"]["up"]["kernel"]
+    ones = {path: np.ones(width // 2) for path in lora.list_sites(params)}  # of rank 2
+    folded = lora.fold(params, ones)
+    np.testing.assert_allclose(
+        folded["model"]["dec"]["4x4_in0"]["qkv"]["kernel"], kernel, rtol=1e-5, atol=1e-6
+    )
+    adapted = fast_jit(denoiser.apply)(variables, X, SIGMA, LABELS)
+    plain = fast_jit(bypass_lora(denoiser).apply)({"params": folded}, X, SIGMA, LABELS)
+    np.testing.assert_allclose(adapted, plain, atol=1e-4)
 
 
 def test_networks_of_equal_configs_are_equal():

@@ -226,3 +226,42 @@ def between(
         place.set_yticks([])
     figure.supxlabel(axis, fontsize=10)
     return figure
+
+
+def comparison(
+    names: Sequence[str],
+    changes: np.ndarray,
+    by_level: np.ndarray,
+    sigmas: np.ndarray,
+    title: str,
+) -> Figure:
+    """Changes in percent with their intervals: one per kind, and one per kind and noise level.
+
+    Args:
+        names: of the kinds, K.
+        changes: mean, low and high [K, 3].
+        by_level: the same at each noise level [K, N, 3].
+        sigmas: noise levels [N].
+        title: of the figure.
+    """
+    figure = _figure(title, 11, 1.6 + max(0.42 * len(names), 2.2))
+    whole, levels = figure.subplots(1, 2)
+    colours = [f"C{k}" for k in range(len(names))]
+    for k, (mean, low, high) in enumerate(changes):
+        row = len(names) - 1 - k
+        whole.errorbar(
+            mean, row, xerr=[[mean - low], [high - mean]], fmt="o", color=colours[k], capsize=3
+        )
+        levels.plot(sigmas, by_level[k, :, 0], color=colours[k])
+        levels.fill_between(
+            sigmas, by_level[k, :, 1], by_level[k, :, 2], color=colours[k], alpha=0.15, linewidth=0
+        )
+    whole.set_yticks(range(len(names)), list(reversed(names)), fontsize=8)
+    whole.set_ylim(-0.6, len(names) - 0.4)
+    whole.set_xlabel("change in % (left is better)")
+    levels.set_xscale("log")
+    levels.set_xlabel("noise level $\\sigma$ (quantiles of training)")
+    levels.set_ylabel("change in %")
+    whole.axvline(0, color="grey", linewidth=0.8)
+    levels.axhline(0, color="grey", linewidth=0.8)
+    return figure

@@ -108,15 +108,25 @@ def loss_by_level(
         noise: unit normal noise of the images' shape.
         sigmas: noise levels [N] that the network knows.
     """
+    losses = jax.jit(functools.partial(level_losses, objective))
+    levels = jnp.asarray(sigmas, jnp.float32)
+    return lambda variables: np.asarray(losses(variables, images, labels, noise, levels))
 
-    @jax.jit
-    def losses(variables: Variables) -> Array:
-        def level(sigma: Array) -> Array:
-            draws = {"sigma": jnp.full(len(images), sigma), "noise": noise}
-            draws["dropout"] = jax.random.key(0)  # off
-            terms = objective.loss(variables, images, labels, draws, False)
-            return jax.tree.reduce(operator.add, terms).mean(axis=(1, 2, 3))
 
-        return jax.lax.map(level, jnp.asarray(sigmas, jnp.float32))
+def level_losses(
+    objective: Objective,
+    variables: Variables,
+    images: Images,
+    labels: Labels | None,
+    noise: Images,
+    sigmas: Float[Array, " N"],
+) -> Float[Array, "N B"]:
+    """The training loss per noise level and image that `loss_by_level` describes."""
 
-    return lambda variables: np.asarray(losses(variables))
+    def level(sigma: Array) -> Array:
+        draws = {"sigma": jnp.full(len(images), sigma), "noise": noise}
+        draws["dropout"] = jax.random.key(0)  # off
+        terms = objective.loss(variables, images, labels, draws, False)
+        return jax.tree.reduce(operator.add, terms).mean(axis=(1, 2, 3))
+
+    return jax.lax.map(level, sigmas)

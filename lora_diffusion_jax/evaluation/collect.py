@@ -35,6 +35,7 @@ class FeatureSet:
     def __init__(self, dim: int, keep_rows: bool = False, partial: "Partial | None" = None):
         self.moments, self.keep_rows, self.partial = Moments(dim), keep_rows, partial
         self.rows: list[tuple[np.ndarray, np.ndarray]] = []
+        self.classes: np.ndarray | None = None  # asked for, int [N]; None: not known, or none
 
     def __len__(self) -> int:
         return len(self.moments)

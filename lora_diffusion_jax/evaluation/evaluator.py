@@ -72,12 +72,21 @@ def _memorisation(fake: FeatureSet, real: Reference) -> Values:
     return [("memorised", found.pop("memorised"), found)]
 
 
+def _accuracy(fake: FeatureSet, real: Reference) -> Values:
+    assert fake.logits is not None
+    assert fake.classes is not None  # `check_classes` has seen to that
+    right = fake.logits.argmax(axis=-1) == fake.classes
+    deviation = float(right.std(ddof=1) / np.sqrt(len(right)))
+    return [("accuracy", float(right.mean()), {"standard_error": deviation})]
+
+
 METRICS = {
     "fid": Metric(_fid, ("fid",), 2),
     "kid": Metric(_kid, ("kid",), 1000, 1000),
     "is": Metric(_is, ("is",), 10),
     "pr": Metric(_pr, ("precision", "recall", "density", "coverage"), 6, 6),
     "memorisation": Metric(_memorisation, ("memorised",), 1, 3),
+    "accuracy": Metric(_accuracy, ("accuracy",), 2),
 }
 
 
@@ -164,6 +173,23 @@ class Evaluator:
                     f"in the reference; {self.path} has {real}. Recreate it with: eval_fid.py ref "
                     "... --keep_features"
                 )
+
+    def check_classes(self, num_classes: int, where: str) -> None:
+        """Raises UserError unless images of these classes can be evaluated; 0: they have none."""
+        known = self.detector.details.get("classes")
+        if "accuracy" not in self.metrics or (num_classes and num_classes == known):
+            return
+        if not num_classes:
+            raise UserError(
+                f"The metric `accuracy` compares with the class that was asked for, and {where} has none. "
+                "Omit it from --metrics."
+            )
+        raise UserError(
+            f"The metric `accuracy` needs a classifier of the {num_classes} classes of {where}; the "
+            f"{self.detector.name} features of {self.path} come with "
+            f"{'none' if known is None else f'one of {known}'}. Make the reference of the same data with "
+            "--features=classifier, or omit `accuracy` from --metrics."
+        )
 
     def records(self, found: FeatureSet, labels: Record) -> Iterable[Record]:
         """One labelled record per number, as soon as it is known; computed by process 0 alone."""

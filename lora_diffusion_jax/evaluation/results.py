@@ -18,7 +18,7 @@ Record = dict[str, Any]  # one JSON line
 FOLDER = "evaluation"  # inside a workdir
 FILE = "results.jsonl"
 MAX_LINE = 1 << 20  # bytes of a result
-HIGHER_IS_BETTER = ("is", "precision", "recall", "density", "coverage")
+HIGHER_IS_BETTER = ("is", "precision", "recall", "density", "coverage", "accuracy")
 # What makes two results the same measurement; the code version is not part of it.
 KEY = (
     *("metric", "step", "weights", "seeds", "sampler", "lora", "dtype"),

@@ -69,6 +69,7 @@ def evaluate(
     """
     network = run.open(step)
     evaluator.check(len(repeats[0]), network.generator.image_shape, run.where)
+    evaluator.check_classes(network.generator.num_classes, run.where)
     labels = network.labels | {
         "weights_hash": tree_hash(network.variables),
         "workdir": remote.url_of(run.where),
@@ -86,6 +87,7 @@ def evaluate(
             keep_rows=evaluator.needs_rows,
             mesh=network.generator.mesh,
         )
+        found.classes = network.generator.choose_labels(np.asarray(seeds))
         finished.append(found)
         rows.append([])
         for record in evaluator.records(found, labels):

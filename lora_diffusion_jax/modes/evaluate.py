@@ -154,6 +154,7 @@ def run_calc(args: argparse.Namespace) -> None:
     source, where, identity = open_images(args, "images")
     evaluator = _open_evaluator(args)
     evaluator.check(len(source), source.image_shape, where)
+    evaluator.check_classes(0, where)
     found = _features_of(evaluator.detector, source, identity, evaluator.needs_rows)
     for record in evaluator.records(found, {"images": where}):
         emit(record)

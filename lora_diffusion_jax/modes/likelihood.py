@@ -76,6 +76,11 @@ def measure(run: Pretrained, num: int | None = None, route: str | None = None) -
             f"--route=vlb needs a network of a discrete process (precond.name=ddpm), and this one has "
             f"precond.name={run.config.precond.name}; use --route=ode."
         )
+    if run.config.data.floats:
+        raise UserError(
+            "--mode=likelihood counts bits of 8-bit images, but this run's data are an array of floats, "
+            "whose density has no such unit."
+        )
     source = heldout_images(run.config)
     num = min(USUAL_NUM, len(source)) if num is None else num
     if not 2 <= num <= len(source):
@@ -100,11 +105,6 @@ def heldout_images(config: ConfigDict) -> ImageSource:
     Raises:
         UserError: there are none, or they do not fit the network.
     """
-    if config.data.floats:
-        raise UserError(
-            "--mode=likelihood counts bits of 8-bit images, but this run's data are an array of floats, "
-            "whose density has no such unit."
-        )
     source = open_heldout(config, labels=num_classes(config) > 0)
     if source is None:
         raise UserError(

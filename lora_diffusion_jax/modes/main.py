@@ -31,6 +31,7 @@ modes:
   analyze     what the adapters do: composition weights, norms, losses without them, conditions between
   likelihood  bits per dimension of held-out images
   sweep       many runs of one config, several at a time, and a page that compares them
+  compare     kinds of runs of a sweep seed by seed: held-out loss per noise level, intervals, p
   import      turn an official checkpoint or an export into a workdir
   export      write weights as safetensors, or the whole sampler as a program
   push        write a folder for the Hugging Face Hub, with a model card, and upload it
@@ -77,7 +78,7 @@ def build_parser() -> cli.Parser:
         "--num",
         type=int,
         help="likelihood: how many held-out images; default: up to 1000. analyze: how many training "
-        "images for the losses; default: up to 32; 0: no losses",
+        "images for the losses; default: up to 32; 0: no losses. compare: how many held-out images",
     )
     add("--route", choices=("vlb", "ode"), help="likelihood: variational bound or probability flow")
     add("--classes", help="analyze: samples in between two classes, such as 3,8 or cat,dog")
@@ -94,7 +95,7 @@ def build_parser() -> cli.Parser:
     )
     parser.add_path(
         "--out",
-        help="sample: folder, .npz or .png (a grid); analyze, push: folder; export: .safetensors",
+        help="sample: folder, .npz or .png (a grid); analyze, compare, push: folder; export: .safetensors",
     )
     parser.add_path("--source", urls=True, help="import: the checkpoint file, or hf://OWNER/NAME")
     parser.add_path(
@@ -104,6 +105,11 @@ def build_parser() -> cli.Parser:
     add("--license", default="", help="push: its identifier on the Hub, such as apache-2.0")
     parser.add_switch("private", False, "push: a repository that is created is private")
     add("--sweep", help="sweep: FIELD=VALUE,VALUE;...; default: what sweep(add) of --config adds")
+    add(
+        "--against",
+        help="compare: the kind of runs that the others are compared with, such as mode=baseline; several: "
+        "A;B",
+    )
     add("--jobs", type=int, help="sweep: runs at a time; default: one per GPU or TPU chip")
     launchers = ("local", "print", "slurm")
     add("--launcher", default="local", choices=launchers, help="sweep: how the runs are started")
@@ -112,7 +118,8 @@ def build_parser() -> cli.Parser:
     parser.add_switch(
         "overwrite",
         False,
-        "sample: remove other samples from the folder --out; analyze: replace an analysis there; push: files",
+        "sample: remove other samples from the folder --out; analyze, compare: replace earlier files there; "
+        "push: files",
     )
     parser.add_switch("adapters_only", False, "export: leave the base out")
     text = "export: the weights, or the whole sampler as a program for JAX alone"
@@ -142,12 +149,12 @@ def work(argv: list[str]) -> int:
     mode = MODES[args.mode].work
     check_flags(args, flags)
     args.workdir = local_workdir(args)
-    if args.mode == "sweep":
+    if args.mode in ("sweep", "compare"):
         if remote.is_url(args.workdir):
             raise UserError(
                 f"--workdir={args.workdir}: a sweep keeps its state on this machine's disks; give a folder."
             )
-        return sweep(args, name, overrides)
+        return sweep(args, name, overrides) if mode is sweep else compare(args, name, overrides)
     config = read_config(args, name)
     if overrides:
         if config is None:
@@ -318,6 +325,27 @@ def analyze(args: argparse.Namespace, config: ConfigDict) -> int:
     return cli.cut_short(work, "stopping")
 
 
+def compare(args: argparse.Namespace, name: str | None, overrides: list[str]) -> int:
+    """Compares the kinds of runs of a sweep, and prints key figures as a line of JSON."""
+    if given := [*([f"--config={name}"] if name else []), *overrides]:
+        raise UserError(f"{given[0]}: the runs of a sweep have their configs; leave it out.")
+    from lora_diffusion_jax.modes.compare import compare
+    from lora_diffusion_jax.training.writers import log
+
+    def work() -> None:
+        found = compare(
+            Path(args.workdir).absolute(),
+            args.against,
+            Path(args.out),
+            num=args.num,
+            overwrite=args.overwrite,
+        )
+        log(json.dumps(found))
+
+    with cli.joined(args):
+        return cli.cut_short(work, "stopping")
+
+
 def info(args: argparse.Namespace, config: ConfigDict | None) -> int:
     """Prints parameters, LoRA sites and data set of a config, and what a run of it takes here."""
     from lora_diffusion_jax.modes.estimate import estimate
@@ -454,5 +482,6 @@ MODES = {
         ("workdir",),
         ("sweep", "jobs", "launcher", "slurm", *(f for f in _JOINED if "timeout" not in f)),
     ),
+    "compare": Mode(compare, ("workdir", "against", "out"), ("num", "overwrite")),
     "doctor": Mode(doctor, (), ("workdir",)),
 }

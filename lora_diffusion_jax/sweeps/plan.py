@@ -187,7 +187,7 @@ def make_plan(
         if text in same:
             raise UserError(
                 f"The sweep asks for the same config twice, as {same[text]} and as "
-                f"{_name(changes, fields)}; leave one out."
+                f"{name_of(changes, fields)}; leave one out."
             )
         same[text] = name
         try:
@@ -226,13 +226,13 @@ def _key(changes: Changes) -> str:
 
 def _new_name(changes: Changes, fields: Mapping[str, Any], taken: set[str]) -> str:
     """A name that no other run has, even where a file system ignores case."""
-    name = _name(changes, fields)
+    name = name_of(changes, fields)
     if name.casefold() not in taken:
         return name
     return f"{name}-{hashlib.sha256(_key(changes).encode()).hexdigest()[:6]}"
 
 
-def _name(changes: Changes, fields: Mapping[str, Any]) -> str:
+def name_of(changes: Changes, fields: Mapping[str, Any]) -> str:
     """'rank=4,mode=baseline': each changed field by its last word if that names no other field."""
     last = collections.Counter(field.rpartition(".")[2] for field in fields)
     parts, exact = [], True

@@ -16,12 +16,15 @@ from safetensors.numpy import save_file
 
 import eval_fid
 from lora_diffusion_jax.evaluation import classifier, collect, runs
+from lora_diffusion_jax.evaluation.detectors import detector_for_reference
+from lora_diffusion_jax.evaluation.features import extract
 from lora_diffusion_jax.evaluation.references import (
     load_reference,
     make_reference,
     save_reference,
 )
 from lora_diffusion_jax.factory.networks import build_denoiser
+from lora_diffusion_jax.modes import main
 from lora_diffusion_jax.training import checkpoint, workdir
 from tests.small import random_variables, small_config
 
@@ -39,18 +42,20 @@ def reference(digits, detector, tmp_path_factory):
     return path
 
 
-def write_run(folder, steps=(10,), total_images=640):
+def write_run(folder, steps=(10,), total_images=640, classes=0):
     """A run of an untrained network with checkpoints of other weights at every step."""
     config = small_config(
         **{"lora__mode": "baseline", "model__channel_mult": (1,), "model__attn_resolutions": ()},
         **{"model__channel_mult_emb": 1, "model__augment_dim": 0, "augment__p": 0.0},
         **{"data__image_width": 8, "sampler__num_steps": 3, "sampler__batch_size": 32},
         **{"train__batch_size": 64, "train__total_images": total_images},
+        **({"class_conditional": True, "data__num_classes": classes} if classes else {}),
     )
     folder.mkdir(parents=True)
     workdir.reconcile_config(folder, config.to_dict())
     denoiser = build_denoiser(config)
-    example = np.zeros((1, 8, 8, 1), np.float32), np.ones(1, np.float32)
+    example = [np.zeros((1, 8, 8, 1), np.float32), np.ones(1, np.float32)]
+    example += [np.zeros((1, classes), np.float32)] if classes else []
     for step in steps:
         params = random_variables(denoiser, *example, seed=step)["params"]
         saved = checkpoint.SavedWeights(params=params, frozen={}, buffers={}, ema=params)
@@ -150,6 +155,27 @@ def test_gen_is_labelled_and_independent_of_the_batch_size(capsys, reference, ru
     _, (steps,), _ = call(capsys, *common, "--config.sampler.num_steps=2")
     assert steps["sampler"]["num_steps"] == 2
     assert steps["value"] != first["value"]
+
+
+def test_gen_compares_with_the_classes_it_asked_for(capsys, reference, run, tmp_path):
+    conditional = write_run(tmp_path / "run", classes=10)
+    common = (f"--ref={reference}", "--num=40", "--metrics=fid,accuracy")
+    status, rows, error = call(capsys, "gen", f"--workdir={conditional}", *common)
+    assert status == 0, error
+    assert [row["metric"] for row in rows] == ["fd_classifier_40", "accuracy_classifier_40"]
+
+    # The same images and their classes, by way of the sampler's files
+    command = ("--mode=sample", f"--workdir={conditional}", "--seeds=0-39")
+    assert main.main([*command, f"--out={tmp_path / 'samples.npz'}"]) == 0
+    with np.load(tmp_path / "samples.npz") as samples:
+        images, labels = samples["images"], samples["labels"]
+    detector = detector_for_reference(load_reference(reference))
+    logits = np.concatenate([logits for _, logits in extract(detector, [images])])
+    assert rows[1]["value"] == np.mean(logits.argmax(axis=-1) == labels)
+
+    status, _, error = call(capsys, "gen", f"--workdir={run}", *common)
+    assert status == 2
+    assert f"{run} has none" in error
 
 
 def test_repeats_shift_the_seeds_and_report_the_best(capsys, reference, run):
@@ -319,6 +345,7 @@ BAD = {
     "unknown metric": (CALC + "{npz} --metrics=fid,foo", "choose from fid,kid"),
     "no rows for kid": (JUDGE + "{bare} --metrics=pr", "--keep_features"),
     "too few for kid": (CALC + "{npz} --metrics=fid,kid", "at least 1000 images; {npz} has 297"),
+    "no classes asked for": (CALC + "{npz} --metrics=accuracy", "{npz} has none"),
     "other features": (CALC + "{npz} --features=rotation", "named classifier, which"),
     "no weights": (CALC + "{npz} --features=edm --inception=/no", "6726825d"),
     "weights of another network": (WITH + "{foreign}", "(472 more differences)"),

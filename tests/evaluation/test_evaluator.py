@@ -68,6 +68,23 @@ def test_references_of_other_weights_are_refused(detector, digits):
         evaluator.Evaluator(["fid"], made, detector)
 
 
+def test_accuracy_counts_the_images_of_the_class_asked_for(detector, digits):
+    made = make_reference(detector, collect(detector, [digits[1].images]), {})
+    measure = evaluator.Evaluator(["accuracy"], made, detector)
+    found = collect(detector, [digits[1].images[:100]], keep_rows=True)
+    named = found.logits.argmax(axis=-1)
+    found.classes = np.where(np.arange(100) < 25, (named + 1) % 10, named)
+    (record,) = measure.records(found, {})
+    assert (record["metric"], record["value"]) == ("accuracy_classifier_100", 0.75)
+    assert record["standard_error"] == pytest.approx(np.sqrt(0.75 * 0.25 / 99))
+
+    measure.check_classes(10, "RUN")
+    for classes, words in ((0, "RUN has none"), (3, "of the 3 classes of RUN; .* one of 10")):
+        with pytest.raises(UserError, match=words):
+            measure.check_classes(classes, "RUN")
+    evaluator.Evaluator(["fid"], made, detector).check_classes(0, "RUN")
+
+
 def test_an_array_source_without_labels_has_no_classes(digits):
     source = ArraySource(digits[0].images[:5])
     assert (source.num_classes, len(source), source.image_shape) == (0, 5, (8, 8, 1))

@@ -303,6 +303,8 @@ def analyze(args: argparse.Namespace, config: ConfigDict) -> int:
     from lora_diffusion_jax import generate
     from lora_diffusion_jax.factory.pretrained import with_config
     from lora_diffusion_jax.modes.analyze import analyze
+    from lora_diffusion_jax.modes.train import refresh_page
+    from lora_diffusion_jax.pages.collect import ANALYSIS
     from lora_diffusion_jax.training.writers import log
 
     seeds = generate.parse_seeds(args.seeds) if args.seeds else None
@@ -320,6 +322,9 @@ def analyze(args: argparse.Namespace, config: ConfigDict) -> int:
             seeds=seeds,
             overwrite=args.overwrite,
         )
+        directory = Path(remote.local(args.workdir))
+        if Path(args.out).absolute() == directory.absolute() / ANALYSIS:
+            refresh_page(directory)
         log(json.dumps({**found, "weights": weights, "step": run.step}))
 
     return cli.cut_short(work, "stopping")
@@ -330,16 +335,19 @@ def compare(args: argparse.Namespace, name: str | None, overrides: list[str]) ->
     if given := [*([f"--config={name}"] if name else []), *overrides]:
         raise UserError(f"{given[0]}: the runs of a sweep have their configs; leave it out.")
     from lora_diffusion_jax.modes.compare import compare
+    from lora_diffusion_jax.modes.sweep import write_page
+    from lora_diffusion_jax.pages.collect import COMPARISON
+    from lora_diffusion_jax.sweeps import state
     from lora_diffusion_jax.training.writers import log
+
+    directory = Path(args.workdir).absolute()
 
     def work() -> None:
         found = compare(
-            Path(args.workdir).absolute(),
-            args.against,
-            Path(args.out),
-            num=args.num,
-            overwrite=args.overwrite,
+            directory, args.against, Path(args.out), num=args.num, overwrite=args.overwrite
         )
+        if Path(args.out).absolute() == directory / COMPARISON:
+            write_page(directory, state.read(directory))
         log(json.dumps(found))
 
     with cli.joined(args):

@@ -53,6 +53,7 @@ from lora_diffusion_jax.modes.checkpoints import has_checkpoint
 from lora_diffusion_jax.pages import collect, page
 from lora_diffusion_jax.paths import split
 from lora_diffusion_jax.processes.interrupts import pause_point
+from lora_diffusion_jax.sweeps import state as sweep_state
 from lora_diffusion_jax.training import checkpoint, loop, state, workdir
 from lora_diffusion_jax.training.wandb_sink import check_wandb, open_sinks
 from lora_diffusion_jax.training.writers import COMMAND, log
@@ -251,6 +252,16 @@ def write_page(config: ConfigDict, directory: Path, command: str, state: str) ->
     settings = {field: new for field, (_, new) in fixed.items() if field != "data.fingerprint"}
     shown = collect.Source(directory.name, directory, {}, state, "", command, settings)
     page.write(directory, directory.name, [shown])
+
+
+def refresh_page(directory: Path) -> None:
+    """Writes the page of a run again, with what its directory holds now."""
+    config = config_from_dict(workdir.read_config(directory))
+    known = directory / COMMAND
+    command = known.read_text().strip() if known.is_file() else ""
+    done = sweep_state.is_done(directory, config.to_dict())
+    running = sweep_state.holder(directory)
+    write_page(config, directory, command, "running" if running else "done" if done else "stopped")
 
 
 def callbacks(

@@ -17,6 +17,8 @@ from lora_diffusion_jax.training.writers import read_metrics
 SEED = "train.seed"
 MAX_POINTS = 400  # of a curve
 _CURVES = re.compile(r"train/(loss.*|grad_norm|lora_grad_norm|learning_rate)|eval/.*")
+ANALYSIS = "analysis"  # a folder in a run: `--mode=analyze --out=RUN/analysis`
+COMPARISON = "compare"  # a folder in a sweep: `--mode=compare --out=SWEEP/compare`
 _SAMPLES = re.compile(r"[0-9]{10}\.png")
 _PARAMETERS = re.compile(r"^(?:trained|frozen) parameters: ([0-9,]+)$", re.MULTILINE)
 
@@ -61,6 +63,7 @@ class Run:
         seconds: of training and callbacks, without compiling.
         curves: (images, value) pairs by metric.
         samples: the newest grid of samples, relative to the run's directory; '' if there is none.
+        pictures: of an analysis of the adapters, likewise.
     """
 
     source: Source
@@ -73,6 +76,7 @@ class Run:
     seconds: Value
     curves: Mapping[str, Sequence[tuple[int, float]]]
     samples: str
+    pictures: Sequence[str]
 
 
 def collect(source: Source) -> Run:
@@ -97,6 +101,7 @@ def collect(source: Source) -> Run:
         seconds=_seconds(lines),
         curves=_curves(lines),
         samples=_samples(source.directory),
+        pictures=pictures(source.directory, ANALYSIS),
     )
 
 
@@ -165,6 +170,11 @@ def _samples(directory: Path) -> str:
     folder = directory / "samples"
     names = [p.name for p in folder.glob("*.png") if _SAMPLES.fullmatch(p.name)]
     return f"samples/{max(names)}" if names else ""
+
+
+def pictures(directory: Path, folder: str) -> list[str]:
+    """The PNG files in a folder of a run or a sweep, relative to its directory."""
+    return sorted(f"{folder}/{path.name}" for path in (directory / folder).glob("*.png"))
 
 
 @dataclasses.dataclass(frozen=True)

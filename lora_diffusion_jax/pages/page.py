@@ -14,7 +14,7 @@ import markupsafe
 
 from lora_diffusion_jax import files
 from lora_diffusion_jax.pages import tables
-from lora_diffusion_jax.pages.collect import Run, Source, collect, spreads
+from lora_diffusion_jax.pages.collect import COMPARISON, Run, Source, collect, pictures, spreads
 
 FILES = ("index.html", "table.csv", "table.md")
 _HERE = Path(__file__).parent
@@ -56,7 +56,13 @@ def render(directory: Path, title: str, runs: Sequence[Run], table: tables.Table
         },
         spreads=[(_label(s.changes), s) for s in spreads(runs)],
         number=lambda number: tables.number_cell(number).text,
-        grids=[(run, _link(directory, run)) for run in runs if run.samples],
+        grids=[(run, _link(directory, run, run.samples)) for run in runs if run.samples],
+        comparison=[_quoted(path) for path in pictures(directory, COMPARISON)],
+        analyses=[
+            (run, [_link(directory, run, path) for path in run.pictures])
+            for run in runs
+            if run.pictures
+        ],
         data=_data(runs),
     )
 
@@ -85,9 +91,13 @@ def _label(changes: Any) -> str:
     return ", ".join(f"{field}={value}" for field, value in changes.items()) or "all runs"
 
 
-def _link(directory: Path, run: Run) -> str:
-    path = (run.source.directory / run.samples).relative_to(directory)
-    return "./" + urllib.parse.quote(path.as_posix())
+def _link(directory: Path, run: Run, name: str) -> str:
+    """A link from the page to a file of a run."""
+    return _quoted((run.source.directory / name).relative_to(directory).as_posix())
+
+
+def _quoted(path: str) -> str:
+    return "./" + urllib.parse.quote(path)
 
 
 def _data(runs: Sequence[Run]) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """`--mode=analyze` on small runs: files, numbers, refusals."""
 
 import dataclasses
+import html
 import json
+import shutil
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -78,6 +80,18 @@ def test_key_figures_follow_from_the_arrays(analyzed):
     assert record["largest_loss_increase"] == pytest.approx((off / loss - 1).max(), abs=1e-6)
     assert np.isfinite(loss).all()
     assert not np.array_equal(arrays["loss"], arrays["loss_without_all"])
+
+
+def test_pictures_in_the_runs_folder_are_on_its_page(workdir, tmp_path):
+    shutil.copytree(workdir, tmp_path / "run")
+    before = (tmp_path / "run" / "index.html").read_text()
+    run("--mode=analyze", f"--workdir={tmp_path}/run", f"--out={tmp_path}/run/analysis", "--num=0")
+    page = (tmp_path / "run" / "index.html").read_text()
+    for name in ("omega", "norms"):
+        assert f'src="./analysis/{name}.png"' in page
+        assert f"{name}.png" not in before
+    command = (tmp_path / "run" / "command.txt").read_text().strip()
+    assert html.escape(command, quote=False) in html.unescape(page)
 
 
 @pytest.fixture(scope="module")

@@ -83,6 +83,11 @@ def test_losses_are_of_the_same_images_levels_and_noise(sweep, tmp_path):
     assert "holds compare.json already" in compare(sweep, tmp_path / "out", status=2)
 
 
+def test_a_comparison_in_the_sweeps_folder_is_on_its_page(sweep):
+    compare(sweep, sweep / "compare", "--num=2")
+    assert 'src="./compare/compare.png"' in (sweep / "index.html").read_text()
+
+
 @pytest.fixture
 def evaluated(sweep):
     """The sweep with a result for two ranges of sampling seeds: number of the run, and one more."""

@@ -5,6 +5,7 @@ import html.parser
 import json
 import math
 import re
+import urllib.parse
 
 import pytest
 from tensorboardX.proto.event_pb2 import Event
@@ -69,6 +70,26 @@ def test_seeds_are_summed_up_by_mean_and_sample_deviation(sweep):
     assert first.metrics["eval/fd_100"] == (2, 6.5, pytest.approx(math.sqrt(4.5)))
     assert "eval/fd_100" not in second.metrics  # one run alone has it
     assert second.metrics["train/loss"][1] == pytest.approx(2.25 * 4 / 3)
+
+
+def test_pictures_of_analyses_and_comparisons_are_shown(sweep):
+    folder, sources = sweep
+    assert "What the adapters do" not in page_of(sweep)
+    for directory in (sources[1].directory / "analysis", folder / "compare"):
+        directory.mkdir()
+        (directory / "a b.png").write_bytes(b"")
+        (directory / "a.npz").write_bytes(b"")
+    text = page_of(sweep)
+    assert re.findall(r'src="([^"]*a%20b[^"]*)"', text) == [
+        "./compare/a%20b.png",
+        f"./{urllib.parse.quote(sources[1].name)}/analysis/a%20b.png",
+    ]
+    assert "a.npz" not in text
+
+
+def page_of(sweep):
+    page.write(sweep[0], "sweep", sweep[1])
+    return (sweep[0] / "index.html").read_text()
 
 
 def test_long_curves_are_thinned_and_keep_their_ends():

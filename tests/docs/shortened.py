@@ -56,7 +56,7 @@ TEXT = {
 # Blocks that no test runs, by the reason that stands above them; their commands are checked nevertheless.
 NOT_RUN = {
     "CONTRIBUTING.md": ["they run the tests themselves"],
-    "examples/README.md": ["tests/test_examples.py runs them", "installs a published package"],
+    "examples/README.md": ["tests/test_examples.py runs them", "installs published packages"],
     "docs/evaluation.md": [
         "needs CIFAR-10 prepared by TFDS and downloads the Inception weights",
     ],

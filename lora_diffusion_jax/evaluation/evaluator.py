@@ -76,8 +76,8 @@ def _accuracy(fake: FeatureSet, real: Reference) -> Values:
     assert fake.logits is not None
     assert fake.classes is not None  # `check_classes` has seen to that
     right = fake.logits.argmax(axis=-1) == fake.classes
-    deviation = float(right.std(ddof=1) / np.sqrt(len(right)))
-    return [("accuracy", float(right.mean()), {"standard_error": deviation})]
+    standard_error = float(right.std(ddof=1) / np.sqrt(len(right)))
+    return [("accuracy", float(right.mean()), {"standard_error": standard_error})]
 
 
 METRICS = {

@@ -263,7 +263,7 @@ class ClassLoRA(LowRankAdapter):
 
 
 class StaticLoRA(LowRankAdapter):
-    """LoRA without a condition: all weights are 1. What the condition contributes is measured against it.
+    """LoRA without a condition: all weights are 1. It shows, by comparison, what the condition contributes.
 
     Its m pairs of rank r are one of rank m r, whose A has the spread that those of the other adapters have.
 
@@ -341,7 +341,7 @@ ADAPTERS: dict[str, Callable[..., nn.Module]] = {
     "static": StaticLoRA,
 }
 # lora.adapter -> what a config's network gives it as its condition: the output of the mapping network
-# (`map`, alone), the time, or the class; several as a mapping by these names, as is none
+# (`map`, alone), the time, or the class; otherwise a mapping by these names, empty for none
 CONDITIONS: dict[str, tuple[str, ...]] = {
     "uc": ("map",),
     "time": ("time",),

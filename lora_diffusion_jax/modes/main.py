@@ -107,8 +107,8 @@ def build_parser() -> cli.Parser:
     add("--sweep", help="sweep: FIELD=VALUE,VALUE;...; default: what sweep(add) of --config adds")
     add(
         "--against",
-        help="compare: the kind of runs that the others are compared with, such as mode=baseline; several: "
-        "A;B",
+        help="compare: the kind of runs that the others are compared with, such as mode=baseline; several "
+        "in quotes: 'A;B'",
     )
     add("--jobs", type=int, help="sweep: runs at a time; default: one per GPU or TPU chip")
     launchers = ("local", "print", "slurm")
@@ -323,7 +323,7 @@ def analyze(args: argparse.Namespace, config: ConfigDict) -> int:
             overwrite=args.overwrite,
         )
         directory = Path(remote.local(args.workdir))
-        if Path(args.out).absolute() == directory.absolute() / ANALYSIS:
+        if Path(args.out).resolve() == directory.resolve() / ANALYSIS:
             refresh_page(directory)
         log(json.dumps({**found, "weights": weights, "step": run.step}))
 
@@ -346,7 +346,7 @@ def compare(args: argparse.Namespace, name: str | None, overrides: list[str]) ->
         found = compare(
             directory, args.against, Path(args.out), num=args.num, overwrite=args.overwrite
         )
-        if Path(args.out).absolute() == directory / COMPARISON:
+        if Path(args.out).resolve() == directory.resolve() / COMPARISON:
             write_page(directory, state.read(directory))
         log(json.dumps(found))
 

@@ -168,7 +168,7 @@ def make_plan(
         raise UserError(f"The sweep has {len(grid):,} runs; expected 1 to {MAX_RUNS:,}.")
     shared = {argument.removeprefix("--config.").partition("=")[0] for argument in overrides}
     fields = flatten_dict(config.to_dict(), sep=".")
-    names = {_key(changes): name for name, changes in named.items()}
+    names = {key_of(changes): name for name, changes in named.items()}
     taken = {name.casefold() for name in named}
     runs: list[Run] = []
     same: dict[str, str] = {}  # a config's text -> the run that has it
@@ -181,13 +181,13 @@ def make_plan(
         changed = cli.override(config, given)
         changes = {field: config_path.get_value(field, changed) for field in asked}
         _check_values(asked, changes)
-        name = names.get(_key(changes)) or _new_name(changes, fields, taken)
+        name = names.get(key_of(changes)) or new_name(changes, fields, taken)
         taken.add(name.casefold())
         text = json.dumps(changed.to_dict(), sort_keys=True)
         if text in same:
             raise UserError(
                 f"The sweep asks for the same config twice, as {same[text]} and as "
-                f"{name_of(changes, fields)}; leave one out."
+                f"{_name(changes, fields)}; leave one out."
             )
         same[text] = name
         try:
@@ -219,20 +219,20 @@ def _check_values(asked: Changes, found: Changes) -> None:
             )
 
 
-def _key(changes: Changes) -> str:
+def key_of(changes: Changes) -> str:
     """Changes as text that does not depend on their order, nor on whether they come from JSON."""
     return json.dumps(changes, sort_keys=True)
 
 
-def _new_name(changes: Changes, fields: Mapping[str, Any], taken: set[str]) -> str:
+def new_name(changes: Changes, fields: Mapping[str, Any], taken: set[str]) -> str:
     """A name that no other run has, even where a file system ignores case."""
-    name = name_of(changes, fields)
+    name = _name(changes, fields)
     if name.casefold() not in taken:
         return name
-    return f"{name}-{hashlib.sha256(_key(changes).encode()).hexdigest()[:6]}"
+    return f"{name}-{hashlib.sha256(key_of(changes).encode()).hexdigest()[:6]}"
 
 
-def name_of(changes: Changes, fields: Mapping[str, Any]) -> str:
+def _name(changes: Changes, fields: Mapping[str, Any]) -> str:
     """'rank=4,mode=baseline': each changed field by its last word if that names no other field."""
     last = collections.Counter(field.rpartition(".")[2] for field in fields)
     parts, exact = [], True
@@ -245,7 +245,7 @@ def name_of(changes: Changes, fields: Mapping[str, Any]) -> str:
     name = ",".join(parts) or "base"
     if exact and len(name) <= _MAX_NAME:
         return name
-    return f"{name[:_MAX_NAME]}-{hashlib.sha256(_key(changes).encode()).hexdigest()[:6]}"
+    return f"{name[:_MAX_NAME]}-{hashlib.sha256(key_of(changes).encode()).hexdigest()[:6]}"
 
 
 def command(config: str, directory: Path, run: Run) -> list[str]:

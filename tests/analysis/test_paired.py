@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
-from lora_diffusion_jax.analysis.paired import holm, paired_difference
+from lora_diffusion_jax.analysis.paired import holm, paired_difference, studentized_interval
 
 
 def test_p_counts_the_sign_flips_that_are_as_extreme():
@@ -15,20 +15,20 @@ def test_p_counts_the_sign_flips_that_are_as_extreme():
     assert paired_difference(differences, np.zeros(5)).p == pytest.approx(expected)
 
 
-def test_the_interval_of_symmetric_differences_holds_95_percent_of_all_resamples():
-    differences = np.array([-3.0, -1.0, 1.0, 3.0]) + 10  # no bias, no acceleration: plain quantiles
-    means = np.array([np.mean(c) for c in itertools.product(differences, repeat=4)])
-    found = paired_difference(differences, np.zeros(4))
-    assert found.mean == 10
-    inside = np.mean((means >= found.low) & (means <= found.high))
-    assert 0.93 < inside < 0.99  # of 256 resamples with ties
-    np.testing.assert_allclose([found.low, found.high], [7.5, 12.5], atol=0.5)
+def test_the_interval_holds_the_mean_as_often_as_it_says():
+    """Normal values, and skewed ones, for which percentile intervals fail twice as often."""
+    rng = np.random.default_rng(0)
+    for values in (rng.normal(size=(400, 8)), rng.exponential(size=(400, 8)) - 1):
+        intervals = np.array([studentized_interval(sample) for sample in values])
+        held = np.mean((intervals[:, 0] <= 0) & (intervals[:, 1] >= 0))
+        assert 0.92 <= held <= 0.98
 
 
-def test_skewed_differences_have_an_interval_of_unequal_sides():
-    differences = np.array([0.0, 0.1, 0.1, 0.2, 0.2, 0.3, 0.3, 4.0])
-    found = paired_difference(differences, np.zeros(8))
-    assert found.high - found.mean > 1.5 * (found.mean - found.low)
+def test_the_interval_moves_and_scales_with_the_differences():
+    values = np.array([0.0, 0.1, 0.1, 0.2, 0.2, 0.3, 0.3, 4.0])
+    low, high = studentized_interval(values)
+    np.testing.assert_allclose(studentized_interval(5 + 2 * values), [5 + 2 * low, 5 + 2 * high])
+    assert high - values.mean() > values.mean() - low  # skewed to the right
 
 
 def test_differences_without_spread():
@@ -37,10 +37,20 @@ def test_differences_without_spread():
     assert paired_difference(3 * ones, ones) == (2, 2, 2, 2 / 256)
 
 
-def test_other_than_pairs_is_refused():
-    for values, against in ((np.ones(3), np.ones(4)), (np.ones(1), np.ones(1))):
-        with pytest.raises(ValueError, match="expected two of"):
-            paired_difference(values, against)
+def test_beyond_13_seeds_sign_flips_are_drawn():
+    differences = np.arange(14.0) - 4
+    flips = np.array(list(itertools.product([1, -1], repeat=14))) @ differences
+    exact = np.mean(np.abs(flips) >= abs(differences.sum()))
+    assert paired_difference(differences, np.zeros(14)).p == pytest.approx(exact, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("values", "against"),
+    [(np.ones(3), np.ones(4)), (np.ones(1), np.ones(1)), (np.array([1, np.nan]), np.ones(2))],
+)
+def test_other_than_pairs_is_refused(values, against):
+    with pytest.raises(ValueError, match="expected"):
+        paired_difference(values, against)
 
 
 def test_holm():

@@ -1,4 +1,6 @@
-"""Small digits runs for docs/results.md: 188,945 parameters without adapters, 400 steps.
+"""Small digits runs for docs/results.md: 400 steps of 214,055 parameters (188,945 without adapters).
+
+    python main.py --mode=train --config=configs/evidence.py --workdir=workdirs/evidence_one
 
 The base of the configs in configs/sweeps/evidence_*.py. Their adapters add about equally many parameters
 (`EQUAL`), and at the centre 9 bases of rank 2, in layers that are 32 wide.

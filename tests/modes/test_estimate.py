@@ -175,7 +175,8 @@ def test_the_estimate_holds_for_a_real_run(data_dir, tmp_path, monkeypatch):
     for trial in range(3):
         expected = rows(info(data_dir))["a step of 16 images"][0]
         path = tmp_path / str(trial)
-        train(path, data_dir, 1600, "--config.train.log_every=800")
+        few = config_flags(train__log_every=800, train__checkpoint_every=1600)
+        train(path, data_dir, 1600, *few)
         lines = map(json.loads, (path / "metrics.jsonl").read_text().splitlines())
         rates = [line["perf/images_per_sec"] for line in lines if "perf/images_per_sec" in line]
         found.append(expected / (16 / rates[-1]))

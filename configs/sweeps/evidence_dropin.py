@@ -8,7 +8,6 @@ A run starts from the EMA weights of its seed's baseline, which `configs/sweeps/
 """
 
 from configs import evidence
-from configs.sweeps.evidence_modes import adapter
 from lora_diffusion_jax import grids
 
 get_config = evidence.get_config
@@ -20,8 +19,8 @@ def sweep(add: grids.Add) -> None:
     frozen = [{"train.freeze_base": True}]
     kinds = grids.chain(
         [{"lora.mode": "baseline"}],
-        grids.product(adapter("uc", "with_lora"), frozen),
-        grids.product(adapter("static", "with_lora"), frozen),
+        grids.product(evidence.adapter("uc", "with_lora"), frozen),
+        grids.product(evidence.adapter("static", "with_lora"), frozen),
     )
     starts = [BASELINE.format(seed=seed) for seed in evidence.SEEDS]
     pairs = grids.zip(grids.over("train.seed", evidence.SEEDS), grids.over("init_from", starts))

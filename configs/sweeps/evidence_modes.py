@@ -12,20 +12,15 @@ from lora_diffusion_jax import grids
 get_config = evidence.get_config
 
 
-def adapter(name: str, mode: str) -> grids.Grid:
-    """A run with an adapter, at its size of equal parameters."""
-    return [{"lora.mode": mode, "lora.adapter": name, **evidence.EQUAL[name]}]
-
-
 def sweep(add: grids.Add) -> None:
     """Adds every kind of conditioning with every seed."""
     kinds = grids.chain(
         [{"lora.mode": "baseline"}],
-        adapter("static", "with_lora"),
-        adapter("uc", "with_lora"),
-        adapter("time", "with_lora"),
-        adapter("time_class", "with_lora"),
-        adapter("uc", "only_lora"),
-        adapter("time_class", "only_lora"),
+        evidence.adapter("static", "with_lora"),
+        evidence.adapter("uc", "with_lora"),
+        evidence.adapter("time", "with_lora"),
+        evidence.adapter("time_class", "with_lora"),
+        evidence.adapter("uc", "only_lora"),
+        evidence.adapter("time_class", "only_lora"),
     )
     add(grids.product(kinds, grids.over("train.seed", evidence.SEEDS)))

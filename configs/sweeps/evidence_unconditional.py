@@ -9,7 +9,6 @@ The analysis is in docs/results.md.
 from ml_collections import ConfigDict
 
 from configs import evidence
-from configs.sweeps.evidence_modes import adapter
 from lora_diffusion_jax import grids
 
 
@@ -24,9 +23,9 @@ def sweep(add: grids.Add) -> None:
     """Adds every kind of conditioning with every seed."""
     kinds = grids.chain(
         [{"lora.mode": "baseline"}],
-        adapter("static", "with_lora"),
-        adapter("uc", "with_lora"),
-        adapter("time", "with_lora"),
-        adapter("uc", "only_lora"),
+        evidence.adapter("static", "with_lora"),
+        evidence.adapter("uc", "with_lora"),
+        evidence.adapter("time", "with_lora"),
+        evidence.adapter("uc", "only_lora"),
     )
     add(grids.product(kinds, grids.over("train.seed", evidence.SEEDS)))

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from lora_diffusion_jax import lora
 from lora_diffusion_jax.array_types import Images, Labels, PyTree, Variables
 from lora_diffusion_jax.diffusion.objective import Objective
+from lora_diffusion_jax.keys import ANALYSIS, purpose_key
 from lora_diffusion_jax.paths import ADAPTER
 
 
@@ -111,6 +112,15 @@ def loss_by_level(
     losses = jax.jit(functools.partial(level_losses, objective))
     levels = jnp.asarray(sigmas, jnp.float32)
     return lambda variables: np.asarray(losses(variables, images, labels, noise, levels))
+
+
+def noise_of(numbers: np.ndarray, shape: tuple[int, ...]) -> Images:
+    """Unit normal noise [N, H, W, C] of images [H, W, C]: a function of each one's number in the data set."""
+
+    def draw(number: Array) -> Array:
+        return jax.random.normal(jax.random.fold_in(purpose_key(0, ANALYSIS), number), shape)
+
+    return jax.vmap(draw)(jnp.asarray(numbers, jnp.uint32))
 
 
 def level_losses(

@@ -22,9 +22,8 @@ from lora_diffusion_jax.factory.networks import has_map, is_pictures, num_classe
 from lora_diffusion_jax.factory.objectives import refuse_changes
 from lora_diffusion_jax.factory.pretrained import Pretrained
 from lora_diffusion_jax.factory.training import build_generator, build_mesh
-from lora_diffusion_jax.keys import ANALYSIS, purpose_key
 from lora_diffusion_jax.lora import CONDITIONS, Adapted, list_sites
-from lora_diffusion_jax.modes.sample import check_outside_runs, choose_classes
+from lora_diffusion_jax.modes.sample import check_outside_runs, choose_classes, choose_images
 from lora_diffusion_jax.npz import write_npz
 from lora_diffusion_jax.processes.interrupts import pause_point
 from lora_diffusion_jax.training.step import to_float, to_labels
@@ -111,7 +110,12 @@ def analyze(
     check_folder(out, overwrite)
     checked = generate.check_seeds(USUAL_SEEDS if seeds is None else seeds) if samples else None
     source = training_images(run) if num != 0 or samples else None
-    chosen = None if source is None or num == 0 else choose_images(source, num)
+    leave_out = ", or 0 to leave the losses out"
+    chosen = (
+        None
+        if source is None or num == 0
+        else choose_images(source, num, USUAL_NUM, 1, "training", leave_out)
+    )
     found = Found({}, {}, {})
     compose(run, found)
     if chosen is not None and source is not None:
@@ -256,36 +260,16 @@ def _picture(
 # Losses.
 
 
-def choose_images(source: ImageSource, num: int | None) -> np.ndarray:
-    """The numbers of `num` evenly spread images; None: USUAL_NUM.
-
-    Raises:
-        UserError: there are not so many.
-    """
-    num = min(USUAL_NUM, len(source)) if num is None else num
-    if not 1 <= num <= len(source):
-        raise UserError(
-            f"--num={num}; there are {len(source)} training images, choose a number from 1 to that, or 0 "
-            "to leave the losses out."
-        )
-    return np.arange(num) * len(source) // num
-
-
 def lose(run: Pretrained, source: ImageSource, chosen: np.ndarray, found: Found) -> None:
     """Adds the loss per noise level with all adapters, without each site's, and without any."""
     batch = source.read(chosen.tolist())
     images = to_float(jnp.asarray(batch["image"]))
-
-    def draw(number: jax.Array) -> jax.Array:
-        key = jax.random.fold_in(purpose_key(0, ANALYSIS), number)
-        return jax.random.normal(key, images.shape[1:])
-
     sigmas = composition.noise_levels(run.denoiser.precond, LOSS_LEVELS)
     loss = updates.loss_by_level(
         Objective(run.denoiser),
         images,
         to_labels(jnp.asarray(batch["label"]), num_classes(run.config)),
-        jax.vmap(draw)(jnp.asarray(chosen, jnp.uint32)),
+        updates.noise_of(chosen, images.shape[1:]),
         sigmas,
     )
     whole, off, none = updates.ablate(loss, run.variables, pause_point)  # [N, B], [S, N, B], [N, B]

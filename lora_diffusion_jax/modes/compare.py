@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from lora_diffusion_jax import default_config, files
 from lora_diffusion_jax.analysis.paired import holm, paired_difference
-from lora_diffusion_jax.analysis.updates import level_losses
+from lora_diffusion_jax.analysis.updates import level_losses, noise_of
 from lora_diffusion_jax.data.image_source import ImageSource
 from lora_diffusion_jax.diffusion.objective import Objective
 from lora_diffusion_jax.diffusion.precond import Precond
@@ -22,10 +22,12 @@ from lora_diffusion_jax.evaluation.results import note
 from lora_diffusion_jax.factory.networks import num_classes
 from lora_diffusion_jax.factory.objectives import refuse_changes
 from lora_diffusion_jax.factory.pretrained import Pretrained, load_workdir
+from lora_diffusion_jax.factory.training import build_cadence
 from lora_diffusion_jax.keys import ANALYSIS, purpose_key
 from lora_diffusion_jax.modes import comparison
 from lora_diffusion_jax.modes.comparison import LOSS, Comparison, Measured
 from lora_diffusion_jax.modes.likelihood import heldout_images
+from lora_diffusion_jax.modes.sample import choose_images
 from lora_diffusion_jax.pages import collect
 from lora_diffusion_jax.processes.interrupts import pause_point
 from lora_diffusion_jax.sweeps.evaluated import read_measures
@@ -169,14 +171,9 @@ class HeldOut:
         self.sigmas = training_levels(self.first.denoiser.precond)
         self.sources: dict[bool, ImageSource] = {}  # with labels, or without
         source = self._source(self.first)
-        num = min(USUAL_NUM, len(source)) if num is None else num
-        if not 1 <= num <= len(source):
-            raise UserError(
-                f"--num={num}; there are {len(source)} held-out images, choose a number from 1 to that."
-            )
-        self.chosen = np.arange(num) * len(source) // num
+        self.chosen = choose_images(source, num, USUAL_NUM, 1, "held-out")
         self.about = {
-            "heldout_images": num,
+            "heldout_images": len(self.chosen),
             "heldout_data": source.title,
             "weights": "ema",
             "images_seen": self.first.config.train.total_images,
@@ -223,9 +220,7 @@ class HeldOut:
                 run.variables,
                 to_float(jnp.asarray(batch["image"])),
                 to_labels(jnp.asarray(batch["label"]), num_classes(run.config)),
-                jax.vmap(functools.partial(_noise, source.image_shape))(
-                    jnp.asarray(part, jnp.uint32)
-                ),
+                noise_of(part, source.image_shape),
                 jnp.asarray(self.sigmas, jnp.float32),
             )
             parts.append(np.asarray(found, np.float64)[:, : count - start])
@@ -234,8 +229,8 @@ class HeldOut:
     def _check(self, run: Pretrained, path: Path) -> None:
         """Raises UserError unless a run is what the sweep says, at its end, and differs in nothing else."""
         refuse_changes(run.config, "--mode=compare")
-        train = run.config.train
-        if run.step != (wanted := -(-train.total_images // train.batch_size)):
+        wanted = build_cadence(run.config).steps(run.config.train.batch_size)
+        if run.step != wanted:
             raise UserError(
                 f"The newest checkpoint of {path} is of step {run.step}, its training ends at {wanted}; run "
                 "the sweep's command again."
@@ -247,8 +242,3 @@ class HeldOut:
                 f"{path} has {field}={theirs.get(field)}, other runs have {ours[field]}, and the sweep does "
                 "not vary it; compare runs that differ in what the sweep varies."
             )
-
-
-def _noise(shape: tuple[int, ...], number: jax.Array) -> jax.Array:
-    """The noise of the image of a number."""
-    return jax.random.normal(jax.random.fold_in(purpose_key(0, ANALYSIS), number), shape)

@@ -28,6 +28,7 @@ from lora_diffusion_jax.factory.objectives import refuse_changes
 from lora_diffusion_jax.factory.pretrained import Pretrained
 from lora_diffusion_jax.factory.training import build_mesh
 from lora_diffusion_jax.keys import LIKELIHOOD, purpose_key
+from lora_diffusion_jax.modes.sample import choose_images
 from lora_diffusion_jax.processes.interrupts import pause_point
 from lora_diffusion_jax.training.step import to_float, to_labels
 
@@ -82,17 +83,12 @@ def measure(run: Pretrained, num: int | None = None, route: str | None = None) -
             "whose density has no such unit."
         )
     source = heldout_images(run.config)
-    num = min(USUAL_NUM, len(source)) if num is None else num
-    if not 2 <= num <= len(source):
-        raise UserError(
-            f"--num={num}; there are {len(source)} held-out images, choose a number from 2 to that."
-        )
-    chosen = np.arange(num) * len(source) // num
+    chosen = choose_images(source, num, USUAL_NUM, 2, "held-out")
     bits = bits_of(run, function, source, chosen)
     return {
         f"bpd_{route}": float(bits.mean()),
-        "standard_error": float(bits.std(ddof=1) / np.sqrt(num)),
-        "num": num,
+        "standard_error": float(bits.std(ddof=1) / np.sqrt(len(bits))),
+        "num": len(bits),
         "of": len(source),
         "data": source.title,
         "nfe": evaluations,

@@ -12,6 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from lora_diffusion_jax import files, generate, outputs, processes
+from lora_diffusion_jax.data.image_source import ImageSource
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.evaluation.features import tree_hash
 from lora_diffusion_jax.factory.networks import is_pictures
@@ -212,6 +213,31 @@ def check_outside_runs(out: Path) -> None:
                 f"--out={out} is a run or lies among its checkpoints, which are its own; choose another "
                 f"folder, such as {folder.parent / 'out'}."
             )
+
+
+def choose_images(
+    source: ImageSource, num: int | None, usual: int, least: int, kind: str, otherwise: str = ""
+) -> np.ndarray:
+    """The numbers [N] of evenly spread images of a data set, for --num.
+
+    Args:
+        source: the data set.
+        num: how many; None: `usual`, or all if they are fewer.
+        usual: see `num`.
+        least: the smallest number that makes sense.
+        kind: `training` or `held-out`, for the message.
+        otherwise: what else --num can be, likewise.
+
+    Raises:
+        UserError: there are not so many, or `num` is too small.
+    """
+    num = min(usual, len(source)) if num is None else num
+    if not least <= num <= len(source):
+        raise UserError(
+            f"--num={num}; there are {len(source)} {kind} images, choose a number from {least} to "
+            f"that{otherwise}."
+        )
+    return np.arange(num) * len(source) // num
 
 
 def describe(config: ConfigDict, weights: str, step: int | None) -> dict[str, Any]:

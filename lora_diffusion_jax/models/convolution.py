@@ -11,10 +11,8 @@ from jaxtyping import Array, Float
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 Padding = tuple[tuple[int, int], ...]
-# From these widths on it pays off (benchmarks/convolution.py): the output and the gradient of the
-# input, and the gradient of the kernel.
+# From this width on it pays off (benchmarks/convolution.py).
 MIN_CHANNELS = 32
-MIN_CHANNELS_KERNEL = 64
 
 # F(4, 3) of Winograd (1980): four outputs of a filter of three taps from six products. Polynomials
 # are evaluated at 0, +-A, +-B and infinity, and interpolated. Points near 1 keep the error of float32
@@ -140,8 +138,6 @@ def _backward(padding: Padding, kept: tuple[Array, Array], g: Array) -> tuple[Ar
         (top, bottom), (left, right) = padding
         around = ((kh - 1 - top, kh - 1 - bottom), (kw - 1 - left, kw - 1 - right))
         dx = winograd(around, g, kernel[::-1, ::-1].swapaxes(2, 3))
-        if min(kernel.shape[2:]) < MIN_CHANNELS_KERNEL:
-            return dx, by_xla(x, kernel, g)[1]
         return dx, kernel_gradient(x, g, kernel.shape, padding)
 
     return jax.lax.platform_dependent(x, kernel, g, cpu=by_products, default=by_xla)
@@ -185,8 +181,9 @@ def kernel_gradient(
         beside = jnp.concatenate([rows[:, :, j : j + width] for j in range(shape[1])], axis=-1)
         # Of two dimensions each: XLA on CPU transposes products over several.
         flat = beside.reshape(-1, beside.shape[-1]), term.reshape(-1, term.shape[-1])
-        sums.append(jnp.einsum("tc,tk->ck", *flat))
-    return jnp.stack(_combine(FILTER.T, sums)).reshape(shape)
+        # The first operand of the product is the one that XLA on CPU transposes: g is the narrow one.
+        sums.append(jnp.einsum("tc,tk->kc", *flat))
+    return jnp.moveaxis(jnp.stack(_combine(FILTER.T, sums)), 1, 2).reshape(shape)
 
 
 def _terms(x: Array, padding: tuple[int, int], height: int) -> list[Array]:

@@ -110,11 +110,12 @@ class Module:
 
         Every operand and result of an instruction outside of fusions counts once, at its logical
         size, unless its layout places it in on-chip memory, `S(1)`. Of an operand that is sliced,
-        only the slice counts.
+        only the slice counts. Kernels are taken to read and write everything once.
         """
         total = 0
         for where, i, times, fused in self.walk():
-            if fused or i.opcode in _FREE or i.opcode.endswith("-done"):
+            free = i.opcode in _FREE and not is_kernel(i)
+            if fused or free or i.opcode.endswith("-done"):
                 continue
             operands = [self.types[where].get(o, "") for o in i.operands]
             result = _result(i, operands)
@@ -122,6 +123,22 @@ class Module:
             for n in self._sliced(i):
                 reads[n] = min(reads[n], array_bytes(result))
             total += times * (sum(reads) + array_bytes(result, in_hbm=True))
+        return total
+
+    def kernel_flops(self) -> int:
+        """Operations of the products of JAX's attention kernels, which XLA does not count.
+
+        From q, k and v the forward kernel makes two products of the size of the logits; the kernel of k's
+        and v's gradients, four; that of q's, three.
+        """
+        total = 0
+        for where, i, times, _ in self.walk():
+            if is_kernel(i):
+                q = _ARRAY.search(self.types[where][i.operands[0]])
+                batch, heads, pixels, channels = map(int, q[2].split(","))
+                results = len(_ARRAY.findall(i.type))
+                products = 2 if len(i.operands) == 3 else 4 if results == 2 else 3
+                total += times * products * 2 * batch * heads * pixels**2 * channels
         return total
 
     def _sliced(self, i: Instruction) -> list[int]:
@@ -133,6 +150,11 @@ class Module:
         uses = [operand for j in body for operand in j.operands]
         sources = {j.operands[0] for j in body if j.opcode in _SLICES}
         return [numbers[name] for name in sources if name in numbers and uses.count(name) == 1]
+
+
+def is_kernel(i: Instruction) -> bool:
+    """Whether an instruction calls a kernel written in Pallas."""
+    return i.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in i.attributes
 
 
 def _instruction(name: str, text: str) -> Instruction:

@@ -61,14 +61,15 @@ def table(path: str | Path) -> str:
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
     shown = ("dtype=bfloat16", "train.batch_size", "sampler.batch_size", "mesh.")
-    changed = ", ".join(o for o in row["overrides"] if not o.startswith(shown)) or "-"
+    changed = [o for o in row["overrides"] if not o.startswith(shown)]
+    changed += ["fused attention"] * row.get("fused_attention", False)
     batch = f"{row['batch']:,} ({row['batch'] / row['chips']:g})"
     mesh = "x".join(map(str, row["mesh"].values()))
     gib = [f"{row['hbm'][name] / 2**30:.2f}" for name in ("arguments", "temporaries", "peak")]
     sent = sorted(row["collectives"].items())
     slowest = row["roofline"]["bound"]
     return [
-        *(row["config"], row["program"], row["topology"], mesh, batch, changed),
+        *(row["config"], row["program"], row["topology"], mesh, batch, ", ".join(changed) or "-"),
         "{} + {} = {}".format(*gib),
         f"{row['flop']['xla_per_device'] / 1e9:,.0f}",
         ", ".join(f"{k} {c['count']:.0f}: {_round(c['bytes'] / 1e6)}" for k, c in sent) or "none",

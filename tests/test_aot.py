@@ -116,6 +116,27 @@ def test_memory_traffic_and_the_ways_of_tpu():
     assert module.collectives() == {"reduce-scatter": scatter}
 
 
+KERNELS = """HloModule kernels
+
+ENTRY %main (q: bf16[2,3,64,8]) -> bf16[2,3,64,8] {
+  %q = bf16[2,3,64,8]{3,2,1,0} parameter(0)
+  %a = (bf16[2,3,64,8]{3,2,1,0}, f32[2,3,64,128]{3,2,1,0:S(1)}) custom-call(%q, %q, %q), PALLAS
+  %m = f32[2,3,64,128]{3,2,1,0:S(1)} get-tuple-element(%a), index=1
+  %b = (bf16[2,3,64,8]{3,2,1,0}, bf16[2,3,64,8]{3,2,1,0}) custom-call(%q, %q, %q, %m), PALLAS
+  %o = bf16[2,3,64,8]{3,2,1,0} custom-call(%q), custom_call_target="Sharding"
+  ROOT %c = bf16[2,3,64,8]{3,2,1,0} custom-call(%q, %q, %q, %m), PALLAS
+}
+""".replace("PALLAS", 'custom_call_target="tpu_custom_call"')
+
+
+def test_kernels_of_attention():
+    """XLA counts neither their operations nor their memory; other custom calls move nothing."""
+    module = aot_hlo.Module(KERNELS)
+    product, array = 2 * 2 * 3 * 64 * 64 * 8, 2 * 3 * 64 * 8 * 2
+    assert module.kernel_flops() == (2 + 4 + 3) * product
+    assert module.memory_traffic() == (4 + 5 + 4) * array
+
+
 def test_memory_use():
     text = """BufferAssignment:
 allocation 0: size 512, thread-local:

@@ -8,6 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from lora_diffusion_jax import lora
@@ -297,6 +298,19 @@ class RawNetwork(nn.Module):
         noise_labels = jnp.asarray(noise_labels, jnp.float32).reshape(-1)
         class_labels = check_labels(class_labels, self.num_classes, x.shape[0])
         return self.model(x, noise_labels, class_labels, augment_labels, train)
+
+
+def for_mesh(denoiser: Denoiser, mesh: Mesh) -> Denoiser:
+    """The same network, with its attention fused if it runs on TPUs (`models.fused_attention`)."""
+    if mesh.devices.flat[0].platform != "tpu":
+        return denoiser
+    from lora_diffusion_jax.models.fused_attention import FusedAttention  # imports Pallas
+
+    model, attention_fn = denoiser.model, FusedAttention(mesh)
+    if isinstance(model, lora.Adapted):
+        unet = model.module.clone(attention_fn=attention_fn)
+        return denoiser.clone(model=model.clone(module=unet))
+    return denoiser.clone(model=model.clone(attention_fn=attention_fn))
 
 
 def bypass_lora(denoiser: Denoiser) -> Denoiser:

@@ -18,6 +18,7 @@ from lora_diffusion_jax.diffusion.samplers import to_uint8
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.factory.guidance import build_bind
 from lora_diffusion_jax.factory.networks import (
+    for_mesh,
     image_shape,
     init_variables,
     is_class_pair,
@@ -70,7 +71,7 @@ def _to_new_classes(config: ConfigDict, pairs: PyTree) -> PyTree:
 
 def build_step(config: ConfigDict, denoiser: precond.Denoiser, mesh: Mesh) -> step.StepFn:
     """The training step of a config for a mesh."""
-    train = config.train
+    train, denoiser = config.train, for_mesh(denoiser, mesh)
     return step.make_train_step(
         build_objective(config, denoiser),
         build_optimizer(config),
@@ -158,7 +159,7 @@ def build_generator(
     if config.data.floats:
         finish = functools.partial(generate.to_values, config.data.mean, config.data.std)
     return generate.Generator(
-        denoiser=denoiser,
+        denoiser=for_mesh(denoiser, mesh),
         sampler=build_sampler(config, denoiser),
         image_shape=image_shape(config),
         num_classes=num_classes(config),

@@ -80,6 +80,7 @@ class ADMUNet(UNet):
             rematerialised(self.remat),
             dropout=self.dropout,
             use_affine=self.use_affine,
+            attention_fn=self.attention_fn,
             layer_init=INIT,
             zero_init=INIT_ZERO,
             dtype=self.dtype,

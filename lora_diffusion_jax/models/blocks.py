@@ -10,7 +10,14 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from lora_diffusion_jax.errors import choose
-from lora_diffusion_jax.models.layers import GroupNorm, Init, conv3x3, dense, self_attention
+from lora_diffusion_jax.models.layers import (
+    AttentionFn,
+    GroupNorm,
+    Init,
+    conv3x3,
+    dense,
+    self_attention,
+)
 from lora_diffusion_jax.models.resample import downsample, upsample
 
 # What the backward pass keeps in memory and what it recomputes, `train.remat`:
@@ -42,6 +49,7 @@ class UNetBlock(nn.Module):
         adaptive_scale: scale and shift by the embedding (ADM) rather than shift alone.
         use_affine: whether the embedding enters by scale and shift at all (`only_lora` has none).
         qkv_last: order of the channels of `qkv`, see `self_attention`.
+        attention_fn: computes the attention.
         layer_init, zero_init, qkv_init: initialisation of most layers, of those that end a residual
             branch, and of `qkv` (None: as most layers).
         dtype: of the computation; norms and attention logits stay in float32.
@@ -60,6 +68,7 @@ class UNetBlock(nn.Module):
     adaptive_scale: bool = True
     use_affine: bool = True
     qkv_last: bool = True
+    attention_fn: AttentionFn = jax.nn.dot_product_attention
     layer_init: Init = Init("kaiming_uniform")
     zero_init: Init = Init("kaiming_uniform", weight=0.0)
     qkv_init: Init | None = None
@@ -119,7 +128,9 @@ class UNetBlock(nn.Module):
         init = self.qkv_init or self.layer_init
         qkv = dense(y, 3 * self.features, init, name="qkv", dtype=self.dtype)
         qkv = checkpoint_name(qkv, "qkv")
-        y = self_attention(qkv, self.num_heads, qkv_last=self.qkv_last).astype(self.dtype)
+        y = self_attention(
+            qkv, self.num_heads, qkv_last=self.qkv_last, attention_fn=self.attention_fn
+        ).astype(self.dtype)
         y = checkpoint_name(y, "attention")
         y = dense(y, self.features, self.zero_init, name="proj", dtype=self.dtype)
         return (y + x) * self.skip_scale

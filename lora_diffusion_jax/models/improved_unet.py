@@ -81,6 +81,7 @@ class ImprovedUNet(UNet):
             groups=GROUPS,
             adaptive_scale=self.use_scale_shift_norm,
             use_affine=self.use_affine,
+            attention_fn=self.attention_fn,
             qkv_last=False,
             layer_init=INIT,
             zero_init=INIT_ZERO,

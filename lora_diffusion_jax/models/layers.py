@@ -1,6 +1,7 @@
 """Initialisers, dense and convolution layers, group normalisation and attention of the U-Nets."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -151,8 +152,15 @@ class GroupNorm(nn.Module):
         return (centred * gain + bias).astype(self.dtype)
 
 
+AttentionFn = Callable[[Array, Array, Array], Array]  # q, k, v, all [B, pixels, heads, ch]
+
+
 def self_attention(
-    qkv: Float[Array, "B H W 3C"], num_heads: int, *, qkv_last: bool = True
+    qkv: Float[Array, "B H W 3C"],
+    num_heads: int,
+    *,
+    qkv_last: bool = True,
+    attention_fn: AttentionFn = jax.nn.dot_product_attention,
 ) -> Float[Array, "B H W C"]:
     """Softmax attention between all pixels; logits and softmax in float32, scaled by 1/sqrt(ch).
 
@@ -160,9 +168,10 @@ def self_attention(
         qkv: its channels are ordered (head, c, {q, k, v}), as in the EDM networks.
         num_heads: divides C.
         qkv_last: False: the channels are ordered (head, {q, k, v}, c), as in improved-diffusion.
+        attention_fn: what computes it.
     """
     batch, height, width, channels = qkv.shape
     inner = (-1, 3) if qkv_last else (3, -1)
     split = qkv.reshape(batch, height * width, num_heads, *inner)
     q, k, v = jnp.unstack(split, axis=-1 if qkv_last else -2)  # [B, HW, heads, ch]
-    return jax.nn.dot_product_attention(q, k, v).reshape(batch, height, width, channels // 3)
+    return attention_fn(q, k, v).reshape(batch, height, width, channels // 3)

@@ -108,6 +108,7 @@ class SongUNet(UNet):
             resample_proj=True,
             adaptive_scale=False,
             use_affine=self.use_affine,
+            attention_fn=self.attention_fn,
             layer_init=_INIT,
             zero_init=_INIT_ZERO,
             qkv_init=_INIT_ATTN,

@@ -5,13 +5,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.models.blocks import fused_downsample_conv
-from lora_diffusion_jax.models.layers import GroupNorm, Init, conv3x3
+from lora_diffusion_jax.models.layers import AttentionFn, GroupNorm, Init, conv3x3
 
 BlockFactory = Callable[..., nn.Module]  # (features, *, num_heads, up, down, name) -> block
 
@@ -35,6 +36,7 @@ class UNet(nn.Module):
         use_affine: False removes the scale-and-shift of all blocks (`only_lora`).
         use_map: False removes the mapping network, which without scale-and-shift serves UC-LoRA alone.
         remat: what the backward pass recomputes, see `blocks.REMAT`.
+        attention_fn: computes the attention, see `self_attention`.
         dtype: of the computation; parameters, embedding, norms and attention logits are float32.
     """
 
@@ -53,6 +55,7 @@ class UNet(nn.Module):
     use_affine: bool = True
     use_map: bool = True
     remat: str = "none"
+    attention_fn: AttentionFn = jax.nn.dot_product_attention
     dtype: DTypeLike = jnp.float32
 
     def check_input(self, x: Float[Array, "B H W C"]) -> None:

@@ -23,7 +23,7 @@ from lora_diffusion_jax.factory.objectives import refuse_changes
 from lora_diffusion_jax.factory.pretrained import Pretrained
 from lora_diffusion_jax.factory.training import build_generator, build_mesh
 from lora_diffusion_jax.lora import CONDITIONS, Adapted, list_sites
-from lora_diffusion_jax.modes.sample import check_outside_runs, choose_classes, choose_images
+from lora_diffusion_jax.modes.sample import choose_classes, choose_images, make_folder
 from lora_diffusion_jax.npz import write_npz
 from lora_diffusion_jax.processes.interrupts import pause_point
 from lora_diffusion_jax.training.step import to_float, to_labels
@@ -107,7 +107,8 @@ def analyze(
             "--classes, --noise_factor and --guidance compare pictures, but this run's data are an array, "
             "for which there are no features; leave them out."
         )
-    check_folder(out, overwrite)
+    names = [NPZ, *(f"{name}.png" for name in PICTURES)]
+    make_folder(out, names, "an analysis", overwrite)
     checked = generate.check_seeds(USUAL_SEEDS if seeds is None else seeds) if samples else None
     source = training_images(run) if num != 0 or samples else None
     leave_out = ", or 0 to leave the losses out"
@@ -130,22 +131,6 @@ def analyze(
         if guidance:
             draw_guided(run, checked, detector, found, pair[0] if pair else 0, guidance)
     return write(out, found, overwrite)
-
-
-def check_folder(out: Path, overwrite: bool) -> None:
-    """Raises UserError for an --out that is no folder, belongs to a run, or has an analysis already."""
-    check_outside_runs(out)
-    if out.suffix in (".png", ".npz") or (out.exists() and not out.is_dir()):
-        raise UserError(f"--out={out}: an analysis is several files; name a folder.")
-    names = [NPZ, *(f"{name}.png" for name in PICTURES)]
-    there = [name for name in names if (out / name).exists()]
-    if there and not overwrite:
-        raise UserError(
-            f"{out} holds {len(there)} files that this command would replace, such as {there[0]}: choose "
-            "another --out, or add --overwrite to replace them."
-        )
-    with files.disk_errors(out):  # now, rather than after the work
-        out.mkdir(parents=True, exist_ok=True)
 
 
 def choose_pair(run: Pretrained, classes: str) -> tuple[int, int]:

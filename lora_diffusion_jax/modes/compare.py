@@ -11,7 +11,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from tqdm import tqdm
 
-from lora_diffusion_jax import default_config, files
+from lora_diffusion_jax import default_config
 from lora_diffusion_jax.analysis.paired import holm, paired_difference
 from lora_diffusion_jax.analysis.updates import level_losses, noise_of
 from lora_diffusion_jax.data.image_source import ImageSource
@@ -27,7 +27,7 @@ from lora_diffusion_jax.keys import ANALYSIS, purpose_key
 from lora_diffusion_jax.modes import comparison
 from lora_diffusion_jax.modes.comparison import LOSS, Comparison, Measured
 from lora_diffusion_jax.modes.likelihood import heldout_images
-from lora_diffusion_jax.modes.sample import choose_images
+from lora_diffusion_jax.modes.sample import choose_images, make_folder
 from lora_diffusion_jax.pages import collect
 from lora_diffusion_jax.processes.interrupts import pause_point
 from lora_diffusion_jax.sweeps.evaluated import read_measures
@@ -59,7 +59,7 @@ def compare(
     fields = flatten_dict(default_config.base().to_dict(), sep=".")
     found = find_kinds(directory, fields)
     families = choose_families(found.by_label, against)
-    check_folder(out, overwrite)
+    make_folder(out, comparison.FILES, "a comparison", overwrite)
     kinds = list(found.by_label.values())
     measures, notes = read_measures([run for kind in kinds for run in kind.runs.values()])
     if found.unlisted:
@@ -92,19 +92,6 @@ def compare(
         "out": str(out),
         "files": list(comparison.FILES),
     }
-
-
-def check_folder(out: Path, overwrite: bool) -> None:
-    """Raises UserError for an --out that is no folder, or has a comparison already."""
-    if out.suffix in (".json", ".md", ".npz", ".png") or (out.exists() and not out.is_dir()):
-        raise UserError(f"--out={out}: a comparison is several files; name a folder.")
-    there = [name for name in comparison.FILES if (out / name).exists()]
-    if there and not overwrite:
-        raise UserError(
-            f"{out} holds {there[0]} already: choose another --out, or add --overwrite to replace it."
-        )
-    with files.disk_errors(out):  # now, rather than after the work
-        out.mkdir(parents=True, exist_ok=True)
 
 
 def _of_kind(kind: Kind, values: Any) -> np.ndarray:

@@ -215,6 +215,31 @@ def check_outside_runs(out: Path) -> None:
             )
 
 
+def make_folder(out: Path, names: Sequence[str], what: str, overwrite: bool) -> None:
+    """Makes the folder --out of a command that writes several files.
+
+    Args:
+        out: the folder.
+        names: of the files.
+        what: `an analysis`, for the message.
+        overwrite: the files may exist, and will be replaced.
+
+    Raises:
+        UserError: it is no folder, belongs to a run, holds some of the files, or cannot be written.
+    """
+    check_outside_runs(out)
+    if out.suffix in {Path(name).suffix for name in names} or (out.exists() and not out.is_dir()):
+        raise UserError(f"--out={out}: {what} is several files; name a folder.")
+    there = [name for name in names if (out / name).exists()]
+    if there and not overwrite:
+        raise UserError(
+            f"{out} holds {len(there)} files that this command would replace, such as {there[0]}: choose "
+            "another --out, or add --overwrite to replace them."
+        )
+    with files.disk_errors(out):  # now, rather than after the work
+        out.mkdir(parents=True, exist_ok=True)
+
+
 def choose_images(
     source: ImageSource, num: int | None, usual: int, least: int, kind: str, otherwise: str = ""
 ) -> np.ndarray:

@@ -45,6 +45,17 @@ def test_code_is_fenced_and_says_what_it_is(page):
     assert not indented, "an indented block, which no test would find"
 
 
+@pytest.mark.parametrize("page", pages())
+def test_tables_have_as_many_cells_in_every_row(page):
+    """Nothing else stands in them, such as a mark of where a number is to come."""
+    width = 0
+    for line in prose_of(page).splitlines():
+        cells = len(re.findall(r"(?<!\\)\|", re.sub(r"`[^`]*`", "", line)))
+        is_row = line.startswith("|")
+        assert not (width and line) or (is_row and cells == width), line
+        width = cells if is_row else 0
+
+
 def test_what_is_not_run_is_known():
     found = {}
     for page in pages():

@@ -84,7 +84,9 @@ def test_losses_are_of_the_same_images_levels_and_noise(sweep, tmp_path):
     assert percent == pytest.approx(one["mean"], abs=1e-3)
     assert (record["heldout_images"], record["images_seen"]) == (7, 32)
     assert (tmp_path / "out" / "compare.png").stat().st_size > 10_000
-    assert "holds compare.json already" in compare(sweep, tmp_path / "out", status=2)
+    refused = compare(sweep, tmp_path / "out", status=2)
+    assert "holds 4 files that this command would replace, such as compare.json" in refused
+    assert "is a run" in compare(sweep, next(sweep.glob("*/config.json")).parent, status=2)
 
 
 def test_a_comparison_in_the_sweeps_folder_is_on_its_page(sweep):

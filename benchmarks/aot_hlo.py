@@ -128,8 +128,8 @@ class Module:
     def kernel_flops(self) -> int:
         """Operations of the products of JAX's attention kernels, which XLA does not count.
 
-        From q, k and v the forward kernel makes two products of the size of the logits; the kernel of k's
-        and v's gradients, four; that of q's, three.
+        A product is one of two matrices in each head, such as the logits q k^T. The forward kernel makes
+        two; that of the gradients of k and v, four; that of the gradient of q, three.
         """
         total = 0
         for where, i, times, _ in self.walk():

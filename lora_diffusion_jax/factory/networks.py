@@ -301,7 +301,14 @@ class RawNetwork(nn.Module):
 
 
 def for_mesh(denoiser: Denoiser, mesh: Mesh) -> Denoiser:
-    """The same network, with its attention fused if it runs on TPUs (`models.fused_attention`)."""
+    """The same network, with its attention fused if the devices are TPUs (`models.fused_attention`).
+
+    Then it is for programs on this mesh alone: not for exports, and not for derivatives in forward mode.
+
+    Args:
+        denoiser: the network.
+        mesh: the devices that it will run on; its axes split the batch.
+    """
     if mesh.devices.flat[0].platform != "tpu":
         return denoiser
     from lora_diffusion_jax.models.fused_attention import FusedAttention  # imports Pallas

@@ -39,7 +39,7 @@ def export_sampler(path: str | Path, run: Pretrained, about: dict[str, Any]) -> 
         raise UserError(f"{path} must end in {SUFFIX}: a sampler is a program for JAX.")
     generator = open_generator(run)
     mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
-    # The network for all platforms, not the one for this machine's.
+    # The network for all platforms: the generator's is for these devices.
     generator = dataclasses.replace(generator, mesh=mesh, denoiser=run.denoiser)
     batch, classes = generator.call_size, generator.num_classes
     weights = jax.device_get(run.sampled_variables)

@@ -25,8 +25,8 @@ from lora_diffusion_jax.models.resample import downsample, upsample
 #   norms   recomputes norms, SiLU, dropout and attention weights from the outputs of the convolutions
 #           and of qkv, which it keeps: no convolution runs twice
 #   blocks  keeps only each block's input; a third more FLOP
-# Try norms first: ImageNet-64 ADM compiled for v5e with 16 images per chip has 2.76 GiB of
-# temporaries instead of 5.43, for 1.2 % more FLOP and 18 % more memory traffic (docs/scaling.md).
+# Try norms first: ImageNet-64 ADM compiled for v5e with 16 images per chip, with XLA's attention, has 2.76
+# GiB of temporaries instead of 5.43, for 1.2 % more FLOP and 18 % more memory traffic (docs/scaling.md).
 REMAT = ("none", "norms", "blocks")
 KEPT = ("conv0", "residual", "qkv", "attention")  # by `norms`, besides each block's input
 

@@ -181,7 +181,7 @@ def kernel_gradient(
         beside = jnp.concatenate([rows[:, :, j : j + width] for j in range(shape[1])], axis=-1)
         # Of two dimensions each: XLA on CPU transposes products over several.
         flat = beside.reshape(-1, beside.shape[-1]), term.reshape(-1, term.shape[-1])
-        # The first operand of the product is the one that XLA on CPU transposes: g is the narrow one.
+        # The first operand of the product is the one that XLA on CPU transposes: usually g is narrower.
         sums.append(jnp.einsum("tc,tk->kc", *flat))
     return jnp.moveaxis(jnp.stack(_combine(FILTER.T, sums)), 1, 2).reshape(shape)
 

@@ -168,7 +168,7 @@ def self_attention(
         qkv: its channels are ordered (head, c, {q, k, v}), as in the EDM networks.
         num_heads: divides C.
         qkv_last: False: the channels are ordered (head, {q, k, v}, c), as in improved-diffusion.
-        attention_fn: what computes it.
+        attention_fn: computes the attention from q, k and v.
     """
     batch, height, width, channels = qkv.shape
     inner = (-1, 3) if qkv_last else (3, -1)

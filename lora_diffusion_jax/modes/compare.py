@@ -63,10 +63,7 @@ def compare(
     kinds = list(found.by_label.values())
     measures, notes = read_measures([run for kind in kinds for run in kind.runs.values()])
     if found.unlisted:
-        notes.append(
-            f"{len(found.unlisted)} runs that the sweep no longer asks for are left out: "
-            f"{', '.join(found.unlisted)}"
-        )
+        notes.append(f"left out, as the sweep no longer asks for them: {', '.join(found.unlisted)}")
     if found.by_seed:
         notes.append(f"{', '.join(found.by_seed)} varies with the seed, and distinguishes no kinds")
     for text in notes:

@@ -99,7 +99,11 @@ def time_evaluation(
     Raises:
         UserError: an evaluation does not fit into the devices' memory.
     """
-    images = training.build_generator(config, denoiser, mesh).call_size
+    generator = training.build_generator(config, denoiser, mesh)
+    denoiser, images = (
+        generator.denoiser,
+        generator.call_size,
+    )  # the network as these devices run it
     if cpu_flops is not None:
         images = min(images, images_at_once(CPU_EVALUATION, cpu_flops, mesh))
     whole, spread = sharding.replicated(mesh), NamedSharding(mesh, P(mesh.axis_names))

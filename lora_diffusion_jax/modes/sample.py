@@ -233,8 +233,8 @@ def make_folder(out: Path, names: Sequence[str], what: str, overwrite: bool) -> 
     there = [name for name in names if (out / name).exists()]
     if there and not overwrite:
         raise UserError(
-            f"{out} holds {len(there)} files that this command would replace, such as {there[0]}: choose "
-            "another --out, or add --overwrite to replace them."
+            f"{out} holds files that this command would replace ({', '.join(there)}): choose another --out, "
+            "or add --overwrite to replace them."
         )
     with files.disk_errors(out):  # now, rather than after the work
         out.mkdir(parents=True, exist_ok=True)

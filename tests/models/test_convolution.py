@@ -108,6 +108,8 @@ def lowered(f, platform: str) -> str:
 @pytest.mark.parametrize("ours", [sampling, training])
 def test_only_cpu_gets_other_products(ours):
     assert lowered(ours, "cpu").count("stablehlo.convolution") > 6
+    if ours is training:  # a product for each of the six terms of the kernel's gradient
+        assert lowered(ours, "cpu").count("stablehlo.dot_general") == 6
     for platform in ("cuda", "tpu"):
         found, wanted = lowered(ours, platform), lowered(plain, platform)
         assert "dot_general" not in found

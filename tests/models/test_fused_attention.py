@@ -1,24 +1,33 @@
 """The attention for TPUs beside JAX's own, with the kernel interpreted on a CPU."""
 
-import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
-from small import small_config
 
-from lora_diffusion_jax.factory import networks
-from lora_diffusion_jax.models import layers
+from lora_diffusion_jax.factory import networks, pretrained, training
+from lora_diffusion_jax.interop import sampler_export
+from lora_diffusion_jax.models import NETWORKS, fused_attention, layers
 from lora_diffusion_jax.models.fused_attention import FusedAttention
-from lora_diffusion_jax.training.sharding import make_mesh
+from lora_diffusion_jax.training.sharding import batch_sharding, make_mesh
+from tests.small import ROOT, run_on_eight, small_config
 
-MESH = make_mesh()
+PLAIN = jax.nn.dot_product_attention
+ONE = FusedAttention(make_mesh(devices=jax.devices()[:1]))
 
 
-def random_qkv(batch: int, side: int, channels: int, dtype: str = "float32") -> jax.Array:
-    return jax.random.normal(jax.random.key(0), (batch, side, side, 3 * channels), dtype)
+def random_qkv(batch, height, width, channels, dtype="float32"):
+    return jax.random.normal(jax.random.key(0), (batch, height, width, 3 * channels), dtype)
+
+
+def is_fused(attention_fn, qkv) -> bool:
+    def call(qkv):
+        return layers.self_attention(qkv, 2, attention_fn=attention_fn)
+
+    return "pallas_call" in str(jax.make_jaxpr(call)(qkv))
 
 
 def value_and_gradient(attention_fn, qkv):
@@ -30,25 +39,66 @@ def value_and_gradient(attention_fn, qkv):
     return out, gradient.astype(jnp.float32)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-6), ("bfloat16", 2e-2)])
-def test_value_and_gradient(dtype, tolerance):
-    qkv = random_qkv(1, 32, 16, dtype)
-    wanted = value_and_gradient(jax.nn.dot_product_attention, qkv)
+def agree(fused, qkv, tolerance):
+    assert is_fused(fused, qkv)
+    wanted = value_and_gradient(PLAIN, qkv)
     with pltpu.force_tpu_interpret_mode():
-        found = value_and_gradient(FusedAttention(MESH), qkv)
+        found = value_and_gradient(fused, qkv)
     for a, b in zip(found, wanted, strict=True):
         np.testing.assert_allclose(a, b, atol=tolerance * float(jnp.abs(b).max()))
 
 
-@pytest.mark.parametrize("shape", [(1, 16, 16), (1, 48, 16), (1, 32, 2 * 144)])
-def test_what_the_kernel_does_not_take_is_left_to_jax(shape):
-    """Few pixels, a number of pixels that no block divides, and heads of 144 channels."""
-    qkv = random_qkv(*shape)
-    wanted, found = (
-        jax.make_jaxpr(functools.partial(layers.self_attention, num_heads=2, attention_fn=f))(qkv)
-        for f in (jax.nn.dot_product_attention, FusedAttention(MESH))
-    )
-    assert str(found) == str(wanted)
+@pytest.mark.parametrize(
+    ("height", "dtype", "tolerance"),
+    [(32, "float32", 2e-6), (32, "bfloat16", 2e-2), (48, "float32", 2e-6)],
+)
+def test_value_and_gradient(height, dtype, tolerance):
+    """1,024 pixels, which are loaded at once, and 1,536, which are not."""
+    agree(ONE, random_qkv(1, height, 32, 16, dtype), tolerance)
+
+
+@pytest.mark.parametrize(("wrap", "kernels"), [(lambda f: f, 3), (jax.checkpoint, 4)])
+def test_kernels_of_a_step(wrap, kernels):
+    """The output and two for the gradients; the output again where it is recomputed (`train.remat`)."""
+
+    @jax.grad
+    def gradient(qkv):
+        attend = wrap(lambda qkv: layers.self_attention(qkv, 2, attention_fn=ONE))
+        return jnp.sum(jnp.sin(attend(qkv)))
+
+    lowered = jax.jit(gradient).trace(random_qkv(1, 32, 32, 16)).lower(lowering_platforms=("tpu",))
+    assert lowered.as_text().count("@tpu_custom_call") == kernels
+
+
+def on_eight():
+    """Prints the shape of q in each device's kernel."""
+    mesh = make_mesh(data=4, fsdp=2)
+    fused = FusedAttention(mesh)
+    qkv = jax.ShapeDtypeStruct((16, 32, 32, 3 * 16), "float32", sharding=batch_sharding(mesh))
+    call = jax.jit(lambda qkv: layers.self_attention(qkv, 2, attention_fn=fused))
+    text = call.trace(qkv).lower(lowering_platforms=("tpu",)).as_text()
+    (kernel,) = (line for line in text.splitlines() if "@tpu_custom_call" in line)
+    print(re.search(r"\(tensor<([\dx]+)xf32>", kernel)[1])
+    assert not is_fused(fused, random_qkv(1, 32, 32, 16)), "one image cannot be split"
+
+
+def test_a_batch_split_over_devices():
+    """Sixteen images over eight devices are two each: [2, heads, pixels, channels of a head]."""
+    program = "from tests.models import test_fused_attention as t; t.on_eight()"
+    assert run_on_eight("-c", program, cwd=ROOT).strip() == "2x2x1024x8"
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((1, 16, 32, 16), "float32"),  # 512 pixels: too few to pay off
+        ((1, 33, 32, 16), "float32"),  # no multiple of a block
+        ((1, 32, 32, 2 * 144), "float32"),  # wide heads
+        ((1, 32, 32, 16), "float16"),
+    ],
+)
+def test_what_the_kernel_does_not_take_is_left_to_jax(shape, dtype):
+    assert not is_fused(ONE, random_qkv(*shape, dtype))
 
 
 class Tpu:
@@ -60,11 +110,54 @@ class Tpu:
 
 
 @pytest.mark.parametrize("mode", ["baseline", "with_lora"])
-def test_networks_on_tpus_are_fused(mode):
-    denoiser = networks.build_denoiser(small_config(lora__mode=mode))
-    mesh = Tpu()
-    fused = networks.for_mesh(denoiser, mesh)
-    unet = fused.model if mode == "baseline" else fused.model.module
-    assert unet.attention_fn == FusedAttention(mesh)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_on_tpus_are_fused(name, mode, monkeypatch):
+    """The whole network calls what `for_mesh` sets."""
+    monkeypatch.setattr(fused_attention.FusedAttention, "__call__", refuse)
+    denoiser = networks.build_denoiser(
+        small_config(model__name=name, model__channels=64, lora__mode=mode)
+    )
+    fused = networks.for_mesh(denoiser, Tpu())
+    x = jnp.zeros((1, 8, 8, 1))
+
+    def trace(denoiser):
+        return jax.eval_shape(lambda: denoiser.init(jax.random.key(0), x, jnp.ones(1)))
+
+    trace(denoiser)
+    with pytest.raises(Refused):
+        trace(fused)
     assert networks.for_mesh(denoiser, Tpu("gpu")) is denoiser
-    assert networks.for_mesh(denoiser, MESH) is denoiser
+    assert networks.for_mesh(denoiser, ONE.mesh) is denoiser
+
+
+class Refused(Exception):
+    """Raised in place of fused attention."""
+
+
+def refuse(*_):
+    raise Refused
+
+
+def test_training_and_sampling_are_for_their_mesh(monkeypatch):
+    """Each builds its program from what `for_mesh` returns."""
+    config = small_config()
+    denoiser = networks.build_denoiser(config)
+    fused = networks.for_mesh(denoiser, Tpu())
+    monkeypatch.setattr(training, "for_mesh", lambda *_: fused)
+    assert training.build_generator(config, denoiser, ONE.mesh).denoiser is fused
+    used = []
+    monkeypatch.setattr(training, "build_objective", lambda _, network: used.append(network))
+    monkeypatch.setattr(training.step, "make_train_step", lambda *_, **__: None)
+    training.build_step(config, denoiser, ONE.mesh)
+    assert used[0] is fused
+
+
+def test_an_exported_sampler_is_for_all_devices(tmp_path, monkeypatch):
+    monkeypatch.setattr(fused_attention.FusedAttention, "__call__", refuse)
+    monkeypatch.setattr(training, "for_mesh", lambda d, _: networks.for_mesh(d, Tpu()))
+    config = small_config(sampler__num_steps=2, sampler__batch_size=1)
+    denoiser = networks.build_denoiser(config)
+    variables = networks.init_variables(config, denoiser, jax.random.key(0))
+    run = pretrained.Pretrained(denoiser, variables, config)
+    sampler_export.export_sampler(tmp_path / "sampler.jax", run, {})
+    assert (tmp_path / "sampler.jax").stat().st_size > 1000

@@ -222,7 +222,7 @@ def test_runs_that_the_sweep_no_longer_asks_for_are_named(sweep, tmp_path):
     for name in state.read(sweep):
         (tmp_path / name).symlink_to(sweep / name)
     text = compare(tmp_path, tmp_path / "out", "--num=2")
-    assert "1 runs that the sweep no longer asks for are left out: mode=only_lora,seed=3" in text
+    assert "left out, as the sweep no longer asks for them: mode=only_lora,seed=3" in text
 
 
 def test_the_last_partial_batch_counts_once(sweep, tmp_path):

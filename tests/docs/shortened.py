@@ -77,7 +77,7 @@ NOT_RUN = {
     ],
     "docs/checkpoints.md": ["uploads to the Hugging Face Hub"],
     "docs/own-data.md": ["downloads CIFAR-10"],
-    "docs/results.md": ["takes an hour of two cores"],
+    "docs/results.md": ["takes an hour of two cores", "takes over an hour of two cores"],
     "docs/scaling.md": ["installs the TPU compiler", "needs a bucket"],
 }
 

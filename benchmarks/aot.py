@@ -99,7 +99,8 @@ def measure(config: ConfigDict, program: str, topology: str) -> dict[str, Any]:
     flops = _jax.hlo_module_cost_analysis(jax.devices()[0].client, parsed)["flops"]
     evaluations = 3 if is_step else module.loop_trips()  # a step costs three forward passes
     flops *= 1 if is_step else evaluations  # XLA counts the body of a loop once
-    flops += module.kernel_flops()
+    in_kernels = module.kernel_flops()
+    flops += in_kernels
     needed = evaluations * networks.forward_flops(config, networks.build_denoiser(config))
     sent = module.collectives()
     wire = sum(kind["wire_bytes"] for kind in sent.values())
@@ -109,7 +110,7 @@ def measure(config: ConfigDict, program: str, topology: str) -> dict[str, Any]:
         "mesh": dict(mesh.shape),
         "hbm": aot_hlo.memory_use(buffers),
         "hbm_traffic": used.memory,
-        "fused_attention": module.kernel_flops() > 0,
+        "fused_attention": in_kernels > 0,
         "flop": {"xla_per_device": flops, "analytic_per_image": needed},
         "collectives": sent,
         **aot_report.bound(topology, used, mesh.size, batch, needed),

@@ -100,10 +100,8 @@ def time_evaluation(
         UserError: an evaluation does not fit into the devices' memory.
     """
     generator = training.build_generator(config, denoiser, mesh)
-    denoiser, images = (
-        generator.denoiser,
-        generator.call_size,
-    )  # the network as these devices run it
+    denoiser = generator.denoiser  # as these devices run it
+    images = generator.call_size
     if cpu_flops is not None:
         images = min(images, images_at_once(CPU_EVALUATION, cpu_flops, mesh))
     whole, spread = sharding.replicated(mesh), NamedSharding(mesh, P(mesh.axis_names))

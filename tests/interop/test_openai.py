@@ -35,9 +35,8 @@ def test_raw_networks_compute_what_pytorch_computes(network):
     known, loaded = network
     found = fast_jit(loaded.network.apply)(loaded.variables, *known.inputs)
     assert found.shape == known.output.shape
-    # float32 sums in another order, and frequencies off by 1e-7 times t: up to 1.5e-5 so far.
-    # A wrong order of heads shows at 1e-3.
-    assert np.abs(found - known.output).max() / np.abs(known.output).max() < 1e-4
+    # float32 sums in another order, some 1.5e-5 on one processor; a wrong order of heads shows at 1e-3
+    assert np.abs(found - known.output).max() / np.abs(known.output).max() < 2e-5
 
 
 def test_the_denoiser_has_the_channels_of_the_images(network):

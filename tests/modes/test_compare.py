@@ -85,7 +85,8 @@ def test_losses_are_of_the_same_images_levels_and_noise(sweep, tmp_path):
     assert (record["heldout_images"], record["images_seen"]) == (7, 32)
     assert (tmp_path / "out" / "compare.png").stat().st_size > 10_000
     refused = compare(sweep, tmp_path / "out", status=2)
-    assert "files that this command would replace (compare.json, compare.md, " in refused
+    there = "compare.json, compare.md, compare.npz, compare.png"
+    assert f"files that this command would replace ({there})" in refused
     assert "is a run" in compare(sweep, next(sweep.glob("*/config.json")).parent, status=2)
 
 

@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from lora_diffusion_jax.errors import choose
+from lora_diffusion_jax.models.dropout import Dropout
 from lora_diffusion_jax.models.layers import (
     AttentionFn,
     GroupNorm,
@@ -90,7 +91,7 @@ class UNetBlock(nn.Module):
         )
         x = checkpoint_name(x, "conv0")
         x = self._conditioned_norm(x, emb)
-        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        x = Dropout(self.dropout)(x, train)
         x = conv3x3(x, self.features, self.zero_init, name="conv1", dtype=self.dtype, train=train)
         x = (x + skip) * self.skip_scale
         return self._attend(x) if self.num_heads else x

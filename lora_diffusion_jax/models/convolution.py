@@ -171,19 +171,41 @@ def kernel_gradient(
 ) -> Float[Array, "3 kw c_in c_out"]:
     """dk[i, j] = sum_bhw x[b, h + i - pad, w + j - pad] g[b, h, w]^T, as the transpose of `winograd`.
 
-    Each of its six terms is one matrix product, with all taps of a row beside one another.
+    Each of its six terms is one matrix product, with all taps of a row beside one another: the narrower
+    of x and g is shifted. The rows of x are those of `winograd`, which XLA then keeps.
     """
-    height, width = g.shape[1:3]
-    x = jnp.pad(x, ((0, 0), (0, 0), padding[1], (0, 0)))
-    tiles = _tiled(g, (0, 0), height)
+    _, kw, c_in, c_out = shape
+    (left, right), height = padding[1], g.shape[1]
+    shift_g = c_in >= c_out
     sums = []
-    for rows, term in zip(_terms(x, padding[0], height), _combine(OUTPUT.T, tiles), strict=True):
-        beside = jnp.concatenate([rows[:, :, j : j + width] for j in range(shape[1])], axis=-1)
+    for rows, term in zip(
+        _terms(x, padding[0], height),
+        _combine(OUTPUT.T, _tiled(g, (0, 0), height)),
+        strict=True,
+    ):
+        if shift_g:
+            term = _beside(term, (kw - 1 - left, kw - 1 - right), range(kw)[::-1], x.shape[2])
+        else:
+            rows = _beside(rows, (left, right), range(kw), g.shape[2])
         # Of two dimensions each: XLA on CPU transposes products over several.
-        flat = beside.reshape(-1, beside.shape[-1]), term.reshape(-1, term.shape[-1])
-        # The first operand of the product is the one that XLA on CPU transposes: usually g is narrower.
-        sums.append(jnp.einsum("tc,tk->kc", *flat))
-    return jnp.moveaxis(jnp.stack(_combine(FILTER.T, sums)), 1, 2).reshape(shape)
+        rows, term = rows.reshape(-1, rows.shape[-1]), term.reshape(-1, term.shape[-1])
+        # It also transposes the first operand, which should be the narrower one.
+        sums.append(jnp.einsum("tc,tk->ck" if shift_g else "tc,tk->kc", rows, term))
+    taps = jnp.stack(_combine(FILTER.T, sums))
+    if shift_g:  # [3, c_in, kw c_out]
+        return jnp.moveaxis(taps.reshape(TAPS, c_in, kw, c_out), 2, 1)
+    return jnp.moveaxis(taps, 1, 2).reshape(shape)  # of [3, c_out, kw c_in]
+
+
+def _beside(
+    x: Float[Array, "B H W C"], padding: tuple[int, int], starts: Sequence[int], width: int
+) -> Float[Array, "B H width n*C"]:
+    """Pieces of `width` columns of x, padded with zeros, with their channels beside one another.
+
+    Columns are left out where the padding is negative.
+    """
+    x = jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), (0, 0, 0), (*padding, 0), (0, 0, 0)])
+    return jnp.concatenate([x[:, :, start : start + width] for start in starts], axis=-1)
 
 
 def _terms(x: Array, padding: tuple[int, int], height: int) -> list[Array]:

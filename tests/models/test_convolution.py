@@ -37,6 +37,7 @@ def is_plain(conv, x, kernel, strides=(1, 1), padding=SAME) -> bool:
 SHAPES = [
     (WIDE, WIDE, 8, 5, SAME),
     (2 * WIDE, WIDE, 6, 4, ((0, 2), (3, 1))),  # sides differ, and the last tile ends outside
+    (WIDE, 2 * WIDE, 6, 4, ((0, 2), (3, 1))),  # the same, with x narrower than the output
     (WIDE, 48, 3, 8, SAME),  # one tile, with a row outside
     (16, WIDE, 8, 8, SAME),  # too narrow
     (WIDE, WIDE, 5, 8, SAME),  # half of the second tile would be outside

@@ -10,7 +10,7 @@ from lora_diffusion_jax.training.ema import Ema
 from lora_diffusion_jax.training.metrics import to_scalars
 from lora_diffusion_jax.training.optimizer import Optimizer, adam
 from lora_diffusion_jax.training.state import create_state, ema_variables, raw_variables
-from lora_diffusion_jax.training.step import accumulate, to_float, to_labels
+from lora_diffusion_jax.training.step import accumulate, joined, to_float, to_labels
 from tests.small import fast_jit
 from tests.training.stand_in import (
     BATCH,
@@ -250,6 +250,16 @@ def test_nonfinite_gradients_are_replaced_and_counted():
     moment = after.opt_state[0].mu["out"]["bias"]
     np.testing.assert_allclose(moment, [0, 0.1 * 48, 0.1 * 1e5], rtol=1e-5)
     assert np.isfinite(to_scalars(metrics)["train/grad_norm"])
+
+
+def test_joined_holds_every_entry_once(monkeypatch):
+    monkeypatch.setattr("lora_diffusion_jax.training.step.JOINED", 12)
+    tree = {"a": jnp.arange(6.0).reshape(2, 3), "b": jnp.full((3, 4), 7.0), "c": jnp.float32(9)}
+    vector, large = joined(tree)
+    np.testing.assert_array_equal(vector, [0, 1, 2, 3, 4, 5, 9])
+    np.testing.assert_array_equal(large, tree["b"])
+    assert joined({"b": tree["b"]}) == [tree["b"]]
+    assert joined({}) == []
 
 
 def test_images_and_labels_are_brought_to_the_networks_ranges():

@@ -27,10 +27,11 @@ import pathlib
 from multiprocessing.connection import Connection
 from typing import Any
 
-from lora_diffusion_jax import memory
+from lora_diffusion_jax import memory, xla_options
 
 if __name__ == "__main__":  # before the threads of the imports below
     memory.keep_freed_memory()
+    xla_options.merge_kernels()
 
 import jax
 from ml_collections import ConfigDict

@@ -4,7 +4,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from lora_diffusion_jax import memory
+from lora_diffusion_jax import memory, xla_options
 from lora_diffusion_jax.errors import not_installed
 
 
@@ -19,8 +19,9 @@ def lora_diffusion_fid(argv: Sequence[str] | None = None) -> int:
 
 
 def _start(mode: str, argv: Sequence[str] | None) -> int:
-    if argv is None:  # before numpy and JAX start threads
+    if argv is None:  # before numpy and JAX are imported
         memory.keep_freed_memory()
+        xla_options.merge_kernels()
     try:  # without the extras, the package installs `lora` alone
         program = importlib.import_module(f"{__name__}.{mode}")
     except ModuleNotFoundError as error:

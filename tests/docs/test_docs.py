@@ -32,6 +32,7 @@ from tests.small import ROOT, fast_compile_env
 LANGUAGES = {"bash", "python", "text", "yaml"}
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 OTHER_FLAGS = {"--check", "--user", "--no-deps", "--help", "--signal", "--requeue", "--logdir"}
+OTHER_FLAGS |= {"--xla_backend_extra_options", "--xla_force_host_platform_device_count"}
 
 
 # What is checked without running anything.

@@ -49,8 +49,8 @@ def config_of(precision: str, batch: int) -> ConfigDict:
     return config
 
 
-def ours(config: ConfigDict, precision: str) -> tuple[dict[str, Call], dict[str, float]]:
-    """A call of a compiled sampling run, one of a training step, and how long the two compiled."""
+def programs(config: ConfigDict) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """A sampling run, compiled when it is called, and the function of a training step, with arguments."""
     batch, side, channels = config.train.batch_size, config.data.image_size, config.data.channels
     denoiser, mesh = networks.build_denoiser(config), training.build_mesh(config)
     variables = networks.init_variables(config, denoiser, jax.random.key(0))
@@ -59,20 +59,31 @@ def ours(config: ConfigDict, precision: str) -> tuple[dict[str, Call], dict[str,
     images = jax.random.randint(jax.random.key(1), (batch, side, side, channels), 0, 255)
     images = images.astype(jnp.uint8)
     data = {"image": images, "label": jnp.arange(batch) % 10}
-    # The step takes over the arrays of its state.
-    current = [create_state(jax.tree.map(jnp.copy, variables), training.build_optimizer(config))]
-    compiling = {}
+    # A step may take over the arrays of its state.
+    state = create_state(jax.tree.map(jnp.copy, variables), training.build_optimizer(config))
+    return {
+        "sampling": (generator.compiled, (variables, seeds, labels)),
+        "training": (
+            training.build_step(config, denoiser, mesh),
+            (state, data, jax.random.key(2)),
+        ),
+    }
+
+
+def ours(config: ConfigDict, precision: str) -> tuple[dict[str, Call], dict[str, float]]:
+    """A call of a compiled sampling run, one of a training step, and how long the two compiled."""
+    (sampler, (variables, seeds, labels)), (step, (state, *rest)) = programs(config).values()
+    current, compiling = [state], {}
     with jax.default_matmul_precision(MATMUL[precision]):
         start = time.perf_counter()
-        sample = generator.compiled.lower(variables, seeds, labels).compile()
+        sample = sampler.lower(variables, seeds, labels).compile()
         compiling["sampling"] = time.perf_counter() - start
         start = time.perf_counter()
-        step = jax.jit(training.build_step(config, denoiser, mesh), donate_argnums=0)
-        step = step.lower(current[0], data, jax.random.key(2)).compile()
+        step = jax.jit(step, donate_argnums=0).lower(state, *rest).compile()
         compiling["training"] = time.perf_counter() - start
 
     def train() -> Any:
-        current[0], metrics = step(current[0], data, jax.random.key(2))
+        current[0], metrics = step(current[0], *rest)
         return jax.block_until_ready(metrics)
 
     # jax.jit and the peer start from equal ground: the weights lie on the device

@@ -22,38 +22,21 @@ if __name__ == "__main__":  # before the threads of the imports below
     memory.keep_freed_memory()
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import serialize_executable
 
 from benchmarks.cpu import BATCH, config_of, machine
+from benchmarks.gpu import programs
 from benchmarks.network import ratio
-from lora_diffusion_jax.factory import networks, training
-from lora_diffusion_jax.training.state import create_state
 
 FLAGS = {"merged": xla_options.MERGED, "apart": "xla_none"}
 
 
 def lower(size: str) -> dict[str, tuple[Any, tuple]]:
     """The lowered sampler and training step, with arguments."""
-    config = config_of(size)
-    batch, side, channels = config.train.batch_size, config.data.image_size, config.data.channels
-    denoiser, mesh = networks.build_denoiser(config), training.build_mesh(config)
-    variables = networks.init_variables(config, denoiser, jax.random.key(0))
-    labels = jnp.arange(batch) % 10
-    images = jax.random.bits(jax.random.key(1), (batch, side, side, channels), jnp.uint8)
-    state = create_state(variables, training.build_optimizer(config))
-    generator = training.build_generator(config, denoiser, mesh)
-    programs = {
-        "sampling": (
-            generator.compiled,
-            (variables, jnp.arange(batch, dtype="u4"), jnp.eye(10)[labels]),
-        ),
-        "training": (
-            jax.jit(training.build_step(config, denoiser, mesh)),
-            (state, {"image": images, "label": labels}, jax.random.key(2)),
-        ),
+    made = programs(config_of(size))
+    return {
+        name: (jax.jit(function).lower(*given), given) for name, (function, given) in made.items()
     }
-    return {name: (program.lower(*given), given) for name, (program, given) in programs.items()}
 
 
 def compiled(size: str, extra: str) -> dict[str, tuple[bytes, float]]:

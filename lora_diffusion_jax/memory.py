@@ -10,6 +10,11 @@ _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/accel*", "/dev/vfio/[0-9]*")
 
 
+def has_accelerator() -> bool:
+    """Whether the machine has one, as far as its device files tell: JAX is not imported for it."""
+    return any(glob.glob(pattern) for pattern in ACCELERATORS)
+
+
 def keep_freed_memory() -> bool:
     """Has malloc keep what is freed for the next step; returns whether it does.
 
@@ -21,7 +26,7 @@ def keep_freed_memory() -> bool:
     which this no longer affects. Does nothing where there is an accelerator, whose host has other work
     for its threads, where the user has set malloc's behaviour by environment variables, or without glibc.
     """
-    if any(glob.glob(pattern) for pattern in ACCELERATORS):
+    if has_accelerator():
         return False
     chosen = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_ARENA_MAX", "GLIBC_TUNABLES")
     if any(name in os.environ for name in chosen):

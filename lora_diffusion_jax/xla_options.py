@@ -1,9 +1,8 @@
 """An option of XLA's compiler for CPUs, which has to be set before JAX is imported."""
 
-import glob
 import os
 
-from lora_diffusion_jax.memory import ACCELERATORS
+from lora_diffusion_jax.memory import has_accelerator
 
 OPTION = "--xla_backend_extra_options="
 MERGED = "xla_cpu_use_multi_output_fusion"
@@ -20,7 +19,7 @@ def merge_kernels() -> bool:
     flags = os.environ.get("XLA_FLAGS", "")
     if OPTION in flags:
         return MERGED in flags
-    if any(glob.glob(pattern) for pattern in ACCELERATORS):
+    if has_accelerator():
         return False
     os.environ["XLA_FLAGS"] = f"{flags} {OPTION}{MERGED}".strip()
     return True

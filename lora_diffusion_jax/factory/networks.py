@@ -17,7 +17,8 @@ from lora_diffusion_jax.default_config import base as default_config
 from lora_diffusion_jax.diffusion.precond import DDPM, PRECONDS, Denoiser, Precond, check_labels
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.factory.checks import CLASS_ADAPTERS, DTYPES, check
-from lora_diffusion_jax.models import NETWORKS
+from lora_diffusion_jax.models import NETWORKS, cudnn_attention
+from lora_diffusion_jax.models.layers import AttentionFn
 from lora_diffusion_jax.paths import ADAPTER
 
 
@@ -300,24 +301,36 @@ class RawNetwork(nn.Module):
         return self.model(x, noise_labels, class_labels, augment_labels, train)
 
 
-def for_mesh(denoiser: Denoiser, mesh: Mesh) -> Denoiser:
-    """The same network, with its attention fused if the devices are TPUs (`models.fused_attention`).
+def for_mesh(denoiser: Denoiser, mesh: Mesh, train: bool) -> Denoiser:
+    """The same network, with its attention fused where the devices have a kernel for it.
 
+    On TPUs that is `models.fused_attention`; on NVIDIA GPUs cuDNN's, in half precision, for sampling alone.
     Then it is for programs on this mesh alone: not for exports, and not for derivatives in forward mode.
 
     Args:
         denoiser: the network.
         mesh: the devices that it will run on; its axes split the batch.
+        train: whether the program is a training step.
     """
-    if mesh.devices.flat[0].platform != "tpu":
+    attention_fn = _attention(mesh, train)
+    if attention_fn is None:
         return denoiser
-    from lora_diffusion_jax.models.fused_attention import FusedAttention  # imports Pallas
-
-    model, attention_fn = denoiser.model, FusedAttention(mesh)
+    model = denoiser.model
     if isinstance(model, lora.Adapted):
         unet = model.module.clone(attention_fn=attention_fn)
         return denoiser.clone(model=model.clone(module=unet))
     return denoiser.clone(model=model.clone(attention_fn=attention_fn))
+
+
+def _attention(mesh: Mesh, train: bool) -> AttentionFn | None:
+    """The fused attention of the devices, or None."""
+    device = mesh.devices.flat[0]
+    if device.platform == "tpu":
+        from lora_diffusion_jax.models.fused_attention import FusedAttention  # imports Pallas
+
+        return FusedAttention(mesh)
+    # cuDNN's gradient has not been measured with heads of 256 channels, as DDPM++ has.
+    return None if train else cudnn_attention.for_device(device)
 
 
 def bypass_lora(denoiser: Denoiser) -> Denoiser:

@@ -71,7 +71,7 @@ def _to_new_classes(config: ConfigDict, pairs: PyTree) -> PyTree:
 
 def build_step(config: ConfigDict, denoiser: precond.Denoiser, mesh: Mesh) -> step.StepFn:
     """The training step of a config for a mesh."""
-    train, denoiser = config.train, for_mesh(denoiser, mesh)
+    train, denoiser = config.train, for_mesh(denoiser, mesh, train=True)
     return step.make_train_step(
         build_objective(config, denoiser),
         build_optimizer(config),
@@ -159,7 +159,7 @@ def build_generator(
     if config.data.floats:
         finish = functools.partial(generate.to_values, config.data.mean, config.data.std)
     return generate.Generator(
-        denoiser=for_mesh(denoiser, mesh),
+        denoiser=for_mesh(denoiser, mesh, train=False),
         sampler=build_sampler(config, denoiser),
         image_shape=image_shape(config),
         num_classes=num_classes(config),

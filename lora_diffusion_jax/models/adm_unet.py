@@ -9,7 +9,8 @@ from jaxtyping import Array, Float
 
 from lora_diffusion_jax.models.blocks import rematerialised, silu_dense
 from lora_diffusion_jax.models.embeddings import drop_labels, positional_embedding
-from lora_diffusion_jax.models.layers import GroupNorm, Init, conv3x3, dense
+from lora_diffusion_jax.models.layers import Init, conv3x3, dense
+from lora_diffusion_jax.models.norm import GroupNorm
 from lora_diffusion_jax.models.unet import Decoder, Encoder, UNet
 
 INIT = Init("kaiming_uniform", weight=(1 / 3) ** 0.5, bias=(1 / 3) ** 0.5)

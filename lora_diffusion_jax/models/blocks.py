@@ -13,12 +13,12 @@ from lora_diffusion_jax.errors import choose
 from lora_diffusion_jax.models.dropout import Dropout
 from lora_diffusion_jax.models.layers import (
     AttentionFn,
-    GroupNorm,
     Init,
     conv3x3,
     dense,
     self_attention,
 )
+from lora_diffusion_jax.models.norm import GroupNorm
 from lora_diffusion_jax.models.resample import downsample, upsample
 
 # What the backward pass keeps in memory and what it recomputes, `train.remat`:
@@ -77,10 +77,16 @@ class UNetBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B H W C"], emb: Float[Array, "B E"] | None, train: bool = False
+        self,
+        x: Float[Array, "B H W C"],
+        emb: Float[Array, "B E"] | None,
+        train: bool = False,
+        joined: Float[Array, "B H W C2"] | None = None,
     ) -> Float[Array, "B H2 W2 features"]:
-        skip = self._skip(x)
-        x = nn.silu(self._norm("norm0")(x))
+        """Applies the block to x, or to the channels of x and of `joined`."""
+        parts = (x,) if joined is None else (x, joined)
+        skip = self._skip(parts)
+        x = nn.silu(self._norm("norm0")(*parts))
         x = conv3x3(
             self._resample(x),
             self.features,
@@ -104,12 +110,12 @@ class UNetBlock(nn.Module):
             return upsample(x, self.resample_filter)
         return downsample(x, self.resample_filter) if self.down else x
 
-    def _skip(self, x: Array) -> Array:
-        changes_width = x.shape[-1] != self.features
-        resampled = self._resample(x)
+    def _skip(self, parts: Sequence[Array]) -> Array:
+        changes_width = sum(part.shape[-1] for part in parts) != self.features
+        resampled = [self._resample(part) for part in parts]
         if changes_width or (self.resample_proj and (self.up or self.down)):
             return dense(resampled, self.features, self.layer_init, name="skip", dtype=self.dtype)
-        return resampled
+        return jnp.concatenate(resampled, axis=-1)
 
     def _conditioned_norm(self, x: Array, emb: Array | None) -> Array:
         norm = self._norm("norm1")
@@ -117,11 +123,11 @@ class UNetBlock(nn.Module):
             return nn.silu(norm(x))
         assert emb is not None  # with use_affine there is a mapping network
         width = self.features * (2 if self.adaptive_scale else 1)
-        params = dense(emb, width, self.layer_init, name="affine", dtype=self.dtype)[:, None, None]
+        params = dense(emb, width, self.layer_init, name="affine", dtype=self.dtype)
         if self.adaptive_scale:
             scale, shift = jnp.split(params, 2, axis=-1)
-            return nn.silu(norm(x) * (scale + 1) + shift)
-        return nn.silu(norm(x + params))
+            return nn.silu(norm(x, after=(scale, shift)))
+        return nn.silu(norm(x, before=params))
 
     def _attend(self, x: Array) -> Array:
         x = checkpoint_name(x, "residual")

@@ -12,7 +12,8 @@ from jaxtyping import Array, Float
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.models.adm_unet import INIT, INIT_ZERO, ADMMapping
 from lora_diffusion_jax.models.blocks import UNetBlock, rematerialised
-from lora_diffusion_jax.models.layers import GroupNorm, conv3x3
+from lora_diffusion_jax.models.layers import conv3x3
+from lora_diffusion_jax.models.norm import GroupNorm
 from lora_diffusion_jax.models.resample import upsample
 from lora_diffusion_jax.models.unet import Decoder, Encoder, UNet
 

@@ -12,7 +12,8 @@ from jaxtyping import Array, Float
 
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.models.blocks import fused_downsample_conv
-from lora_diffusion_jax.models.layers import AttentionFn, GroupNorm, Init, conv3x3
+from lora_diffusion_jax.models.layers import AttentionFn, Init, conv3x3
+from lora_diffusion_jax.models.norm import GroupNorm
 
 BlockFactory = Callable[..., nn.Module]  # (features, *, num_heads, up, down, name) -> block
 
@@ -232,9 +233,8 @@ class Decoder(nn.Module):
             # One more than in the encoder, where each level also begins with a skip.
             for i in range(num_blocks + 1):
                 attends = i == num_blocks or not self.attn_last_only
-                x = jnp.concatenate([x, skips.pop()], axis=-1)
                 x = block(width, num_heads=heads if attends else 0, name=f"{name}_block{i}")(
-                    x, emb, train
+                    x, emb, train, skips.pop()
                 )
         if self.out_channels is None:
             return x

@@ -104,9 +104,10 @@ def test_what_the_kernel_does_not_take_is_left_to_jax(shape, dtype):
 class Tpu:
     """What `for_mesh` sees of a mesh of TPUs."""
 
-    def __init__(self, platform: str = "tpu") -> None:
+    platform = "tpu"
+
+    def __init__(self) -> None:
         self.devices = np.array([self])
-        self.platform = platform
 
 
 @pytest.mark.parametrize("mode", ["baseline", "with_lora"])
@@ -117,7 +118,7 @@ def test_networks_on_tpus_are_fused(name, mode, monkeypatch):
     denoiser = networks.build_denoiser(
         small_config(model__name=name, model__channels=64, lora__mode=mode)
     )
-    fused = networks.for_mesh(denoiser, Tpu())
+    fused = networks.for_mesh(denoiser, Tpu(), train=True)
     x = jnp.zeros((1, 8, 8, 1))
 
     def trace(denoiser):
@@ -126,8 +127,8 @@ def test_networks_on_tpus_are_fused(name, mode, monkeypatch):
     trace(denoiser)
     with pytest.raises(Refused):
         trace(fused)
-    assert networks.for_mesh(denoiser, Tpu("gpu")) is denoiser
-    assert networks.for_mesh(denoiser, ONE.mesh) is denoiser
+    assert networks.for_mesh(denoiser, ONE.mesh, train=True) is denoiser
+    assert networks.for_mesh(denoiser, ONE.mesh, train=False) is denoiser
 
 
 class Refused(Exception):
@@ -142,8 +143,8 @@ def test_training_and_sampling_are_for_their_mesh(monkeypatch):
     """Each builds its program from what `for_mesh` returns."""
     config = small_config()
     denoiser = networks.build_denoiser(config)
-    fused = networks.for_mesh(denoiser, Tpu())
-    monkeypatch.setattr(training, "for_mesh", lambda *_: fused)
+    fused = networks.for_mesh(denoiser, Tpu(), train=True)
+    monkeypatch.setattr(training, "for_mesh", lambda *_, train: fused)
     assert training.build_generator(config, denoiser, ONE.mesh).denoiser is fused
     used = []
     monkeypatch.setattr(training, "build_objective", lambda _, network: used.append(network))
@@ -154,7 +155,9 @@ def test_training_and_sampling_are_for_their_mesh(monkeypatch):
 
 def test_an_exported_sampler_is_for_all_devices(tmp_path, monkeypatch):
     monkeypatch.setattr(fused_attention.FusedAttention, "__call__", refuse)
-    monkeypatch.setattr(training, "for_mesh", lambda d, _: networks.for_mesh(d, Tpu()))
+    monkeypatch.setattr(
+        training, "for_mesh", lambda d, _, train: networks.for_mesh(d, Tpu(), train)
+    )
     config = small_config(sampler__num_steps=2, sampler__batch_size=1)
     denoiser = networks.build_denoiser(config)
     variables = networks.init_variables(config, denoiser, jax.random.key(0))

@@ -1,4 +1,4 @@
-"""Group norm, attention and initialisation against flax, NumPy and the equations."""
+"""Attention, products and initialisation against flax, NumPy and the equations."""
 
 import flax.linen as nn
 import jax
@@ -6,46 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_diffusion_jax.models.layers import GroupNorm, Init, conv3x3, dense, self_attention
+from lora_diffusion_jax.models.layers import Init, conv3x3, dense, self_attention
 
 FLOAT32 = 2e-6  # a few roundings of numbers of order 1
 
 
 def random(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
-@pytest.mark.parametrize(
-    ("channels", "groups", "epsilon"),
-    [(8, 2, 1e-5), (12, 3, 1e-6), (64, 16, 1e-5), (256, 32, 1e-6)],
-)
-def test_group_norm_agrees_with_flax(channels: int, groups: int, epsilon: float) -> None:
-    x = 3 * random(2, 6, 5, channels) + random(channels, seed=1)
-    params = {"scale": random(channels, seed=2), "bias": random(channels, seed=3)}
-    theirs = nn.GroupNorm(groups, epsilon=epsilon, use_fast_variance=False)
-    found = jax.jit(GroupNorm(epsilon).apply)({"params": params}, x)
-    expected = jax.jit(theirs.apply)({"params": params}, x)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=5 * FLOAT32)
-
-
-def test_group_norm_keeps_the_variance_of_values_far_from_zero() -> None:
-    x = 1000 + random(1, 8, 8, 8)  # x^2 - mean^2 would lose every digit of the variance here
-    params = {"scale": np.ones(8, np.float32), "bias": np.zeros(8, np.float32)}
-    found = jax.jit(GroupNorm().apply)({"params": params}, x)
-    groups = np.float64(x).reshape(1, 64, 2, 4)
-    mean, var = groups.mean((1, 3), keepdims=True), groups.var((1, 3), keepdims=True)
-    expected = ((groups - mean) / np.sqrt(var + 1e-5)).reshape(x.shape)
-    np.testing.assert_allclose(found, expected, atol=5e-4)  # the mean has 24 bits: 1000 * 2^-24 off
-
-
-def test_group_norm_computes_in_float32_and_returns_its_dtype() -> None:
-    x = 100 + random(1, 4, 4, 8)
-    params = {"scale": np.ones(8, np.float32), "bias": np.zeros(8, np.float32)}
-    rounded = jnp.asarray(x, jnp.bfloat16)
-    found = GroupNorm(dtype=jnp.bfloat16).apply({"params": params}, rounded)
-    expected = GroupNorm().apply({"params": params}, rounded.astype(jnp.float32))
-    assert found.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(found, expected.astype(jnp.bfloat16))
 
 
 def attention_by_hand(qkv: np.ndarray, num_heads: int) -> np.ndarray:
@@ -126,3 +93,36 @@ def test_an_init_of_weight_zero_is_zero() -> None:
     init = Init("kaiming_uniform", weight=0.0)
     assert not init.kernel_init()(jax.random.key(0), (3, 4)).any()
     assert not init.bias_init(3)(jax.random.key(0), (4,)).any()
+
+
+@pytest.mark.parametrize("widths", [(4, 4), (6, 2, 3)])
+def test_parts_are_multiplied_like_their_concatenation(widths: tuple[int, ...]) -> None:
+    """In value, and in derivatives of both modes."""
+    parts = [random(2, 3, 3, width, seed=width) for width in widths]
+    params = {"kernel": random(sum(widths), 5), "bias": random(5, seed=9)}
+
+    def of_parts(params, parts):
+        return Dense().apply({"params": {"dense": params}}, tuple(parts))
+
+    def of_whole(params, parts):
+        return np.concatenate(parts, -1) @ params["kernel"] + params["bias"]
+
+    np.testing.assert_allclose(of_parts(params, parts), of_whole(params, parts), atol=5 * FLOAT32)
+    whole = lambda p, xs: jnp.concatenate(xs, -1) @ p["kernel"] + p["bias"]  # noqa: E731
+    ones = jax.tree.map(jnp.ones_like, (params, parts))
+    (_, found), (_, expected) = (jax.jvp(f, (params, parts), ones) for f in (of_parts, whole))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=FLOAT32)
+    for f, g in zip(*(gradients(f, params, parts) for f in (of_parts, whole)), strict=True):
+        np.testing.assert_allclose(f, g, rtol=1e-5, atol=1e-4)
+
+
+class Dense(nn.Module):
+    """A layer of `dense`."""
+
+    @nn.compact
+    def __call__(self, x):
+        return dense(x, 5, Init("xavier_uniform"), name="dense")
+
+
+def gradients(function, *args):
+    return jax.tree.leaves(jax.grad(lambda args: jnp.sum(jnp.sin(function(*args))))(args))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 DTYPES = (jnp.bfloat16, jnp.float16)  # cuDNN has no kernel for float32
-MIN_PIXELS = 64
+MIN_PIXELS = 64  # below, the logits are no larger than q, k and v
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,4 +38,12 @@ def for_device(device: jax.Device) -> CudnnAttention | None:
     if device.platform != "gpu" or "cuda" not in device.client.platform_version:
         return None
     capability = float(device.compute_capability)
-    return None if capability < 8 else CudnnAttention(256 if capability >= 9 else 128)
+    if capability < 8:
+        return None
+    attention = CudnnAttention(256 if capability >= 9 else 128)
+    q = jax.ShapeDtypeStruct((1, MIN_PIXELS, 1, 64), jnp.bfloat16)
+    try:
+        jax.eval_shape(attention, q, q, q)
+    except (NotImplementedError, RuntimeError):  # cuDNN is missing or too old for this GPU
+        return None
+    return attention

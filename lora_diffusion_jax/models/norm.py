@@ -58,8 +58,8 @@ class GroupNorm(nn.Module):
         added = jnp.zeros_like(x[:, 0, 0]) if before is None else before.astype(jnp.float32)
         _, mean, variance = moments(groups, x, added)
         gain = scale * jax.lax.rsqrt(variance + self.epsilon)
-        # What centres the pixels is a constant, so that gradients need the sums of two products, not of
-        # three. The first term of the shift has the value zero, and the gradient of the mean.
+        # The result does not depend on `centre`. Held constant, it makes gradients sum the products of
+        # centred pixels, which the value also needs.
         centre = jax.lax.stop_gradient(added - mean)
         shift = (added - mean - centre) * gain + bias
         if after is not None:
@@ -123,7 +123,8 @@ def moments_in_one_pass(
 
     A mean of squares less the square of a mean keeps the digits of a variance only if the values lie
     around zero, so they are counted from one of their own: a channel's from one of its pixels, and the
-    means of a group's channels from the first.
+    means of a group's channels from the first. If that pixel is an outlier, the relative error is at most
+    some 6e-8 times the number of a group's values.
     """
     pixel = x[:, x.shape[1] // 2, x.shape[2] // 2]
     centred = over_pixels(x, -pixel)
@@ -139,11 +140,11 @@ def moments_in_one_pass(
 
 def first_of_group(groups: int, values: Float[Array, "B C"]) -> Float[Array, "B C"]:
     """The value of the first channel of each channel's group."""
-    grouped = values.reshape(len(values), groups, -1)
+    grouped = values.reshape(values.shape[0], groups, -1)
     return jnp.broadcast_to(grouped[..., :1], grouped.shape).reshape(values.shape)
 
 
 def group_mean(groups: int, values: Float[Array, "B C"]) -> Float[Array, "B C"]:
     """The mean over each channel's group."""
-    grouped = values.reshape(len(values), groups, -1)
+    grouped = values.reshape(values.shape[0], groups, -1)
     return jnp.broadcast_to(grouped.mean(-1, keepdims=True), grouped.shape).reshape(values.shape)

@@ -127,7 +127,7 @@ class Levels:
     the heads of its attention, 0 where it has none.
 
     Attributes:
-        block: makes a block with the network's settings, called as (x, emb, train).
+        block: makes a block with the network's settings, called as (x, emb, train), or (x, emb, train, skip).
         num_heads: (channels) -> heads of the attention of a block of that width.
         image_size, channels, channel_mult, num_blocks, attn_resolutions, dtype: see `UNet`.
     """
@@ -195,7 +195,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """From the coarsest level back to full resolution, one skip concatenated per block.
+    """From the coarsest level back to full resolution, one skip joined to each block's input.
 
     The first middle block `in0` always has attention.
 

@@ -57,10 +57,16 @@ def test_what_cudnn_does_not_take_is_left_to_xla(asked, pixels, ch, dtype, expec
 @pytest.mark.parametrize(
     ("capability", "heads"), [("8.0", 128), ("8.9", 128), ("9.0", 256), ("12.1", 256)]
 )
-def test_wide_heads_from_hopper_on(capability, heads) -> None:
+def test_wide_heads_from_hopper_on(asked, capability, heads) -> None:
     denoiser = networks.build_denoiser(small_config(lora__mode="baseline"))
     fused = networks.for_mesh(denoiser, gpu(capability), train=False)
     assert fused.model.attention_fn == CudnnAttention(heads)
+
+
+def test_without_cudnn_xla_attends() -> None:
+    """As here: JAX's own function refuses, for there is no cuDNN."""
+    denoiser = networks.build_denoiser(small_config())
+    assert networks.for_mesh(denoiser, gpu("9.0"), train=False) is denoiser
 
 
 @pytest.mark.parametrize("mesh", [gpu("7.5"), gpu("gfx90a", "rocm 60000")])

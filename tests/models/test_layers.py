@@ -2,10 +2,12 @@
 
 import flax.linen as nn
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lora_diffusion_jax.models import layers
 from lora_diffusion_jax.models.layers import Init, conv3x3, dense, self_attention
 
 FLOAT32 = 2e-6  # a few roundings of numbers of order 1
@@ -126,3 +128,22 @@ class Dense(nn.Module):
 
 def gradients(function, *args):
     return jax.tree.leaves(jax.grad(lambda args: jnp.sum(jnp.sin(function(*args))))(args))
+
+
+def test_products_of_parts_in_half_precision_are_rounded_once() -> None:
+    """Also where they cancel."""
+    a, kernel = random(16, 64), random(64, 8, seed=1)
+    parts = [jnp.asarray(p, jnp.bfloat16) for p in (a, -a + random(16, 64, seed=2) / 100)]
+    x = jnp.concatenate(parts, -1)
+    kernel = jnp.asarray(np.concatenate([kernel, kernel]), jnp.bfloat16)
+    contract = (((1,), (0,)), ((), ()))
+    exported = jax.export.export(
+        jax.jit(lambda x, k: layers.dot_of_parts((64, 64), x, k, contract)), platforms=["cuda"]
+    )(x, kernel)
+    assert exported.mlir_module().count("stablehlo.dot_general") == 2
+    tangent = jax.jvp(lambda x: layers.dot_of_parts((64, 64), x, kernel, contract), (x,), (x,))[
+        1
+    ]  # computed from the parts everywhere, and linear in x
+    exact = np.float64(x) @ np.float64(kernel)
+    assert tangent.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.float64(tangent), exact, rtol=2**-8, atol=1e-4)

@@ -2,6 +2,7 @@
 
 import flax.linen as nn
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -66,7 +67,7 @@ def test_moments_in_float64(way, offset) -> None:
 
 
 def test_one_pass_in_constant_channels() -> None:
-    """No negative variance, and none at all where there is nothing to round."""
+    """None at all where there is nothing to round."""
     x = np.full((1, 4, 4, 8), 1e4, np.float32)
     x[..., 4:] *= np.linspace(1, 2, 16).reshape(4, 4, 1)
     _, _, variance = norm.moments_in_one_pass(2, x, np.zeros((1, 8), np.float32))
@@ -117,3 +118,22 @@ def test_value_and_derivatives_of_both_modes(monkeypatch, way) -> None:
     every = tuple(range(len(ARGS)))
     for a, b in zip(*(jax.grad(loss(f), every)(*ARGS) for f in (in_one, surrounded)), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max())
+
+
+def test_no_negative_variance() -> None:
+    """Nor a root of one: all pixels but the one that they are counted from are equal, and far from it."""
+    x = np.full((1, 64, 64, 4), 0.1, np.float32)
+    x[:, 32, 32] = np.linspace(1e3, 1e4, 4)
+    for size in range(1, 60):
+        _, _, variance = norm.moments_in_one_pass(1, x[:, size:], np.zeros((1, 4), np.float32))
+        assert np.all(variance >= 0)
+
+
+@pytest.mark.parametrize(("platform", "one_pass"), [("cpu", False), ("cuda", True), ("tpu", True)])
+def test_the_way_of_each_platform(platform, one_pass) -> None:
+    """Chosen where the program is lowered. The batch may be left open."""
+    (batch,) = jax.export.symbolic_shape("batch")
+    x = jax.ShapeDtypeStruct((batch, 4, 4, 8), jnp.float32)
+    apply = jax.jit(lambda x: GroupNorm().apply({"params": WEIGHTS}, x))
+    text = jax.export.export(apply, platforms=[platform])(x).mlir_module()
+    assert ("maximum" in text) == one_pass  # one pass takes differences, which rounding may turn

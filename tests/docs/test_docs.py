@@ -33,6 +33,7 @@ LANGUAGES = {"bash", "python", "text", "yaml"}
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 OTHER_FLAGS = {"--check", "--user", "--no-deps", "--help", "--signal", "--requeue", "--logdir"}
 OTHER_FLAGS |= {"--xla_backend_extra_options", "--xla_force_host_platform_device_count"}
+OTHER_FLAGS |= {"--xla_gpu_enable_triton_gemm"}
 
 
 # What is checked without running anything.

@@ -68,7 +68,7 @@ def dense(
             one, so that the array of all need not be written to memory.
     """
     parts = tuple(x) if isinstance(x, tuple | list) else (x,)
-    x = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
+    x = jnp.concatenate(parts, axis=-1)
     widths = tuple(part.shape[-1] for part in parts)
     return nn.Dense(
         features,

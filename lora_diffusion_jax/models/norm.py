@@ -1,7 +1,6 @@
 """Group normalisation, with what is added and multiplied around it in the same passes over memory."""
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -54,7 +53,7 @@ class GroupNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
 
-        x = joined(parts).astype(jnp.float32)
+        x = jnp.concatenate(parts, axis=-1).astype(jnp.float32)
         added = jnp.zeros_like(x[:, 0, 0]) if before is None else before.astype(jnp.float32)
         _, mean, variance = moments(groups, x, added)
         gain = scale * jax.lax.rsqrt(variance + self.epsilon)
@@ -68,11 +67,6 @@ class GroupNorm(nn.Module):
         return (over_pixels(x, centre) * gain[:, None, None] + shift[:, None, None]).astype(
             self.dtype
         )
-
-
-def joined(parts: Sequence[Array]) -> Float[Array, "... C"]:
-    """The parts as one array."""
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
 
 
 def over_pixels(x: Float[Array, "B H W C"], added: Float[Array, "B C"]) -> Float[Array, "B H W C"]:
@@ -123,8 +117,8 @@ def moments_in_one_pass(
 
     A mean of squares less the square of a mean keeps the digits of a variance only if the values lie
     around zero, so they are counted from one of their own: a channel's from one of its pixels, and the
-    means of a group's channels from the first. If that pixel is an outlier, the relative error is at most
-    some 6e-8 times the number of a group's values.
+    means of a group's channels from the first. Where that one is an outlier, the more digits are lost the
+    more pixels there are: 0.2 % of the variance at 19 x 19 if all others are equal.
     """
     pixel = x[:, x.shape[1] // 2, x.shape[2] // 2]
     centred = over_pixels(x, -pixel)

@@ -105,14 +105,15 @@ def main() -> None:
 
     for size in args.sizes.split(","):
         config = config_of(size)
-        calls, compiling = ours(config, "float32")
+        timed = args.what.split(",")
+        calls, compiling = ours(config, "float32", timed)
         sides = {"ours": calls}
         if args.peer:
             sides["eager"] = peer_process(str(args.peer), size, False)
         if args.peer and args.compile:
             sides["compile"] = peer_process(str(args.peer), size, True)
         about = {"benchmark": "cpu", **machine(), "size": size, "batch": config.train.batch_size}
-        for what in args.what.split(","):
+        for what in timed:
             took = compare({who: calls[what] for who, calls in sides.items()}, args.rounds)
             for who, spent in took.items():
                 line = {**about, "what": what, "who": who, "seconds": round(spent, 4)}

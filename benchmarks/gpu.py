@@ -22,7 +22,7 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the peer needs memory as well
@@ -87,29 +87,34 @@ def programs(config: ConfigDict) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     }
 
 
-def ours(config: ConfigDict, precision: str) -> tuple[dict[str, Call], dict[str, float]]:
-    """A call of a compiled sampling run, one of a training step, and how long the two compiled."""
-    (sampler, (variables, seeds, labels)), (step, (state, *rest)) = programs(config).values()
-    current, compiling = [state], {}
+def ours(
+    config: ConfigDict, precision: str, what: Sequence[str] = ("sampling", "training")
+) -> tuple[dict[str, Call], dict[str, float]]:
+    """Calls of a compiled sampling run, of a training step, or of both, and how long each compiled."""
+    made, loaded, compiling = programs(config), {}, {}
     with jax.default_matmul_precision(MATMUL[precision]):
-        start = time.perf_counter()
-        sample = sampler.lower(variables, seeds, labels).compile()
-        compiling["sampling"] = time.perf_counter() - start
-        start = time.perf_counter()
-        step = jax.jit(step, donate_argnums=0).lower(state, *rest).compile()
-        compiling["training"] = time.perf_counter() - start
+        for name in what:
+            function, given = made[name]
+            donated = 0 if name == "training" else None
+            lowered = jax.jit(function, donate_argnums=donated).lower(*given)
+            start = time.perf_counter()
+            loaded[name] = lowered.compile()
+            compiling[name] = time.perf_counter() - start
+
+    _, (state, *data) = made["training"]
+    current = [state]
+    # jax.jit and the peer start from equal ground: the weights lie on the device
+    variables, *latents = jax.device_put(made["sampling"][1])
+
+    def sample() -> Any:
+        return np.asarray(jax.block_until_ready(loaded["sampling"](variables, *latents))[0])
 
     def train() -> Any:
-        current[0], metrics = step(current[0], *rest)
+        current[0], metrics = loaded["training"](current[0], *data)
         return jax.block_until_ready(metrics)
 
-    # jax.jit and the peer start from equal ground: the weights lie on the device
-    variables = jax.device_put(variables)
-    calls = {
-        "sampling": lambda: np.asarray(jax.block_until_ready(sample(variables, seeds, labels))[0]),
-        "training": train,
-    }
-    return calls, compiling
+    calls = {"sampling": sample, "training": train}
+    return {name: calls[name] for name in what}, compiling
 
 
 def peer(
@@ -268,16 +273,15 @@ def main() -> None:
         report(what="accuracy", **accuracy())
     for precision in args.precisions.split(","):
         config = config_of(precision, args.batch)
-        calls, compiling = ours(config, precision)
+        timed = [name for name in per_image if name in args.what]
+        calls, compiling = ours(config, precision, timed)
         report(what="compilation", precision=precision, **compiling)
         sides = {"ours": calls}
         if args.peer:
             sides["eager"] = peer(str(args.peer), config, precision, False)
         if args.peer and args.compile:
             sides["compile"] = peer(str(args.peer), config, precision, True)
-        for what, work in per_image.items():
-            if what not in args.what:
-                continue
+        for what in timed:
             took = compare({who: calls[what] for who, calls in sides.items()}, args.rounds)
             for who, spent in took.items():
                 rate = args.batch / spent
@@ -286,7 +290,7 @@ def main() -> None:
                     precision=precision,
                     who=who,
                     images_per_sec=rate,
-                    mfu=rate * work / PEAK[precision] / 1e12,
+                    mfu=rate * per_image[what] / PEAK[precision] / 1e12,
                     ours_is_faster_by=spent / took["ours"],
                 )
         if args.images:

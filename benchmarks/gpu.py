@@ -67,7 +67,7 @@ def random_variables(config: ConfigDict, denoiser: Denoiser) -> Any:
 
 
 def programs(config: ConfigDict) -> dict[str, tuple[Any, tuple[Any, ...]]]:
-    """A sampling run, compiled when it is called, and the function of a training step, with arguments."""
+    """A jitted sampling run and the function of a training step, each with its arguments."""
     batch, side, channels = config.train.batch_size, config.data.image_size, config.data.channels
     denoiser, mesh = networks.build_denoiser(config), training.build_mesh(config)
     variables = random_variables(config, denoiser)
@@ -95,8 +95,8 @@ def ours(
     with jax.default_matmul_precision(MATMUL[precision]):
         for name in what:
             function, given = made[name]
-            donated = 0 if name == "training" else None
-            lowered = jax.jit(function, donate_argnums=donated).lower(*given)
+            jitted = jax.jit(function, donate_argnums=0) if name == "training" else function
+            lowered = jitted.lower(*given)
             start = time.perf_counter()
             loaded[name] = lowered.compile()
             compiling[name] = time.perf_counter() - start

@@ -22,7 +22,6 @@ import functools
 import importlib
 import json
 import multiprocessing
-import os
 import pathlib
 from multiprocessing.connection import Connection
 from typing import Any
@@ -30,8 +29,8 @@ from typing import Any
 from lora_diffusion_jax import memory, xla_options
 
 if __name__ == "__main__":  # before the threads of the imports below
-    memory.keep_freed_memory()
     xla_options.merge_kernels()
+    memory.keep_freed_memory()
 
 import jax
 from ml_collections import ConfigDict
@@ -61,11 +60,10 @@ def machine() -> dict[str, Any]:
         lines = []
     fields = {name.strip(): value.strip() for name, _, value in (x.partition(":") for x in lines)}
     flags = fields.get("flags", fields.get("Features", "")).split()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "processor": fields.get("model name", "unknown"),
         "simd": next((name for name in SIMD if name in flags), "unknown"),
-        "cores": cores,
+        "cores": memory.usable_cores(),
     }
 
 

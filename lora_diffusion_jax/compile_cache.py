@@ -18,7 +18,7 @@ from types import ModuleType
 
 import jax
 
-from lora_diffusion_jax import files
+from lora_diffusion_jax import files, memory
 from lora_diffusion_jax.errors import UserError
 
 MIN_COMPILE_SECONDS = 0.1  # faster ones are not stored: reading an entry takes some 10 ms
@@ -43,14 +43,15 @@ def cache_dir() -> str:
         given = os.environ["JAX_COMPILATION_CACHE_DIR"]
         return given if "://" in given else files.expand(given, "JAX_COMPILATION_CACHE_DIR")
     home = Path(files.expand(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "XDG_CACHE_HOME"))
-    # CPU programs run only on the kind of processor they were compiled for, and machines of several
-    # kinds may share a home directory.
+    # CPU programs run only on the kind of processor they were compiled for, and on as many cores;
+    # machines of several kinds may share a home directory.
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:  # not Linux
         lines = [platform.processor()]
     features = next((x for x in lines if x.startswith(("flags", "Features"))), lines[0])
-    machine = f"{platform.machine()}-{zlib.crc32(features.encode()):08x}"
+    kind = f"{platform.machine()}-{zlib.crc32(features.encode()):08x}"
+    machine = f"{kind}-{memory.usable_cores()}"
     return str(home / "lora_diffusion_jax" / "compiled" / machine)
 
 

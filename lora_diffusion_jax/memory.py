@@ -15,6 +15,13 @@ def has_accelerator() -> bool:
     return any(glob.glob(pattern) for pattern in ACCELERATORS)
 
 
+def usable_cores() -> int:
+    """How many cores this process may use, which can be fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def keep_freed_memory() -> bool:
     """Has malloc keep what is freed for the next step; returns whether it does.
 
@@ -22,9 +29,9 @@ def keep_freed_memory() -> bool:
     the system and returns them at once, so that each step touches new pages, which took a tenth to a
     quarter of its time (docs/scaling.md). The memory of a process then stays at its highest.
 
-    Only the main arena of malloc keeps everything. On one core it is the only one. On several, threads
-    that wait for one another there lose more than the others' pages cost, once compilation has left the
-    arena in pieces: the digits' step took 0.19 s instead of 0.13 on two cores.
+    Only the main arena of malloc keeps blocks of any size, and the main thread always uses it. So JAX is
+    told to run programs in the thread that calls them. On one core all threads share that arena; on
+    several, they would wait for one another there.
 
     To be called before numpy and JAX are imported: the threads that they start get memory of their own,
     which this no longer affects. Does nothing where there is an accelerator, whose host has other work
@@ -39,7 +46,12 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):  # musl, macOS, Windows
         return False
-    cores = len(os.sched_getaffinity(0))
-    arenas = 1 if cores == 1 else 2 * cores
-    wanted = {_TRIM_THRESHOLD: -1, _MMAP_MAX: 0, _ARENA_MAX: arenas}  # never, none
-    return all([mallopt(parameter, value) == 1 for parameter, value in wanted.items()])
+    wanted = {_TRIM_THRESHOLD: -1, _MMAP_MAX: 0}  # never, none
+    if usable_cores() == 1:
+        wanted[_ARENA_MAX] = 1
+    kept = all([mallopt(parameter, value) == 1 for parameter, value in wanted.items()])
+
+    import jax  # not before
+
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    return kept

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 NHWC = ("NHWC", "HWIO", "NHWC")
+NWC = ("NWC", "WIO", "NWC")
 Padding = tuple[tuple[int, int], ...]
 # From this width on it pays off (benchmarks/convolution.py).
 MIN_CHANNELS = 32
@@ -152,15 +153,25 @@ def winograd(
     """The convolution from six ones of a kernel of one row, each on a quarter of the rows."""
     height = x.shape[1] + sum(padding[0]) - TAPS + 1
     filters = _combine(FILTER, list(kernel))  # six of [kw, c_in, c_out]
-    across = (padding[1][0], padding[1][1])
     terms = [
-        jax.lax.conv_general_dilated(
-            rows, row[None], (1, 1), ((0, 0), across), dimension_numbers=NHWC
-        )
+        _along_rows(rows, row, padding[1])
         for rows, row in zip(_terms(x, padding[0], height), filters, strict=True)
     ]
     out = jnp.stack(_combine(OUTPUT, terms), axis=2)  # [B, tiles, TILE, W2, c_out]
     return out.reshape(x.shape[0], -1, *out.shape[3:])[:, :height]
+
+
+def _along_rows(
+    x: Float[Array, "B H W c_in"], kernel: Float[Array, "kw c_in c_out"], padding: tuple[int, int]
+) -> Float[Array, "B H W2 c_out"]:
+    """The convolution of each row, in one dimension: XLA computes those of two on one core only."""
+    # XLA on CPU reads outside the array where the padding of one dimension is negative.
+    cut = [min(0, side) for side in padding]
+    x = jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), (0, 0, 0), (*cut, 0), (0, 0, 0)])
+    around = [max(0, side) for side in padding]
+    rows = x.reshape(-1, *x.shape[2:])
+    out = jax.lax.conv_general_dilated(rows, kernel, (1,), (around,), dimension_numbers=NWC)
+    return out.reshape(*x.shape[:2], *out.shape[1:])
 
 
 def kernel_gradient(

@@ -23,7 +23,7 @@ from lora_diffusion_jax.factory.networks import (
 )
 from lora_diffusion_jax.factory.objectives import build_sampler
 from lora_diffusion_jax.factory.training import build_cadence, build_mesh
-from lora_diffusion_jax.models import NETWORKS
+from lora_diffusion_jax.models import NETWORKS, convolution
 from lora_diffusion_jax.models.adm_unet import ADMUNet
 from lora_diffusion_jax.models.song_unet import SongUNet
 from tests.small import fast_jit, random_variables, small_config
@@ -211,6 +211,13 @@ def test_attention_at_a_height_that_no_level_has_is_refused():
     check_attention(small_config())
     with pytest.raises(UserError, match="no level of an image 24 pixels high has 4: .* 24, 12"):
         check_attention(small_config(data__image_size=24))
+
+
+def test_the_count_is_of_the_network_not_of_the_cpus_convolutions(monkeypatch):
+    config = small_config(model__channels=convolution.MIN_CHANNELS)
+    counted = forward_flops(config, build_denoiser(config))
+    monkeypatch.setattr(convolution, "pays_off", lambda *call: False)
+    assert counted == forward_flops(config, build_denoiser(config)) > 0
 
 
 def test_float16_is_counted_and_refused_on_a_cpu():

@@ -12,8 +12,8 @@ from lora_diffusion_jax import cli, lora
 from lora_diffusion_jax.factory import networks, objectives
 
 # FLOP/s of the CIFAR-10 network with LoRA on one NVIDIA H200, bfloat16, batch 256 (docs/scaling.md).
-TRAINING = 2378 * 3 * 40.587e9  # images a second; a training image costs three evaluations
-SAMPLING = 255 * 35 * 40.587e9
+TRAINING = 2528 * 3 * 40.587e9  # images a second; a training image costs three evaluations
+SAMPLING = 275 * 35 * 40.587e9
 SAMPLES = 50_000
 HEAD = """\
 | network | mode | parameters | GFLOP | EFLOP | training | sampling | FID, paper | here |

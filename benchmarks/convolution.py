@@ -14,8 +14,8 @@ import json
 from lora_diffusion_jax import memory, xla_options
 
 if __name__ == "__main__":  # before the threads of the imports below
-    xla_options.merge_kernels()
     memory.keep_freed_memory()
+    xla_options.merge_kernels()
 
 import jax
 import jax.numpy as jnp

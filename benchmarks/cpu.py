@@ -29,8 +29,8 @@ from typing import Any
 from lora_diffusion_jax import memory, xla_options
 
 if __name__ == "__main__":  # before the threads of the imports below
-    xla_options.merge_kernels()
     memory.keep_freed_memory()
+    xla_options.merge_kernels()
 
 import jax
 from ml_collections import ConfigDict
@@ -101,9 +101,11 @@ def main() -> None:
     args = parser.parse_args()
     jax.config.update("jax_enable_compilation_cache", False)
 
+    memory.allocate_in_caller()  # as training does
+
+    timed = args.what.split(",")
     for size in args.sizes.split(","):
         config = config_of(size)
-        timed = args.what.split(",")
         calls, compiling = ours(config, "float32", timed)
         sides = {"ours": calls}
         if args.peer:

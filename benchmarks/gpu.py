@@ -10,7 +10,7 @@ for the peer the ratio to ours at the same precision.
 sampling    18 steps of Heun, 35 evaluations, latents on the GPU to uint8 images
 training    augmentation, loss, gradients, Adam, average of the weights; the batch is on the GPU
 accuracy    greatest difference of D(x; sigma) from float32's, relative to its greatest value
-compilation seconds of the sampling run and of the training step
+compilation seconds of what is timed
 run         --images=N: N images through the generator, in seconds, host copies included
 """
 
@@ -103,8 +103,7 @@ def ours(
 
     _, (state, *data) = made["training"]
     current = [state]
-    # jax.jit and the peer start from equal ground: the weights lie on the device
-    variables, *latents = jax.device_put(made["sampling"][1])
+    variables, *latents = made["sampling"][1]
 
     def sample() -> Any:
         return np.asarray(jax.block_until_ready(loaded["sampling"](variables, *latents))[0])
@@ -271,15 +270,16 @@ def main() -> None:
 
     if "accuracy" in args.what:
         report(what="accuracy", **accuracy())
+    timed = [name for name in per_image if name in args.what]
     for precision in args.precisions.split(","):
         config = config_of(precision, args.batch)
-        timed = [name for name in per_image if name in args.what]
         calls, compiling = ours(config, precision, timed)
-        report(what="compilation", precision=precision, **compiling)
+        if timed:
+            report(what="compilation", precision=precision, **compiling)
         sides = {"ours": calls}
-        if args.peer:
+        if args.peer and timed:
             sides["eager"] = peer(str(args.peer), config, precision, False)
-        if args.peer and args.compile:
+        if args.peer and args.compile and timed:
             sides["compile"] = peer(str(args.peer), config, precision, True)
         for what in timed:
             took = compare({who: calls[what] for who, calls in sides.items()}, args.rounds)

@@ -43,15 +43,15 @@ def cache_dir() -> str:
         given = os.environ["JAX_COMPILATION_CACHE_DIR"]
         return given if "://" in given else files.expand(given, "JAX_COMPILATION_CACHE_DIR")
     home = Path(files.expand(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "XDG_CACHE_HOME"))
-    # CPU programs run only on the kind of processor they were compiled for, and on as many cores;
-    # machines of several kinds may share a home directory.
+    # CPU programs run only on the kind of processor they were compiled for, and are split among as many
+    # cores as there were. Machines of several kinds may share a home directory.
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:  # not Linux
         lines = [platform.processor()]
     features = next((x for x in lines if x.startswith(("flags", "Features"))), lines[0])
     kind = f"{platform.machine()}-{zlib.crc32(features.encode()):08x}"
-    machine = f"{kind}-{memory.usable_cores()}"
+    machine = kind if memory.has_accelerator() else f"{kind}-{memory.usable_cores()}"
     return str(home / "lora_diffusion_jax" / "compiled" / machine)
 
 

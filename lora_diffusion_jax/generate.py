@@ -199,10 +199,10 @@ class Generator:
         inputs = processes.place_rows(seeds.astype(np.uint32), self.call_size, self._spread)
         if shared:
             row = processes.place(self.one_hot(labels[:1]), self._whole)
-            made = self.compiled_shared(variables, inputs, row)
+            made = processes.call(self.compiled_shared, variables, inputs, row)
         else:
             rows = processes.place_rows(self.one_hot(labels), self.call_size, self._spread)
-            made = self.compiled(variables, inputs, rows)
+            made = processes.call(self.compiled, variables, inputs, rows)
         images, finite = map(processes.fetch, made)
         return Batch(images[: len(seeds)], seeds, labels, finite[: len(seeds)])
 

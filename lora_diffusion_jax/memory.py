@@ -9,6 +9,8 @@ _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 # of NVIDIA and AMD GPUs and of TPUs
 ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/accel*", "/dev/vfio/[0-9]*")
 
+_kept = False  # freed memory
+
 
 def has_accelerator() -> bool:
     """Whether the machine has one, as far as its device files tell: JAX is not imported for it."""
@@ -16,7 +18,7 @@ def has_accelerator() -> bool:
 
 
 def usable_cores() -> int:
-    """How many cores this process may use, which can be fewer than the machine has."""
+    """How many cores this process may run on, by its affinity; the machine can have more."""
     if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -27,16 +29,16 @@ def keep_freed_memory() -> bool:
 
     XLA on CPU allocates the temporary arrays of a program at every call. glibc gets large blocks from
     the system and returns them at once, so that each step touches new pages, which took a tenth to a
-    quarter of its time (docs/scaling.md). The memory of a process then stays at its highest.
+    third of its time (docs/scaling.md). The memory of a process then stays at its highest.
 
-    Only the main arena of malloc keeps blocks of any size, and the main thread always uses it. So JAX is
-    told to run programs in the thread that calls them. On one core all threads share that arena; on
-    several, they would wait for one another there.
+    Only the main arena of malloc keeps blocks of any size. On one core it is the only one. On several,
+    threads would wait for one another there; it is the main thread's, so `allocate_in_caller` helps.
 
     To be called before numpy and JAX are imported: the threads that they start get memory of their own,
     which this no longer affects. Does nothing where there is an accelerator, whose host has other work
     for its threads, where the user has set malloc's behaviour by environment variables, or without glibc.
     """
+    global _kept
     if has_accelerator():
         return False
     chosen = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_ARENA_MAX", "GLIBC_TUNABLES")
@@ -49,9 +51,17 @@ def keep_freed_memory() -> bool:
     wanted = {_TRIM_THRESHOLD: -1, _MMAP_MAX: 0}  # never, none
     if usable_cores() == 1:
         wanted[_ARENA_MAX] = 1
-    kept = all([mallopt(parameter, value) == 1 for parameter, value in wanted.items()])
+    _kept = all([mallopt(parameter, value) == 1 for parameter, value in wanted.items()])
+    return _kept
 
-    import jax  # not before
 
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
-    return kept
+def allocate_in_caller() -> None:
+    """After `keep_freed_memory`, has JAX run a CPU's programs in the thread that calls them.
+
+    To be called before JAX first looks for devices. Python handles no signal while its main thread
+    runs a program: `processes.call` is for those that take longer than a training step.
+    """
+    if _kept:
+        import jax  # only now: see above
+
+        jax.config.update("jax_cpu_enable_async_dispatch", False)

@@ -403,5 +403,6 @@ def forward_flops(config: ConfigDict, denoiser: Denoiser) -> float:
     except RuntimeError:
         device = jax.local_devices()[0]
     with jax.default_device(device):
+        # for an accelerator, as a CPU's program has other convolutions
         lowered = call.trace(shapes, x).lower(lowering_platforms=("tpu",))
     return float((lowered.cost_analysis() or {}).get("flops", 0.0))

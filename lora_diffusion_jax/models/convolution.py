@@ -164,13 +164,17 @@ def winograd(
 def _along_rows(
     x: Float[Array, "B H W c_in"], kernel: Float[Array, "kw c_in c_out"], padding: tuple[int, int]
 ) -> Float[Array, "B H W2 c_out"]:
-    """The convolution of each row, in one dimension: XLA computes those of two on one core only."""
-    # XLA on CPU reads outside the array where the padding of one dimension is negative.
-    cut = [min(0, side) for side in padding]
-    x = jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), (0, 0, 0), (*cut, 0), (0, 0, 0)])
-    around = [max(0, side) for side in padding]
+    """Each row convolved by itself: XLA for CPUs uses one core for convolutions in two dimensions.
+
+    So it was measured with jaxlib 0.10.2, whose convolutions in one dimension read outside the array
+    where padding is negative.
+    """
+    left, right = padding
+    cut = (min(0, left), min(0, right), 0)
+    x = jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), (0, 0, 0), cut, (0, 0, 0)])
     rows = x.reshape(-1, *x.shape[2:])
-    out = jax.lax.conv_general_dilated(rows, kernel, (1,), (around,), dimension_numbers=NWC)
+    around = ((max(0, left), max(0, right)),)
+    out = jax.lax.conv_general_dilated(rows, kernel, (1,), around, dimension_numbers=NWC)
     return out.reshape(*x.shape[:2], *out.shape[1:])
 
 

@@ -20,8 +20,8 @@ def lora_diffusion_fid(argv: Sequence[str] | None = None) -> int:
 
 def _start(mode: str, argv: Sequence[str] | None) -> int:
     if argv is None:  # before numpy and JAX are imported
-        xla_options.merge_kernels()
         memory.keep_freed_memory()
+        xla_options.merge_kernels()
     try:  # without the extras, the package installs `lora` alone
         program = importlib.import_module(f"{__name__}.{mode}")
     except ModuleNotFoundError as error:

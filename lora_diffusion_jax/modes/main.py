@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from ml_collections import ConfigDict
 
-from lora_diffusion_jax import cli, files, processes, remote
+from lora_diffusion_jax import cli, files, memory, processes, remote
 from lora_diffusion_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -163,6 +163,8 @@ def work(argv: list[str]) -> int:
     if mode is doctor:  # it must work where joining or the cache does not
         return doctor(args, config)
     args.gives_data = any(re.match(r"--config\.data\.(name|path|data_dir)=.", o) for o in overrides)
+    if args.mode == "train":
+        memory.allocate_in_caller()
     with cli.joined(args, config):
         args.command = shlex.join([*cli.program(), *given])
         if mode in (info, import_file, export_file, push_run, analyze) and not processes.alone():

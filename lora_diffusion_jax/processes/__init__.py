@@ -10,7 +10,7 @@ from lora_diffusion_jax.processes.agreement import (
     is_leader,
     session,
 )
-from lora_diffusion_jax.processes.arrays import fetch, place, place_rows
+from lora_diffusion_jax.processes.arrays import call, fetch, place, place_rows
 from lora_diffusion_jax.processes.ending import ending_together, raised_by_all
 from lora_diffusion_jax.processes.interrupts import SIGNALS, Interrupted, Interrupts, pause_point
 from lora_diffusion_jax.processes.joining import check_joined, join
@@ -26,6 +26,7 @@ __all__ = [
     "check_same",
     "ending_together",
     "exchange",
+    "call",
     "fetch",
     "from_leader",
     "is_leader",

@@ -1,11 +1,17 @@
 """Arrays between the hosts and the devices of all processes."""
 
+import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding
+
+T = TypeVar("T")
 
 
 def place(array: np.ndarray, sharding: Sharding) -> jax.Array:
@@ -16,6 +22,26 @@ def place(array: np.ndarray, sharding: Sharding) -> jax.Array:
 def place_rows(array: np.ndarray, size: int, sharding: Sharding) -> jax.Array:
     """The rows of a host array as `place` has them, the last one repeated so that there are `size`."""
     return place(array[np.minimum(np.arange(size), len(array) - 1)], sharding)
+
+
+def call(program: Callable[..., T], *args: Any) -> T:
+    """program(*args), whose arrays `fetch` waits for; signals are handled meanwhile.
+
+    Where JAX runs programs in the thread that calls them (`memory.allocate_in_caller`), that is another
+    thread than this. An interrupted program goes on there until it returns.
+    """
+    if jax.config.read("jax_cpu_enable_async_dispatch"):
+        return program(*args)
+    called: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            called.set_result(program(*args))
+        except BaseException as error:  # the caller's to handle
+            called.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()  # a program does not hold up the exit
+    return called.result()
 
 
 def fetch(array: jax.Array) -> np.ndarray:

@@ -58,3 +58,38 @@ with Interrupts() as interrupts:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["None", "True"]
+
+
+# A program of some seconds, and a signal after a tenth of one; prints the seconds until it was handled.
+LONG = """
+import os, signal, sys, time
+import jax, jax.numpy as jnp
+from lora_diffusion_jax import processes
+jax.config.update("jax_cpu_enable_async_dispatch", sys.argv[1] == "async")
+x = jnp.ones((500, 500)) / 500
+program = jax.jit(lambda n: jax.lax.fori_loop(0, n, lambda i, x: x @ x, x)[0, 0])
+assert abs(processes.fetch(processes.call(program, 2)) - 1 / 500) < 1e-6
+class Told(Exception): pass
+def tell(*_): raise Told
+signal.signal(signal.SIGALRM, tell)
+signal.setitimer(signal.ITIMER_REAL, 0.1)
+began = time.monotonic()
+try:
+    processes.fetch(processes.call(program, 10**5))
+except Told:
+    print(time.monotonic() - began, flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("dispatch", ["async", "sync"])
+def test_signals_are_handled_while_a_program_runs(dispatch):
+    done = subprocess.run(
+        [sys.executable, "-c", LONG, dispatch],
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=100,
+    )
+    assert 0.05 < float(done.stdout) < 2

@@ -100,7 +100,6 @@ def main() -> None:
     parser.add_argument("--what", default="sampling,training")
     args = parser.parse_args()
     jax.config.update("jax_enable_compilation_cache", False)
-
     memory.allocate_in_caller()  # as training does
 
     timed = args.what.split(",")

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lora_diffusion_jax import files
 from lora_diffusion_jax.array_types import PyTree
 from lora_diffusion_jax.errors import UserError
-from lora_diffusion_jax.processes import fetch, place
+from lora_diffusion_jax.processes import call, fetch, place
 
 # Images per device and call, by platform. Fixed, so that every image runs through the same compiled
 # program whatever batches it arrives in and however many devices there are. Small batches stay in
@@ -184,7 +184,7 @@ def extract(
         check_images(batch, detector.image_shape, detector.name)
         count = len(batch)
         batch = np.concatenate([batch, np.zeros((size - count, *batch.shape[1:]), batch.dtype)])
-        started = detector.compiled(variables, place(batch, sharding))
+        started = call(detector.compiled, variables, place(batch, sharding))
         if in_flight is not None:
             yield _fetch(*in_flight)
         in_flight = (started, count)

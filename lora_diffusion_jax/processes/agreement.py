@@ -1,17 +1,16 @@
 """Values and waiting between processes, through JAX's coordination service and without devices."""
 
 import collections
-import concurrent.futures
 import dataclasses
 import json
 import os
-import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
 
 from lora_diffusion_jax.errors import UserError
+from lora_diffusion_jax.processes.threads import in_thread
 
 ROOT = "lora_diffusion_jax"  # prefix of our keys and barriers in the coordination service
 
@@ -75,7 +74,7 @@ def exchange(name: str, text: str, limit: float | None = None) -> list[str]:
     folder = f"{ROOT}/{name}/{number}/"
     client().key_value_set(f"{folder}{jax.process_index()}", text)
     try:
-        _wait_at_barrier(folder, limit)
+        in_thread(client().wait_at_barrier, folder, int(limit * 1000))
     except jax.errors.JaxRuntimeError as error:
         late = sorted(set(range(jax.process_count())) - _texts(folder).keys())
         if not late:  # all came: the service itself failed
@@ -89,20 +88,6 @@ def exchange(name: str, text: str, limit: float | None = None) -> list[str]:
     if number and is_leader():  # every process has read the previous exchange
         client().key_value_delete(f"{ROOT}/{name}/{number - 1}/")
     return [texts[i] for i in range(jax.process_count())]
-
-
-def _wait_at_barrier(name: str, limit: float) -> None:
-    passed: concurrent.futures.Future[None] = concurrent.futures.Future()
-
-    def wait() -> None:
-        try:
-            passed.set_result(client().wait_at_barrier(name, int(limit * 1000)))
-        except jax.errors.JaxRuntimeError as error:
-            passed.set_exception(error)
-
-    # In a thread: while its main thread is inside JAX, Python handles no signals.
-    threading.Thread(target=wait, daemon=True).start()
-    passed.result()
 
 
 def _texts(folder: str) -> dict[int, str]:

@@ -1,15 +1,15 @@
 """Arrays between the hosts and the devices of all processes."""
 
-import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding
+
+from lora_diffusion_jax.processes.threads import in_thread
 
 T = TypeVar("T")
 
@@ -28,20 +28,11 @@ def call(program: Callable[..., T], *args: Any) -> T:
     """program(*args), whose arrays `fetch` waits for; signals are handled meanwhile.
 
     Where JAX runs programs in the thread that calls them (`memory.allocate_in_caller`), that is another
-    thread than this. An interrupted program goes on there until it returns.
+    thread than this.
     """
     if jax.config.read("jax_cpu_enable_async_dispatch"):
         return program(*args)
-    called: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            called.set_result(program(*args))
-        except BaseException as error:  # the caller's to handle
-            called.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()  # a program does not hold up the exit
-    return called.result()
+    return in_thread(program, *args)
 
 
 def fetch(array: jax.Array) -> np.ndarray:

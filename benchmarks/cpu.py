@@ -26,7 +26,7 @@ import pathlib
 from multiprocessing.connection import Connection
 from typing import Any
 
-from lora_diffusion_jax import memory, xla_options
+from lora_diffusion_jax import host, memory, xla_options
 
 if __name__ == "__main__":  # before the threads of the imports below
     memory.keep_freed_memory()
@@ -35,8 +35,9 @@ if __name__ == "__main__":  # before the threads of the imports below
 import jax
 from ml_collections import ConfigDict
 
-from benchmarks.gpu import Call, compare, ours, peer
+from benchmarks.gpu import Call, compare, ours, peer, some_of
 
+WHAT = ("sampling", "training")
 BATCH = {"digits": 128, "small": 16, "full": 8}
 SIMD = ("avx512f", "avx2", "avx", "sse4_2", "asimd")  # best first; the last is ARM's
 
@@ -63,7 +64,7 @@ def machine() -> dict[str, Any]:
     return {
         "processor": fields.get("model name", "unknown"),
         "simd": next((name for name in SIMD if name in flags), "unknown"),
-        "cores": memory.usable_cores(),
+        "cores": host.usable_cores(),
     }
 
 
@@ -95,24 +96,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--peer", type=pathlib.Path)
     parser.add_argument("--compile", action="store_true", help="the peer under torch.compile, too")
-    parser.add_argument("--sizes", default=",".join(BATCH))
+    parser.add_argument("--sizes", type=some_of(BATCH), default=list(BATCH))
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--what", default="sampling,training")
+    parser.add_argument("--what", type=some_of(WHAT), default=list(WHAT))
     args = parser.parse_args()
     jax.config.update("jax_enable_compilation_cache", False)
     memory.allocate_in_caller()  # as training does
 
-    timed = args.what.split(",")
-    for size in args.sizes.split(","):
+    for size in args.sizes:
         config = config_of(size)
-        calls, compiling = ours(config, "float32", timed)
+        calls, compiling = ours(config, "float32", args.what)
         sides = {"ours": calls}
         if args.peer:
             sides["eager"] = peer_process(str(args.peer), size, False)
         if args.peer and args.compile:
             sides["compile"] = peer_process(str(args.peer), size, True)
         about = {"benchmark": "cpu", **machine(), "size": size, "batch": config.train.batch_size}
-        for what in timed:
+        for what in args.what:
             took = compare({who: calls[what] for who, calls in sides.items()}, args.rounds)
             for who, spent in took.items():
                 line = {**about, "what": what, "who": who, "seconds": round(spent, 4)}

@@ -22,7 +22,7 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the peer needs memory as well
@@ -40,6 +40,7 @@ from lora_diffusion_jax.training.state import create_state
 PEAK = {"float32": 67, "tf32": 494, "bfloat16": 989}
 MATMUL = {"float32": "highest", "tf32": "tensorfloat32", "bfloat16": "default"}
 STEPS, EVALUATIONS = 18, 35
+WHAT = ("accuracy", "sampling", "training", "run")
 Call = Callable[[], Any]
 
 
@@ -211,26 +212,26 @@ def compare(calls: dict[str, Call], rounds: int) -> dict[str, float]:
     return {name: float(np.median([t[name] for t in times])) for name in calls}
 
 
-def accuracy() -> dict[str, float]:
-    """Greatest relative difference of D from float32's, for the other precisions."""
-    found = {}
+def differences(precisions: Sequence[str]) -> Iterator[tuple[str, float]]:
+    """For each precision but float32, how far D departs from float32's at most, in its largest value."""
     sigma = jnp.exp(jnp.linspace(-5, 4, 64))
-    x = (
-        jax.random.normal(jax.random.key(3), (64, 32, 32, 3))
-        * jnp.sqrt(sigma**2 + 0.25)[:, None, None, None]
-    )
-    for precision in PEAK:
+    spread = jnp.sqrt(sigma**2 + 0.25)[:, None, None, None]
+    x = spread * jax.random.normal(jax.random.key(3), (64, 32, 32, 3))
+    labels = jnp.eye(10)[jnp.arange(64) % 10]
+
+    def denoised(precision: str) -> jax.Array:
         config = config_of(precision, 64)
-        denoiser = networks.for_mesh(
-            networks.build_denoiser(config), training.build_mesh(config), train=False
-        )
+        denoiser = networks.build_denoiser(config)
         variables = random_variables(config, denoiser)
+        meshed = networks.for_mesh(denoiser, training.build_mesh(config), train=False)
         with jax.default_matmul_precision(MATMUL[precision]):
-            found[precision] = jax.jit(denoiser.apply)(
-                variables, x, sigma, jnp.eye(10)[jnp.arange(64) % 10]
-            )
-    exact = found.pop("float32")
-    return {k: float(jnp.abs(v - exact).max() / jnp.abs(exact).max()) for k, v in found.items()}
+            return jax.jit(meshed.apply)(variables, x, sigma, labels)
+
+    exact = denoised("float32")
+    for precision in precisions:
+        if precision != "float32":
+            error = jnp.abs(denoised(precision) - exact).max()
+            yield precision, float(error / jnp.abs(exact).max())
 
 
 def whole_run(precision: str, batch: int, count: int) -> float:
@@ -246,6 +247,18 @@ def whole_run(precision: str, batch: int, count: int) -> float:
         )
 
 
+def some_of(names: Iterable[str]) -> Callable[[str], list[str]]:
+    """The parser of an argument that lists some of these names, separated by commas."""
+
+    def parse(text: str) -> list[str]:
+        given = text.split(",")
+        if unknown := [name for name in given if name not in names]:
+            raise argparse.ArgumentTypeError(f"found {unknown[0]!r}, expected {', '.join(names)}")
+        return given
+
+    return parse
+
+
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -254,8 +267,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--images", type=int, default=0)
-    parser.add_argument("--precisions", default=",".join(PEAK))
-    parser.add_argument("--what", default="accuracy,sampling,training")
+    parser.add_argument("--precisions", type=some_of(PEAK), default=list(PEAK))
+    parser.add_argument("--what", type=some_of(WHAT), default=list(WHAT))
     args = parser.parse_args()
     device = jax.devices()[0].device_kind
 
@@ -268,18 +281,14 @@ def main() -> None:
         short = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in result.items()}
         print(json.dumps({**about, **short}), flush=True)
 
-    if "accuracy" in args.what:
-        report(what="accuracy", **accuracy())
-    timed = [name for name in per_image if name in args.what]
-    for precision in args.precisions.split(","):
+    def report_timed(precision: str, timed: Sequence[str]) -> None:
         config = config_of(precision, args.batch)
         calls, compiling = ours(config, precision, timed)
-        if timed:
-            report(what="compilation", precision=precision, **compiling)
+        report(what="compilation", precision=precision, **compiling)
         sides = {"ours": calls}
-        if args.peer and timed:
+        if args.peer:
             sides["eager"] = peer(str(args.peer), config, precision, False)
-        if args.peer and args.compile and timed:
+        if args.peer and args.compile:
             sides["compile"] = peer(str(args.peer), config, precision, True)
         for what in timed:
             took = compare({who: calls[what] for who, calls in sides.items()}, args.rounds)
@@ -293,7 +302,15 @@ def main() -> None:
                     mfu=rate * per_image[what] / PEAK[precision] / 1e12,
                     ours_is_faster_by=spent / took["ours"],
                 )
-        if args.images:
+
+    if "accuracy" in args.what:
+        for precision, difference in differences(args.precisions):
+            report(what="accuracy", precision=precision, difference=difference)
+    timed = [name for name in per_image if name in args.what]
+    for precision in args.precisions:
+        if timed:
+            report_timed(precision, timed)
+        if args.images and "run" in args.what:
             report(
                 what="run",
                 precision=precision,

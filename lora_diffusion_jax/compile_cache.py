@@ -18,7 +18,7 @@ from types import ModuleType
 
 import jax
 
-from lora_diffusion_jax import files, memory
+from lora_diffusion_jax import files, host
 from lora_diffusion_jax.errors import UserError
 
 MIN_COMPILE_SECONDS = 0.1  # faster ones are not stored: reading an entry takes some 10 ms
@@ -51,7 +51,7 @@ def cache_dir() -> str:
         lines = [platform.processor()]
     features = next((x for x in lines if x.startswith(("flags", "Features"))), lines[0])
     kind = f"{platform.machine()}-{zlib.crc32(features.encode()):08x}"
-    machine = kind if memory.has_accelerator() else f"{kind}-{memory.usable_cores()}"
+    machine = kind if host.has_accelerator() else f"{kind}-{host.usable_cores()}"
     return str(home / "lora_diffusion_jax" / "compiled" / machine)
 
 

@@ -1,27 +1,13 @@
 """How glibc hands memory back to the system, which training on a CPU must not pay for at every step."""
 
 import ctypes
-import glob
 import os
+
+from lora_diffusion_jax import host
 
 # mallopt(3): parameters of glibc's malloc
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
-# of NVIDIA and AMD GPUs and of TPUs
-ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/accel*", "/dev/vfio/[0-9]*")
-
 _kept = False  # freed memory
-
-
-def has_accelerator() -> bool:
-    """Whether the machine has one, as far as its device files tell: JAX is not imported for it."""
-    return any(glob.glob(pattern) for pattern in ACCELERATORS)
-
-
-def usable_cores() -> int:
-    """How many cores this process may run on, by its affinity; the machine can have more."""
-    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def keep_freed_memory() -> bool:
@@ -39,7 +25,7 @@ def keep_freed_memory() -> bool:
     for its threads, where the user has set malloc's behaviour by environment variables, or without glibc.
     """
     global _kept
-    if has_accelerator():
+    if host.has_accelerator():
         return False
     chosen = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_ARENA_MAX", "GLIBC_TUNABLES")
     if any(name in os.environ for name in chosen):
@@ -49,7 +35,7 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError, TypeError):  # musl, macOS, Windows
         return False
     wanted = {_TRIM_THRESHOLD: -1, _MMAP_MAX: 0}  # never, none
-    if usable_cores() == 1:
+    if host.usable_cores() == 1:
         wanted[_ARENA_MAX] = 1
     _kept = all([mallopt(parameter, value) == 1 for parameter, value in wanted.items()])
     return _kept

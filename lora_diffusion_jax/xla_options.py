@@ -2,7 +2,7 @@
 
 import os
 
-from lora_diffusion_jax.memory import has_accelerator
+from lora_diffusion_jax import host
 
 OPTION = "--xla_backend_extra_options="
 MERGED = "xla_cpu_use_multi_output_fusion"
@@ -19,7 +19,7 @@ def merge_kernels() -> bool:
     flags = os.environ.get("XLA_FLAGS", "")
     if OPTION in flags:
         return MERGED in flags
-    if has_accelerator():
+    if host.has_accelerator():
         return False
     os.environ["XLA_FLAGS"] = f"{flags} {OPTION}{MERGED}".strip()
     return True

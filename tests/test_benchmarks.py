@@ -15,6 +15,13 @@ def tiny():
     return config
 
 
+def tiny_at(precision, batch):
+    config = tiny()
+    config.dtype = precision if precision == "bfloat16" else "float32"
+    config.train.batch_size = config.sampler.batch_size = batch
+    return config
+
+
 @pytest.mark.slow
 def test_calls_that_are_timed():
     """They sample and train: images of the right shape, and a loss."""
@@ -36,6 +43,47 @@ def test_lines_of_the_cpu(monkeypatch, capsys):
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(x["what"], x["who"]) for x in lines] == [("sampling", "ours"), ("training", "ours")]
     assert all(x["seconds"] > 0 and x["cores"] >= 1 for x in lines)
+
+
+@pytest.mark.slow
+def test_lines_of_the_gpu(monkeypatch, capsys):
+    """bfloat16 departs from float32, which departs from itself by nothing and has no line."""
+    monkeypatch.setattr(gpu, "config_of", tiny_at)
+    given = [
+        "gpu",
+        "--what=accuracy,run",
+        "--precisions=float32,bfloat16",
+        "--images=3",
+        "--batch=2",
+    ]
+    monkeypatch.setattr("sys.argv", given)
+    gpu.main()
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(x["what"], x["precision"]) for x in lines] == [
+        ("accuracy", "bfloat16"),
+        ("run", "float32"),
+        ("run", "bfloat16"),
+    ]
+    assert 0 < lines[0]["difference"] < 0.1
+    assert all(x["seconds"] > 0 for x in lines[1:])
+
+
+@pytest.mark.parametrize(
+    ("program", "option"),
+    [
+        (gpu, "--what=trainig"),
+        (gpu, "--precisions=fp32"),
+        (cpu, "--sizes=digits,"),
+        (cpu, "--what="),
+    ],
+)
+def test_misspelt_names(program, option, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["benchmark", option])
+    with pytest.raises(SystemExit, match="2"):
+        program.main()
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "expected" in said
+    assert option.partition("=")[0] in said
 
 
 def test_sizes():

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from lora_diffusion_jax import memory
+from lora_diffusion_jax import host
 from lora_diffusion_jax.xla_options import MERGED, OPTION, merge_kernels
 
 # The sine and the cosine of one array: two kernels, or one.
@@ -21,7 +21,7 @@ print(f.lower(jnp.ones((64, 64))).compile().as_text().count(" fusion("))
 
 @pytest.fixture(autouse=True)
 def no_accelerators(monkeypatch):
-    monkeypatch.setattr(memory, "ACCELERATORS", ())
+    monkeypatch.setattr(host, "ACCELERATORS", ())
 
 
 def test_other_flags_stay(monkeypatch):
@@ -39,7 +39,7 @@ def test_the_users_extra_options_win(monkeypatch):
 
 def test_machines_with_an_accelerator_are_left_alone(monkeypatch, tmp_path):
     (tmp_path / "nvidia0").touch()
-    monkeypatch.setattr(memory, "ACCELERATORS", (str(tmp_path / "nvidia[0-9]*"),))
+    monkeypatch.setattr(host, "ACCELERATORS", (str(tmp_path / "nvidia[0-9]*"),))
     monkeypatch.setenv("XLA_FLAGS", "")
     assert not merge_kernels()
     assert os.environ["XLA_FLAGS"] == ""

@@ -12,7 +12,7 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from lora_diffusion_jax import memory
+from lora_diffusion_jax import host
 from lora_diffusion_jax.array_types import Source
 from lora_diffusion_jax.data.image_source import ImageSource
 from lora_diffusion_jax.errors import UserError
@@ -195,7 +195,7 @@ def _num_threads(source: Source) -> int:
     """How many threads decode these images fastest."""
     if np.prod(source.image_shape) < _THREADED_SIZE:
         return 1
-    return min(_MAX_THREADS, memory.usable_cores())
+    return min(_MAX_THREADS, host.usable_cores())
 
 
 def _read(source: Source, indices: np.ndarray) -> Batch:

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from lora_diffusion_jax import compile_cache, files, memory, remote
+from lora_diffusion_jax import compile_cache, files, host, remote
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.evaluation import results
 from lora_diffusion_jax.factory.checks import check
@@ -67,7 +67,7 @@ def machine() -> Iterator[str]:
     yield ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     free = host_memory()
     known = "unknown" if free is None else f"{free / GIB:.1f} GiB"
-    yield f"host: {memory.usable_cores()} cores, {known} of memory available"
+    yield f"host: {host.usable_cores()} cores, {known} of memory available"
     if free is not None and free < 2 * GIB:
         raise UserError("Less than 2 GiB of memory is available; stop other programs first.")
 

@@ -22,7 +22,7 @@ from lora_diffusion_jax import (
     processes,
     remote,
 )
-from lora_diffusion_jax.array_types import PyTree, Variables
+from lora_diffusion_jax.array_types import Key, PyTree, Variables
 from lora_diffusion_jax.data.image_source import ImageSource
 from lora_diffusion_jax.diffusion.precond import Denoiser
 from lora_diffusion_jax.errors import UserError
@@ -218,10 +218,9 @@ def initial_state(
     config: ConfigDict, denoiser: Denoiser, directory: str | os.PathLike
 ) -> loop.InitialState:
     """The state of step 0: fresh weights, or those of `init_from` with fresh adapters and classes."""
-    key = purpose_key(config.train.seed, INIT)
     optimizer = build_optimizer(config)
 
-    def fresh() -> state.TrainState:  # the loop compiles it, so that each device makes its part
+    def fresh(key: Key) -> state.TrainState:  # the loop compiles it: each device makes its part
         variables = init_variables(config, denoiser, key)
         return state.create_state(variables, optimizer, trainable(config))
 
@@ -230,6 +229,7 @@ def initial_state(
     source = interop.local(config.init_from, "init_from")
     described = not interop.is_torch_file(source)
     start = interop.load_pretrained(source, config=None if described else config)
+    key = purpose_key(config.train.seed, INIT)
     variables = jax.jit(functools.partial(init_variables, config, denoiser))(key)
     variables, notes = start_from(start, config, variables, config.init_from)
     for note in notes:

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from lora_diffusion_jax import files, paths, processes
 from lora_diffusion_jax.array_types import Key, PyTree
 from lora_diffusion_jax.errors import UserError
-from lora_diffusion_jax.keys import TRAIN, purpose_key
+from lora_diffusion_jax.keys import INIT, TRAIN, purpose_key
 from lora_diffusion_jax.processes.interrupts import Interrupts
 from lora_diffusion_jax.training import writers
 from lora_diffusion_jax.training.checkpoint import Checkpoints, from_parts, to_parts
@@ -38,8 +38,8 @@ from lora_diffusion_jax.training.writers import log
 # Seconds that a process may finish compiling before another: one may find it in its cache.
 COMPILE_LIMIT = 3600.0
 
-# The state to begin with, or a function to compile that returns it
-InitialState = TrainState | Callable[[], TrainState]
+# The state to begin with, or a function from the key of INIT to it, which is compiled
+InitialState = TrainState | Callable[[Key], TrainState]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,13 +110,14 @@ def train(
 
     Args:
         directory: the run's directory, of `open_workdir`.
-        init: used when there is no checkpoint. Checkpoints of weights alone (step 0, imported)
-            replace its weights.
+        init: the state of step 0, or a function from the key of INIT to it; used when there is no
+            checkpoint. Checkpoints of weights alone (step 0, imported) replace its weights.
         step_fn: (state, batch, key) -> (state, metrics), of `make_train_step`.
         batches: the data.
         mesh: of `make_mesh`.
         cadence: when to log, save and call back.
-        seed: of the step's keys: key k = fold_in(fold_in(key(seed), TRAIN), k), k from 0.
+        seed: of the fresh weights, and of the step's keys: key k = fold_in(fold_in(key(seed), TRAIN), k),
+            k from 0.
         callbacks: 'samples' and 'eval' -> function of (state, step). They run after the step's
             checkpoint was begun, and again on resuming if they had not finished; their errors end
             the run.
@@ -132,7 +133,7 @@ def train(
     with contextlib.ExitStack() as stack:
         stack.enter_context(plain_memory_errors(batch_size))
         checkpoints = stack.enter_context(Checkpoints(directory, keep=cadence.keep))
-        step, state, interval = _begin(init, checkpoints, mesh, metrics)
+        step, state, interval = _begin(init, seed, checkpoints, mesh, metrics)
         _write_overview(directory, state)
         writer = stack.enter_context(writers.Writers(directory, batch_size, step, sinks))
         progress = stack.enter_context(writers.Progress(total * batch_size, step * batch_size))
@@ -148,7 +149,7 @@ def train(
             return Result(state, step, stopped_by)
 
         # Outside of Interrupts: a signal while the step compiles ends the program at once.
-        key = jax.jit(lambda: purpose_key(seed, TRAIN), out_shardings=replicated(mesh))()
+        key = _replicated_key(seed, TRAIN, mesh)
         item, began = feed.next(), time.perf_counter()
         lowered = jit_step(step_fn, state, mesh).lower(state, interval, feed.data, item, key)
         compiled = _compile(lowered, traced=time.perf_counter() - began)
@@ -223,11 +224,16 @@ def _compile(lowered: jax.stages.Lowered, traced: float) -> jax.stages.Compiled:
     return compiled
 
 
+def _replicated_key(seed: int, purpose: int, mesh: Mesh) -> Key:
+    """The key of a purpose on all devices."""
+    return jax.jit(lambda: purpose_key(seed, purpose), out_shardings=replicated(mesh))()
+
+
 def _begin(
-    init: InitialState, checkpoints: Checkpoints, mesh: Mesh, metrics: type[Collection]
+    init: InitialState, seed: int, checkpoints: Checkpoints, mesh: Mesh, metrics: type[Collection]
 ) -> tuple[int, TrainState, Collection]:
     """(step, state, metrics of the interval) from the newest checkpoint, or from `init`."""
-    shapes = jax.eval_shape(init if callable(init) else lambda: init)
+    shapes = jax.eval_shape(init if callable(init) else lambda key: init, jax.random.key(seed))
     layout, interval = tree_sharding(shapes, mesh), empty_metrics(mesh, metrics)
     like = jax.tree.map(lambda shape, where: shape.update(sharding=where), shapes, layout)
     found = checkpoints.restore(to_parts(like, interval))
@@ -236,7 +242,8 @@ def _begin(
         return found[0], *from_parts(found[1], like, interval)
     # In buffers of its own: the step donates them.
     if callable(init):
-        state = jax.jit(init, out_shardings=layout)()
+        # As a constant of the program the key would have it compiled anew for every seed.
+        state = jax.jit(init, out_shardings=layout)(_replicated_key(seed, INIT, mesh))
     else:
         state = jax.tree.map(lambda a, where: processes.place(np.array(a), where), init, layout)
     if found is not None:

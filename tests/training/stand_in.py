@@ -133,7 +133,7 @@ def make_run(workdir, *, total=40, mesh=None, callbacks=None, step_options=None,
     rows = local_rows(BATCH, mesh)
     arguments = {
         "config": {"train": {"batch_size": BATCH, "total_images": total * BATCH}, "model": "net"},
-        "init": lambda: create_state(init_variables(), optimizer, trainable),
+        "init": lambda key: create_state(init_variables(), optimizer, trainable),
         "step_fn": make_step(optimizer, mesh=mesh, **(step_options or {})),
         "batches": ArrayBatches(*make_data(), BATCH, in_memory=in_memory, rows=rows),
         "mesh": mesh,

@@ -39,7 +39,7 @@ from tests.training.stand_in import (
 def run_by_hand(arguments, steps):
     """The contract of the loop, spelled out: batch k, key k, one step after the other."""
     step = jax.jit(arguments["step_fn"])
-    state, losses = arguments["init"](), []
+    state, losses = arguments["init"](None), []
     for k in range(steps):
         index = arguments["batches"].indices(k)
         batch = {name: rows[index] for name, rows in arguments["batches"].source.items()}
@@ -272,3 +272,24 @@ def test_an_event_is_due_at_the_first_step_that_reaches_its_multiple():
         6: {"log"},  # 96
         7: {"log", "checkpoint", "samples"},  # the last; evaluation never
     }
+
+
+def test_another_seed_begins_with_other_weights_and_compiles_no_program_again(tmp_path, caplog):
+    def begin(seed):
+        def fresh(key):  # a function of its own for every run, as of every process
+            weights = jax.tree.map(
+                lambda leaf: jax.random.normal(key, leaf.shape), init_variables()
+            )
+            return create_state(weights, adam(2e-3))
+
+        with caplog.at_level("DEBUG", logger="jax._src.compiler"):
+            return run(**make_run(tmp_path / str(seed), total=1, init=fresh, seed=seed)).state
+
+    first = begin(1)
+    caplog.clear()
+    second = begin(2)
+    found = [record.getMessage() for record in caplog.records]
+    assert any("cache hit for 'jit_fresh'" in message for message in found), found
+    assert not any("CACHE MISS for 'jit_fresh'" in message for message in found)
+    for one, other in zip(*map(jax.tree.leaves, (first.params, second.params)), strict=True):
+        assert not np.array_equal(one, other)

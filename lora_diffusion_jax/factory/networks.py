@@ -1,6 +1,7 @@
 """Config -> network: U-Net, LoRA and preconditioning; and what one does with a whole network."""
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -368,22 +369,31 @@ def fold_lora(
     return base, {**variables, "params": lora.fold(variables["params"], omegas)}
 
 
-def _example(config: ConfigDict) -> tuple[jax.Array, Labels | None]:
-    """One blank image [1, H, W, C] and its class label [1, num_classes], None without classes."""
-    classes = num_classes(config)
-    return jnp.zeros((1, *image_shape(config))), jnp.zeros((1, classes)) if classes else None
-
-
 def init_variables(config: ConfigDict, denoiser: Denoiser, key: Key) -> Variables:
     """Fresh variables {'params', optional 'buffers'} of a denoiser."""
-    x, labels = _example(config)
-    variables = denoiser.init({"params": key}, x, jnp.ones(1), labels)
-    return {k: v for k, v in variables.items() if k in ("params", "buffers")}
+    return _init(denoiser, image_shape(config), num_classes(config), key)
 
 
 def variable_shapes(config: ConfigDict, denoiser: Denoiser) -> Variables:
     """The shapes of a denoiser's variables; nothing is computed."""
-    return jax.eval_shape(lambda: init_variables(config, denoiser, jax.random.key(0)))
+    shapes = _shapes(denoiser, image_shape(config), num_classes(config))
+    return jax.tree.map(lambda leaf: leaf, shapes)  # the caller may change its dicts
+
+
+def _example(shape: tuple[int, int, int], classes: int) -> tuple[jax.Array, Labels | None]:
+    """One blank image [1, H, W, C] and its class label [1, classes], None without classes."""
+    return jnp.zeros((1, *shape)), jnp.zeros((1, classes)) if classes else None
+
+
+def _init(denoiser: Denoiser, shape: tuple[int, int, int], classes: int, key: Key) -> Variables:
+    x, labels = _example(shape, classes)
+    variables = denoiser.init({"params": key}, x, jnp.ones(1), labels)
+    return {k: v for k, v in variables.items() if k in ("params", "buffers")}
+
+
+@functools.lru_cache(maxsize=64)  # tracing the network takes seconds
+def _shapes(denoiser: Denoiser, shape: tuple[int, int, int], classes: int) -> Variables:
+    return jax.eval_shape(lambda: _init(denoiser, shape, classes, jax.random.key(0)))
 
 
 def forward_flops(config: ConfigDict, denoiser: Denoiser) -> float:
@@ -396,7 +406,7 @@ def forward_flops(config: ConfigDict, denoiser: Denoiser) -> float:
         config.dtype = "float32"
         denoiser = build_denoiser(config)
     shapes = variable_shapes(config, denoiser)
-    x, labels = _example(config)
+    x, labels = _example(image_shape(config), num_classes(config))
     call = jax.jit(lambda variables, x: denoiser.apply(variables, x, jnp.ones(()), labels))
     try:  # XLA's GPU client counts nothing; JAX_PLATFORMS=cuda leaves no other
         device = jax.local_devices(backend="cpu")[0]

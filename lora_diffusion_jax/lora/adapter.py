@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core import FrozenDict
 from jaxtyping import Array, Float
 
 from lora_diffusion_jax.errors import UserError
@@ -325,10 +326,10 @@ def time_class_lora(
 ) -> SumOfAdapters:
     """W + sum_i omega_i(t) B_i A_i + B'_c A'_c: TimeLoRA `time` and ClassLoRA `class` of one rank."""
     return SumOfAdapters(
-        {
-            "time": TimeLoRA(rank=rank, bases=bases, num_timesteps=num_timesteps),
-            "class": ClassLoRA(rank=rank, num_classes=num_classes),
-        }
+        FrozenDict(  # has a hash: networks are keys of caches
+            time=TimeLoRA(rank=rank, bases=bases, num_timesteps=num_timesteps),
+            **{"class": ClassLoRA(rank=rank, num_classes=num_classes)},
+        )
     )
 
 

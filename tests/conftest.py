@@ -12,6 +12,7 @@ FAST_COMPILE = (
     "xla_backend_optimization_level=0",
     "xla_cpu_use_fusion_emitters=false",
     "xla_cpu_parallel_codegen_split_count=1",
+    "xla_backend_extra_options=xla_cpu_use_multi_output_fusion",  # fewer kernels, as in main.py
 )
 
 

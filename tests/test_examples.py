@@ -33,6 +33,7 @@ def test_unet():
     assert adapted < 0.7 * base
 
 
+@pytest.mark.slow
 def test_transformer():
     results = run("transformer.py")
     assert results["sites"] == 8
@@ -40,6 +41,7 @@ def test_transformer():
     assert results["error with TimeLoRA and ClassLoRA"] < results["error without classes"] / 10
 
 
+@pytest.mark.slow
 def test_nnx_dit():
     results = run("nnx_dit.py")
     assert results["sites"] == 8

@@ -77,8 +77,17 @@ ROWS = {
         (273_049_350, None, None),
     ),
 }
+QUICK = (  # each kind of network, each mode
+    *("CIFAR-10 DDPM++ cond with_lora", "CIFAR-10 DDPM++ cond only_lora"),
+    *("CIFAR-10 NCSN++ uncond baseline", "CIFAR-10 IDDPM uncond with_lora"),
+    "ImageNet-64 ADM cond with_lora",
+)
 COUNTS = [
-    pytest.param(config, mode, count, id=f"{name} {mode}")
+    pytest.param(
+        *(config, mode, count),
+        id=f"{name} {mode}",
+        marks=() if f"{name} {mode}" in QUICK else pytest.mark.slow,
+    )
     for name, (config, counts) in ROWS.items()
     for mode, count in zip(MODES, counts, strict=True)
     if count is not None
@@ -94,7 +103,8 @@ def test_parameter_count(config: ConfigDict, mode: str, expected: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "most"), [(cifar10("ddpmpp", True), 1.03), (imagenet64(), 1.02)]
+    ("config", "most"),
+    [(cifar10("ddpmpp", True), 1.03), pytest.param(imagenet64(), 1.02, marks=pytest.mark.slow)],
 )
 def test_fsdp_divides_the_state(config: ConfigDict, most: float) -> None:
     """Parameters, moments and average take 1/n of the bytes per device, but for small arrays."""

@@ -10,7 +10,10 @@ from tests.models.test_reference import WITH_LORA, error, load, nhwc
 from tests.small import fast_jit
 
 
-@pytest.mark.parametrize("case", WITH_LORA)
+@pytest.mark.parametrize(
+    "case",
+    [WITH_LORA[0], *(pytest.param(case, marks=pytest.mark.slow) for case in WITH_LORA[1:])],
+)
 def test_folded_network_equals_the_adapted_one_at_its_condition(case):
     reference = load(case)
     x, labels = nhwc(reference.arrays["in:x"]), jnp.eye(4)[2:3]

@@ -40,8 +40,11 @@ def sampled(seeds=SEEDS, classes=None, **changes):
     "changes",
     [
         {"lora__adapter": "uc"},
-        {"lora__adapter": "time", "lora__mode": "only_lora"},
-        {"lora__adapter": "uc", "lora__scale": 0.5, "lora__interval": (0.5, 20.0)},
+        pytest.param({"lora__adapter": "time", "lora__mode": "only_lora"}, marks=pytest.mark.slow),
+        pytest.param(
+            {"lora__adapter": "uc", "lora__scale": 0.5, "lora__interval": (0.5, 20.0)},
+            marks=pytest.mark.slow,
+        ),
         {"lora__adapter": "time_class", **CLASSES},
     ],
 )

@@ -153,6 +153,7 @@ def test_training_and_sampling_are_for_their_mesh(monkeypatch):
     assert used[0] is fused
 
 
+@pytest.mark.slow
 def test_an_exported_sampler_is_for_all_devices(tmp_path, monkeypatch):
     monkeypatch.setattr(fused_attention.FusedAttention, "__call__", refuse)
     monkeypatch.setattr(

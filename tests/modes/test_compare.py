@@ -226,6 +226,7 @@ def test_runs_that_the_sweep_no_longer_asks_for_are_named(sweep, tmp_path):
     assert "left out, as the sweep no longer asks for them: mode=only_lora,seed=3" in text
 
 
+@pytest.mark.slow
 def test_the_last_partial_batch_counts_once(sweep, tmp_path):
     """More images than a batch holds, and no multiple."""
     size = load_workdir(sweep / LAST).config.sampler.batch_size

@@ -93,6 +93,7 @@ def test_a_discrete_run_is_sampled_in_steps_of_its_process_or_of_edm(discrete, t
     assert len({array.tobytes() for array in images.values()}) == len(images)
 
 
+@pytest.mark.slow
 def test_likelihoods_of_a_discrete_network_by_both_routes(discrete):
     command = ["--mode=likelihood", f"--workdir={discrete}", "--num=6"]
     bound = result(run(*command))

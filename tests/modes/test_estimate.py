@@ -117,6 +117,7 @@ def exhaust(*_, **__):
     raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
 
 
+@pytest.mark.slow
 def test_a_device_that_runs_out_of_memory_is_said_to(data_dir, monkeypatch):
     monkeypatch.setattr(measure.loop, "jit_step", exhaust)
     found = rows(info(data_dir))
@@ -126,6 +127,7 @@ def test_a_device_that_runs_out_of_memory_is_said_to(data_dir, monkeypatch):
     assert "An evaluation of 64 images does not fit" in info(data_dir)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("microbatch", "least", "most"), [(8, 0.5, 0.75), (2, 0.1, 0.4)])
 def test_accumulation_needs_less(microbatch, least, most):
     mesh = training.build_mesh(small_config())

@@ -26,6 +26,7 @@ def sample(workdir, tmp_path_factory):
     return sample
 
 
+@pytest.mark.slow
 def test_a_searched_grid_is_printed_and_can_be_given(sample):
     settings = {"sampler__name": "ipndm", "sampler__to_zero": False, "sampler__grid": "searched"}
     images, line = sample(**settings)

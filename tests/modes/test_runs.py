@@ -76,6 +76,7 @@ def test_samples_are_functions_of_seed_class_and_weights(workdir, tmp_path):
         assert 8 < grid.width - (4 + 2 * 52) < 30
 
 
+@pytest.mark.slow
 def test_info_counts_the_paper_row():
     text = run("--mode=info", "--config=configs/cifar10_edm.py", "--measure=off")
     assert "Total parameters: 57,746,907" in text.splitlines()
@@ -117,6 +118,7 @@ def test_a_reference_judges_during_training(data_dir, tmp_path):
     assert "/no.npz" in train(tmp_path / "other", data_dir, 64, *judged, missing, status=2)
 
 
+@pytest.mark.slow
 def test_sampling_goes_on_after_a_signal(workdir, tmp_path):
     """SIGTERM in the middle keeps what is done; the same command makes the rest, of the same images."""
     sample = ["--mode=sample", f"--workdir={workdir}", "--seeds=0-299", "--class_id=all"]

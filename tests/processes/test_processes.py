@@ -80,6 +80,7 @@ def train(workdir, count, *options, expected=0, **settings):
     return job.output
 
 
+@pytest.mark.slow
 def test_two_processes_stop_die_and_resume_to_the_same_bits(tmp_path):
     """SIGTERM to one stops both at one step; kill -9 of one ends both; resumed, nothing shows."""
     once, run = ("--total", 34), tmp_path / "run"

@@ -1,5 +1,6 @@
 """Settings shared by all tests: CPU, programs that compile fast, one compilation cache per session."""
 
+import gc
 import os
 import shutil
 import subprocess
@@ -30,6 +31,9 @@ def known_flags() -> list[str]:
 
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# A tenth of tracing went into looking for garbage and into noting where in the source operations stand.
+gc.set_threshold(50_000, 50, 100)
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 # Workers and programs inherit what the first process of the session sets.
 OWN_CACHE = "JAX_COMPILATION_CACHE_DIR" not in os.environ
 if OWN_CACHE:

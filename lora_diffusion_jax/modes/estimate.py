@@ -20,7 +20,7 @@ GRID = 80  # images of a grid during training, at most
 # Large networks take a minute to compile and seconds an image on a CPU.
 CPU_AUTO = 2e11  # FLOP of the largest step that is measured there without being asked for
 CPU_STEP = 1e12  # and of the largest that is measured at all: else one of fewer images
-# A training image costs three evaluations by FLOP. On CPUs it took 3.5 to 4 times as long as one.
+# A training image costs three evaluations by FLOP. On CPUs it took 3 to 4 times as long as one.
 STEP_EVALUATIONS = 4
 
 Row = tuple[str, str, str]  # what, how much, and where that comes from

@@ -54,7 +54,8 @@ def test_one_condition_for_both_is_the_network_itself(adapter):
     np.testing.assert_allclose(two(denoiser, variables, row), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("weight", [pytest.param(1.0, marks=pytest.mark.slow), 3.0])
+@pytest.mark.slow
+@pytest.mark.parametrize("weight", [1.0, 3.0])
 def test_guided_conditions_extrapolate_away_from_no_class(weight):
     """w c + (1 - w) 0 through both is the network told w c; one route alone keeps the other at c."""
     denoiser, variables = network(lora__adapter="class")

@@ -102,7 +102,8 @@ def test_an_adapter_of_ones_own_is_a_value_of_the_config(monkeypatch):
         np.testing.assert_array_equal(omega, [[1, 0], [1, 0], [0, 1]])
 
 
-@pytest.mark.parametrize("adapter", ["uc", pytest.param("time_class", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", ["uc", "time_class"])
 def test_at_initialisation_only_lora_is_its_base_too(adapter):
     c = config(adapter, lora__mode="only_lora", model__channel_mult=(1,), **IMPROVED)
     denoiser = build_denoiser(c)

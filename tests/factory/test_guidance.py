@@ -126,7 +126,7 @@ def test_classifier_free_guidance_is_two_calls(network):
     np.testing.assert_allclose(outside, denoised(network), atol=1e-5)
 
 
-@pytest.mark.parametrize("weak_scale", [0.0, 0.5])
+@pytest.mark.parametrize("weak_scale", [pytest.param(0.0, marks=pytest.mark.slow), 0.5])
 def test_guidance_by_scaled_adapters_is_two_calls(network, weak_scale):
     expected = led(denoised(network), denoised(network, lora__scale=weak_scale), 2.0)
     settings = {"guidance__name": "adapters", "guidance__scale": 2.0}

@@ -43,7 +43,13 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("digits", "cifar10_edm") else pytest.mark.slow)
+        for name in CONFIGS
+    ],
+)
 def test_every_config_builds_and_says_how_to_run_it(name):
     module = importlib.import_module(f"configs.{name}")
     config = module.get_config()

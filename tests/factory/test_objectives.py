@@ -24,7 +24,13 @@ def objective_value(config, train=True, moved=0.0):
     return np.asarray(loss(variables, images, None, draws, train)["loss"]), draws
 
 
-@pytest.mark.parametrize("precond", ["edm", "vp", "ve", "iddpm", "ddpm"])
+@pytest.mark.parametrize(
+    "precond",
+    [
+        *("edm", "iddpm"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("vp", "ve", "ddpm")),
+    ],
+)
 def test_objective_of_a_fresh_network_is_near_its_closed_form(precond):
     """A fresh network's F is almost zero, so D = c_skip x, and the loss follows from the draws."""
     config = small_config(precond__name=precond, augment__p=0.0, model__dropout=0.0)

@@ -110,7 +110,7 @@ class Tpu:
         self.devices = np.array([self])
 
 
-@pytest.mark.parametrize("mode", ["baseline", "with_lora"])
+@pytest.mark.parametrize("mode", [pytest.param("baseline", marks=pytest.mark.slow), "with_lora"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks_on_tpus_are_fused(name, mode, monkeypatch):
     """The whole network calls what `for_mesh` sets."""

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lora_diffusion_jax import host
 from lora_diffusion_jax.models import convolution
 from lora_diffusion_jax.models.convolution import NHWC, conv, conv_for_training
 
@@ -44,9 +45,13 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize(("c_in", "c_out", "height", "width", "padding"), SHAPES)
-def test_value_and_gradient_are_xlas(c_in, c_out, height, width, padding):
+@pytest.mark.parametrize(
+    ("cores", "c_in", "c_out", "height", "width", "padding"),
+    [*((2, *shape) for shape in SHAPES), (1, *SHAPES[1])],
+)
+def test_value_and_gradient_are_xlas(cores, c_in, c_out, height, width, padding, monkeypatch):
     """As near to float64 as a few roundings: XLA's own differ from it by some 4e-7 of the largest."""
+    monkeypatch.setattr(host, "usable_cores", lambda: cores)
     x, kernel = inputs(c_in, c_out, height, width)
     with jax.enable_x64(True):
         exact = [jnp.asarray(np.asarray(a), jnp.float64) for a in (x, kernel)]
@@ -58,6 +63,15 @@ def test_value_and_gradient_are_xlas(c_in, c_out, height, width, padding):
         by_ours = jax.jit(jax.grad(functools.partial(loss, found, padding), (0, 1)))(x, kernel)
         for a, b in zip(by_ours, gradient, strict=True):
             np.testing.assert_allclose(a, b, atol=3e-6 * float(np.abs(b).max()))
+
+
+@pytest.mark.parametrize(("cores", "kernel_shape"), [(1, "1x3x"), (2, "3x")])
+def test_rows_are_convolved_in_the_dimensions_that_are_faster(cores, kernel_shape, monkeypatch):
+    monkeypatch.setattr(host, "usable_cores", lambda: cores)
+    x, kernel = inputs(WIDE, WIDE, 8, 8)
+    text = jax.jit(lambda x, k: sampling(x, k, (1, 1), SAME)).lower(x, kernel).as_text()
+    assert text.count("stablehlo.convolution") == 6
+    assert text.count(f", tensor<{kernel_shape}{WIDE}x{WIDE}xf32>) ->") == 6
 
 
 def test_exact_in_float64():

@@ -1,6 +1,7 @@
 """Sampling and training on one GPU, beside the authors' PyTorch code in the same run.
 
     python -m benchmarks.gpu [--peer=FOLDER] [--compile] [--batch=256] [--rounds=3] [--images=50000]
+        [--what=accuracy,sampling,training,run] [--precisions=float32,tf32,bfloat16]
 
 FOLDER is a checkout of the authors' code (lthilnklover/diffusion_lora); it needs PyTorch. Both sides
 have the CIFAR-10 DDPM++ with LoRA, 57,746,907 parameters, and take turns. One JSON line per
@@ -213,7 +214,9 @@ def compare(calls: dict[str, Call], rounds: int) -> dict[str, float]:
 
 
 def differences(precisions: Sequence[str]) -> Iterator[tuple[str, float]]:
-    """For each precision but float32, how far D departs from float32's at most, in its largest value."""
+    """For each precision but float32, the greatest difference of D, relative to its greatest value."""
+    if set(precisions) <= {"float32"}:
+        return
     sigma = jnp.exp(jnp.linspace(-5, 4, 64))
     spread = jnp.sqrt(sigma**2 + 0.25)[:, None, None, None]
     x = spread * jax.random.normal(jax.random.key(3), (64, 32, 32, 3))
@@ -270,6 +273,10 @@ def main() -> None:
     parser.add_argument("--precisions", type=some_of(PEAK), default=list(PEAK))
     parser.add_argument("--what", type=some_of(WHAT), default=list(WHAT))
     args = parser.parse_args()
+    if args.images and "run" not in args.what:
+        parser.error("--images is for --what=run; found --what=" + ",".join(args.what))
+    if args.what == ["run"] and not args.images:
+        parser.error("--what=run needs --images, such as --images=50000")
     device = jax.devices()[0].device_kind
 
     config = config_of("float32", args.batch)

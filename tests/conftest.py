@@ -31,7 +31,7 @@ def known_flags() -> list[str]:
 
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# A tenth of tracing went into looking for garbage and into noting where in the source operations stand.
+# Collect garbage rarely and record no source locations: together a tenth of tracing.
 gc.set_threshold(50_000, 50, 100)
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 # Workers and programs inherit what the first process of the session sets.

@@ -24,7 +24,6 @@ def run(name: str) -> dict[str, float]:
     return {k: float(v) for k, v in re.findall(r"^(.+): ([\d.e+-]+)$", done.stdout, re.M)}
 
 
-@pytest.mark.slow
 def test_unet():
     results = run("unet.py")
     assert results["difference at the start"] == 0

@@ -292,6 +292,11 @@ class SumOfAdapters(nn.Module):
 
     adapters: Mapping[str, Any]
 
+    def __post_init__(self) -> None:
+        if isinstance(self.adapters, Mapping):  # `validate` refuses the rest
+            object.__setattr__(self, "adapters", FrozenDict(self.adapters))  # which has a hash
+        super().__post_init__()
+
     def validate(self) -> None:
         """Raises UserError for other things than adapters by name, or invalid sizes."""
         given = self.adapters.values() if isinstance(self.adapters, Mapping) else [None]
@@ -326,10 +331,10 @@ def time_class_lora(
 ) -> SumOfAdapters:
     """W + sum_i omega_i(t) B_i A_i + B'_c A'_c: TimeLoRA `time` and ClassLoRA `class` of one rank."""
     return SumOfAdapters(
-        FrozenDict(  # has a hash: networks are keys of caches
-            time=TimeLoRA(rank=rank, bases=bases, num_timesteps=num_timesteps),
-            **{"class": ClassLoRA(rank=rank, num_classes=num_classes)},
-        )
+        {
+            "time": TimeLoRA(rank=rank, bases=bases, num_timesteps=num_timesteps),
+            "class": ClassLoRA(rank=rank, num_classes=num_classes),
+        }
     )
 
 

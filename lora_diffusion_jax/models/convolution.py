@@ -168,9 +168,9 @@ def _along_rows(
 ) -> Float[Array, "B H W2 c_out"]:
     """Each row convolved by itself, in one dimension where there are several cores.
 
-    XLA for CPUs uses one core for convolutions in two dimensions, and is some 15 % faster in them there.
-    So it was measured with jaxlib 0.10.2, whose convolutions in one dimension read outside the array
-    where padding is negative.
+    XLA for CPUs runs convolutions in two dimensions on one core only; with one core, they are some 15 %
+    faster than those in one dimension. So it was measured with jaxlib 0.10.2, whose convolutions in one
+    dimension read outside the array where padding is negative.
     """
     if host.usable_cores() == 1:
         return plain(((0, 0), padding), x, kernel[None])

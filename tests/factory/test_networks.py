@@ -62,6 +62,14 @@ def test_every_config_builds_and_says_how_to_run_it(name):
     build_cadence(config)
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_builds(name):
+    config = importlib.import_module(f"configs.{name}").get_config()
+    assert set(config.to_dict()) == set(base().to_dict())
+    hash(build_denoiser(config))  # a key of the cache of shapes
+    build_cadence(config)
+
+
 def test_a_config_becomes_the_modules_that_one_would_write_by_hand():
     config = small_config(class_conditional=True, data__num_classes=5, precond__name="ve")
     config.model.name, config.dtype, config.train.remat = "ncsnpp", "bfloat16", "norms"

@@ -117,7 +117,6 @@ def exhaust(*_, **__):
     raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
 
 
-@pytest.mark.slow
 def test_a_device_that_runs_out_of_memory_is_said_to(data_dir, monkeypatch):
     monkeypatch.setattr(measure.loop, "jit_step", exhaust)
     found = rows(info(data_dir))

@@ -111,14 +111,16 @@ def make_step(optimizer, objective=None, **options):
     return make_train_step(objective or Objective(), optimizer, mesh=mesh, **options)
 
 
-def init_variables():
-    """Weights from numpy: nothing to compile."""
+def init_variables(key=None):
+    """Weights from numpy, so that little is compiled; larger ones by a factor that a key decides."""
     x = jnp.zeros((1, SIZE, SIZE, 3))
     init = functools.partial(Net().init, jax.random.key(1))
     shapes = jax.eval_shape(init, x, jnp.ones(1), jnp.zeros((1, CLASSES)))
-    rng = np.random.default_rng(1)
+    rng, scale = np.random.default_rng(1), 1 if key is None else 1 + jax.random.uniform(key) / 8
     return jax.tree.map(
-        lambda s: jnp.asarray(rng.normal(size=s.shape) / np.prod(s.shape[:-1]) ** 0.5, s.dtype),
+        lambda s: (
+            jnp.asarray(rng.normal(size=s.shape) / np.prod(s.shape[:-1]) ** 0.5, s.dtype) * scale
+        ),
         shapes,
     )
 
@@ -133,7 +135,7 @@ def make_run(workdir, *, total=40, mesh=None, callbacks=None, step_options=None,
     rows = local_rows(BATCH, mesh)
     arguments = {
         "config": {"train": {"batch_size": BATCH, "total_images": total * BATCH}, "model": "net"},
-        "init": lambda key: create_state(init_variables(), optimizer, trainable),
+        "init": lambda key: create_state(init_variables(key), optimizer, trainable),
         "step_fn": make_step(optimizer, mesh=mesh, **(step_options or {})),
         "batches": ArrayBatches(*make_data(), BATCH, in_memory=in_memory, rows=rows),
         "mesh": mesh,

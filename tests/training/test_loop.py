@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lora_diffusion_jax.errors import UserError
-from lora_diffusion_jax.keys import TRAIN, purpose_key
+from lora_diffusion_jax.keys import INIT, TRAIN, purpose_key
 from lora_diffusion_jax.training import monitor
 from lora_diffusion_jax.training.checkpoint import SavedWeights, save_weights, saved_steps
 from lora_diffusion_jax.training.feed import Feed, take
@@ -39,7 +39,7 @@ from tests.training.stand_in import (
 def run_by_hand(arguments, steps):
     """The contract of the loop, spelled out: batch k, key k, one step after the other."""
     step = jax.jit(arguments["step_fn"])
-    state, losses = arguments["init"](None), []
+    state, losses = arguments["init"](purpose_key(arguments["seed"], INIT)), []
     for k in range(steps):
         index = arguments["batches"].indices(k)
         batch = {name: rows[index] for name, rows in arguments["batches"].source.items()}

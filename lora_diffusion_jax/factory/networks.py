@@ -376,8 +376,12 @@ def init_variables(config: ConfigDict, denoiser: Denoiser, key: Key) -> Variable
 
 def variable_shapes(config: ConfigDict, denoiser: Denoiser) -> Variables:
     """The shapes of a denoiser's variables; nothing is computed."""
-    shapes = _shapes(denoiser, image_shape(config), num_classes(config))
-    return jax.tree.map(lambda leaf: leaf, shapes)  # the caller may change its dicts
+    network = (denoiser, image_shape(config), num_classes(config))
+    try:
+        hash(network)
+    except TypeError:  # one's own, with a list as a field
+        return _shapes.__wrapped__(*network)
+    return jax.tree.map(lambda leaf: leaf, _shapes(*network))  # the caller may change its dicts
 
 
 def _example(shape: tuple[int, int, int], classes: int) -> tuple[jax.Array, Labels | None]:

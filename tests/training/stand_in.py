@@ -112,7 +112,7 @@ def make_step(optimizer, objective=None, **options):
 
 
 def init_variables(key=None):
-    """Weights from numpy, so that little is compiled; larger ones by a factor that a key decides."""
+    """Weights from numpy, so that little is compiled; a key scales them by 1 to 9/8."""
     x = jnp.zeros((1, SIZE, SIZE, 3))
     init = functools.partial(Net().init, jax.random.key(1))
     shapes = jax.eval_shape(init, x, jnp.ones(1), jnp.zeros((1, CLASSES)))

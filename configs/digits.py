@@ -33,4 +33,5 @@ def get_config() -> ConfigDict:
     config.train.log_every = 128 * 50
     config.train.checkpoint_every = 128 * 200
     config.train.sample_every = 128 * 200
+    config.sampler.batch_size = 100
     return config

@@ -6,7 +6,6 @@ from lora_diffusion_jax.data.file_source import FileSource
 from lora_diffusion_jax.data.hf_source import HfSource, is_hf
 from lora_diffusion_jax.data.image_source import ImageSource
 from lora_diffusion_jax.data.numpy_source import NumpySource, is_array
-from lora_diffusion_jax.data.tfds_source import TfdsSource
 from lora_diffusion_jax.errors import UserError
 
 
@@ -74,6 +73,8 @@ def open_source(
             background=background,
         )
     if name:
+        from lora_diffusion_jax.data.tfds_source import TfdsSource  # imports TFDS
+
         return TfdsSource(name, data_dir=data_dir, split=split, background=background)
     if split != "train":
         raise UserError(

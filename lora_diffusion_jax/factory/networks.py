@@ -20,6 +20,7 @@ from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.factory.checks import CLASS_ADAPTERS, DTYPES, check
 from lora_diffusion_jax.models import NETWORKS, cudnn_attention
 from lora_diffusion_jax.models.layers import AttentionFn
+from lora_diffusion_jax.models.threefry import unrolled
 from lora_diffusion_jax.paths import ADAPTER
 
 
@@ -371,33 +372,38 @@ def fold_lora(
 
 def init_variables(config: ConfigDict, denoiser: Denoiser, key: Key) -> Variables:
     """Fresh variables {'params', optional 'buffers'} of a denoiser."""
-    return _init(denoiser, image_shape(config), num_classes(config), key)
+    return _initialiser(config, denoiser)(key)
 
 
 def variable_shapes(config: ConfigDict, denoiser: Denoiser) -> Variables:
     """The shapes of a denoiser's variables; nothing is computed."""
+    return jax.eval_shape(_initialiser(config, denoiser), jax.random.key(0))
+
+
+def _initialiser(config: ConfigDict, denoiser: Denoiser) -> Callable[[Key], Variables]:
+    """The program of a network's fresh variables."""
     network = (denoiser, image_shape(config), num_classes(config))
     try:
-        hash(network)
-    except TypeError:  # one's own, with a list as a field
-        return _shapes.__wrapped__(*network)
-    return jax.tree.map(lambda leaf: leaf, _shapes(*network))  # the caller may change its dicts
+        return _initialiser_of(*network)
+    except TypeError:  # one's own, with a list as a field: it has no hash
+        return _initialiser_of.__wrapped__(*network)
+
+
+@functools.lru_cache(maxsize=64)  # one program is traced once, for seconds
+def _initialiser_of(
+    denoiser: Denoiser, shape: tuple[int, int, int], classes: int
+) -> Callable[[Key], Variables]:
+    def init(key: Key) -> Variables:
+        x, labels = _example(shape, classes)
+        variables = denoiser.init({"params": unrolled(key)}, x, jnp.ones(1), labels)
+        return {k: v for k, v in variables.items() if k in ("params", "buffers")}
+
+    return jax.jit(init)
 
 
 def _example(shape: tuple[int, int, int], classes: int) -> tuple[jax.Array, Labels | None]:
     """One blank image [1, H, W, C] and its class label [1, classes], None without classes."""
     return jnp.zeros((1, *shape)), jnp.zeros((1, classes)) if classes else None
-
-
-def _init(denoiser: Denoiser, shape: tuple[int, int, int], classes: int, key: Key) -> Variables:
-    x, labels = _example(shape, classes)
-    variables = denoiser.init({"params": key}, x, jnp.ones(1), labels)
-    return {k: v for k, v in variables.items() if k in ("params", "buffers")}
-
-
-@functools.lru_cache(maxsize=64)  # tracing the network takes seconds
-def _shapes(denoiser: Denoiser, shape: tuple[int, int, int], classes: int) -> Variables:
-    return jax.eval_shape(lambda: _init(denoiser, shape, classes, jax.random.key(0)))
 
 
 def forward_flops(config: ConfigDict, denoiser: Denoiser) -> float:

@@ -230,7 +230,7 @@ def initial_state(
     described = not interop.is_torch_file(source)
     start = interop.load_pretrained(source, config=None if described else config)
     key = purpose_key(config.train.seed, INIT)
-    variables = jax.jit(functools.partial(init_variables, config, denoiser))(key)
+    variables = init_variables(config, denoiser, key)
     variables, notes = start_from(start, config, variables, config.init_from)
     for note in notes:
         log(f"init_from={config.init_from}: {note}")

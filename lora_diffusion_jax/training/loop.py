@@ -233,7 +233,8 @@ def _begin(
     init: InitialState, seed: int, checkpoints: Checkpoints, mesh: Mesh, metrics: type[Collection]
 ) -> tuple[int, TrainState, Collection]:
     """(step, state, metrics of the interval) from the newest checkpoint, or from `init`."""
-    shapes = jax.eval_shape(init if callable(init) else lambda key: init, jax.random.key(seed))
+    key = jax.eval_shape(lambda: jax.random.key(seed))
+    shapes = jax.eval_shape(init if callable(init) else lambda key: init, key)
     layout, interval = tree_sharding(shapes, mesh), empty_metrics(mesh, metrics)
     like = jax.tree.map(lambda shape, where: shape.update(sharding=where), shapes, layout)
     found = checkpoints.restore(to_parts(like, interval))
@@ -242,8 +243,10 @@ def _begin(
         return found[0], *from_parts(found[1], like, interval)
     # In buffers of its own: the step donates them.
     if callable(init):
-        # As a constant of the program the key would have it compiled anew for every seed.
-        state = jax.jit(init, out_shardings=layout)(_replicated_key(seed, INIT, mesh))
+        # As a constant of the program the key would have it compiled anew for every seed. Lowered for
+        # the key's shape alone, it contains what was traced for `shapes`.
+        program = jax.jit(init, in_shardings=replicated(mesh), out_shardings=layout).lower(key)
+        state = program.compile()(_replicated_key(seed, INIT, mesh))
     else:
         state = jax.tree.map(lambda a, where: processes.place(np.array(a), where), init, layout)
     if found is not None:

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
-# Python compiles what is imported when it is; compiling all of it is a third of an installation.
+# Python compiles a module when it is first imported; compiling all of them takes a third of an installation.
 INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check --no-compile
 
 .PHONY: demo test test-slow lint bench docs clean
@@ -21,7 +21,7 @@ $(VENV)/installed-docs: $(VENV)/installed
 	$(INSTALL) -e '.[docs]'
 	touch $@
 
-# The sampler that docs/sampling.md recommends from 8 evaluations on: 10 instead of EDM's 35, of equal distance.
+# The sampler that docs/sampling.md recommends from 8 evaluations on: 10 instead of EDM's 35, at an equal distance.
 demo: $(VENV)/installed
 	$(RUN) main.py --mode=train --config=configs/digits.py --workdir=workdirs/demo \
 		--config.sampler.name=ipndm --config.sampler.order=3 --config.sampler.to_zero=False \

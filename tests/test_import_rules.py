@@ -1,6 +1,7 @@
 """Who may import whom (docs/design.md), read from the source: every import counts, lazy ones too."""
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -149,6 +150,12 @@ def test_heavy_libraries_stay_where_they_belong():
             misplaced = {lib for lib in roots & set(CONFINED) if part not in CONFINED[lib]}
             misplaced |= roots & {"tensorflow", "torch", "torchvision"}
             assert not misplaced, f"{path.relative_to(ROOT)} imports {misplaced}"
+
+
+def test_tfds_is_imported_only_to_open_its_data_sets():
+    code = "import sys, lora_diffusion_jax.modes.sample, lora_diffusion_jax.data.sources as _; "
+    code += "sys.exit('tensorflow_datasets' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_the_programs_call_modes_and_configs_know_the_base_alone():

@@ -376,8 +376,9 @@ def init_variables(config: ConfigDict, denoiser: Denoiser, key: Key) -> Variable
 
 
 def variable_shapes(config: ConfigDict, denoiser: Denoiser) -> Variables:
-    """The shapes of a denoiser's variables; nothing is computed."""
-    return jax.eval_shape(_initialiser(config, denoiser), jax.random.key(0))
+    """The shapes of a denoiser's variables; nothing is computed, and no device is asked for."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return jax.eval_shape(_initialiser(config, denoiser), key)
 
 
 def _initialiser(config: ConfigDict, denoiser: Denoiser) -> Callable[[Key], Variables]:
@@ -389,7 +390,7 @@ def _initialiser(config: ConfigDict, denoiser: Denoiser) -> Callable[[Key], Vari
         return _initialiser_of.__wrapped__(*network)
 
 
-@functools.lru_cache(maxsize=64)  # one program is traced once, for seconds
+@functools.lru_cache(maxsize=8)  # tracing takes seconds, and its result some 10 MB
 def _initialiser_of(
     denoiser: Denoiser, shape: tuple[int, int, int], classes: int
 ) -> Callable[[Key], Variables]:

@@ -1,4 +1,4 @@
-"""JAX's random bits, whose rounds are one kernel on CPU instead of a loop."""
+"""JAX's random bits, computed on CPU in one kernel instead of a loop over rounds."""
 
 import functools
 import math
@@ -6,7 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax.extend.random import define_prng_impl
-from jaxtyping import Array, UInt32
+from jaxtyping import Array, UInt, UInt32
 
 from lora_diffusion_jax.array_types import Key
 
@@ -16,11 +16,11 @@ PARITY = 0x1BD11BDA
 
 
 def unrolled(key: Key) -> Key:
-    """The same key of a generator that draws the same bits, on CPU in one kernel.
+    """The same key, for a generator that draws the same bits, on CPU in one kernel.
 
-    On CPU JAX loops over the rounds, and each goes through memory: one kernel draws in a tenth of the
-    time and compiles in a third. Other platforms get JAX's program. A key of another generator than
-    Threefry, or of JAX's older layout of its bits, is returned as it is.
+    On CPU JAX loops over the rounds, each of which goes through memory; docs/scaling.md has what one
+    kernel saves. Other platforms get JAX's program. A key of a generator other than Threefry, or of
+    JAX's older layout of its bits, is returned as it is.
     """
     partitionable = getattr(jax.config, "jax_threefry_partitionable", False)
     if str(jax.random.key_impl(key)) != "threefry2x32" or not partitionable:
@@ -50,7 +50,7 @@ def _jaxs(key: UInt32[Array, "2"]) -> Key:
 @functools.partial(jax.jit, static_argnums=(1, 2))  # so that each shape is traced once
 def _random_bits(
     key: UInt32[Array, "2"], bit_width: int, shape: tuple[int, ...]
-) -> UInt32[Array, "..."]:
+) -> UInt[Array, "..."]:
     """Random words of `bit_width` bits: number i, counted by rows, is the encrypted i."""
     by_jax = functools.partial(_bits_by_jax, bit_width, shape)
     if bit_width != 32 or math.prod(shape) >= 2**32:
@@ -66,7 +66,7 @@ def _random_bits(
 
 def _bits_by_jax(
     bit_width: int, shape: tuple[int, ...], key: UInt32[Array, "2"]
-) -> UInt32[Array, "..."]:
+) -> UInt[Array, "..."]:
     return jax.random.bits(_jaxs(key), shape, jnp.dtype(f"uint{bit_width}"))
 
 

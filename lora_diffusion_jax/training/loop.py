@@ -243,8 +243,8 @@ def _begin(
         return found[0], *from_parts(found[1], like, interval)
     # In buffers of its own: the step donates them.
     if callable(init):
-        # As a constant of the program the key would have it compiled anew for every seed. Lowered for
-        # the key's shape alone, it contains what was traced for `shapes`.
+        # As a constant of the program the key would have it compiled anew for every seed. Lowering for
+        # the key's shape reuses the trace made for `shapes`; a key on the mesh would be traced anew.
         program = jax.jit(init, in_shardings=replicated(mesh), out_shardings=layout).lower(key)
         state = program.compile()(_replicated_key(seed, INIT, mesh))
     else:

@@ -12,6 +12,7 @@ import pytest
 from lora_diffusion_jax import lora
 from lora_diffusion_jax.default_config import base
 from lora_diffusion_jax.diffusion import precond
+from lora_diffusion_jax.diffusion.precond import Denoiser
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.factory.checks import check
 from lora_diffusion_jax.factory.networks import (
@@ -27,6 +28,7 @@ from lora_diffusion_jax.factory.training import build_cadence, build_mesh
 from lora_diffusion_jax.models import NETWORKS, convolution
 from lora_diffusion_jax.models.adm_unet import ADMUNet
 from lora_diffusion_jax.models.song_unet import SongUNet
+from lora_diffusion_jax.training.sharding import make_mesh, replicated
 from tests.small import fast_jit, random_variables, small_config
 
 ROOT = Path(__file__).parents[2]
@@ -81,6 +83,35 @@ def test_a_network_of_ones_own_needs_no_hash():
         hash(denoiser)
     expected = variable_shapes(config, build_denoiser(config))
     assert variable_shapes(config, denoiser) == expected
+
+
+def test_a_network_is_traced_once(monkeypatch):
+    """By its shapes, those of a state, and the program of fresh weights: it takes seconds."""
+    traced = []
+    init = Denoiser.init
+    monkeypatch.setattr(Denoiser, "init", lambda *args: traced.append(1) or init(*args))
+    config = small_config(lora__rank=3)
+
+    def fresh(key):
+        return init_variables(config, build_denoiser(config), key)
+
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    shapes = variable_shapes(config, build_denoiser(config))
+    assert jax.eval_shape(fresh, key) == shapes
+    whole = replicated(make_mesh())
+    jax.jit(fresh, in_shardings=whole, out_shardings=whole).lower(key)
+    assert len(traced) == 1
+
+
+def test_fresh_weights_are_those_of_plain_init():
+    config = small_config()
+    denoiser, key = build_denoiser(config), jax.random.key(5)
+    plain = jax.jit(
+        lambda key: denoiser.init({"params": key}, jnp.zeros((1, 8, 8, 1)), jnp.ones(1))
+    )
+    jax.tree.map(
+        np.testing.assert_array_equal, init_variables(config, denoiser, key), dict(plain(key))
+    )
 
 
 def test_a_config_becomes_the_modules_that_one_would_write_by_hand():

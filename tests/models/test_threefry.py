@@ -79,6 +79,12 @@ def test_rows_do_not_depend_on_the_devices() -> None:
     run_on_eight("-c", SPLIT)
 
 
+def test_no_loop_is_left_on_cpu() -> None:
+    draw, key = jax.jit(lambda key: jax.random.bits(key, (64, 64))), jax.random.key(0)
+    assert "stablehlo.while" in draw.lower(key).as_text()
+    assert "stablehlo.while" not in draw.lower(unrolled(key)).as_text()
+
+
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 def test_accelerators_get_jaxs_program(platform: str) -> None:
     def lowered(key: jax.Array) -> str:

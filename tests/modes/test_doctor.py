@@ -2,6 +2,7 @@
 
 import fnmatch
 import json
+import re
 import shutil
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from lora_diffusion_jax.errors import UserError
 from lora_diffusion_jax.modes import doctor
 from lora_diffusion_jax.training.checkpoint import saved_steps
-from tests.modes.running import run
+from tests.modes.running import TINY, run, start
 
 CPU = {"count": 1, "platform": "cpu", "memory": 0}
 GPU = {"count": 2, "platform": "gpu", "memory": 80 * 2**30}
@@ -43,11 +44,14 @@ def test_idle_accelerators_and_missing_devices(monkeypatch, found, hardware, wor
     assert words in str(error.value)
 
 
-def test_an_unknown_flag_is_found_without_ending_this_process(monkeypatch):
+def test_an_unknown_flag_is_found_without_ending_the_program(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_no_such_flag=1")
-    monkeypatch.setattr(doctor, "probe", doctor.probe.__wrapped__)
-    with pytest.raises(UserError, match="nknown flag.*--xla_no_such_flag=1.*Correct.*XLA_FLAGS"):
-        list(doctor.devices())
+    process = start("--mode=doctor", *TINY)
+    printed = process.communicate()[0]
+    assert process.returncode == 1, printed
+    assert re.search("nknown flag.*--xla_no_such_flag=1.*Correct.*XLA_FLAGS", printed)
+    assert "checkpoint: " in printed  # which needs no device
+    assert "1 problem found" in printed
 
 
 def test_a_cache_and_a_workdir_that_cannot_be_written(tmp_path, monkeypatch):

@@ -123,7 +123,7 @@ def test_a_device_that_runs_out_of_memory_is_said_to(data_dir, monkeypatch):
     assert "DOES NOT FIT" in found["memory of each device"][1]
     assert "gradients, activations" not in found
     monkeypatch.setattr(measure, "seconds_of", exhaust)
-    assert "An evaluation of 64 images does not fit" in info(data_dir)
+    assert "An evaluation of 100 images does not fit" in info(data_dir)
 
 
 @pytest.mark.slow

@@ -456,6 +456,7 @@ def sample_rows(
     generator = dataclasses.replace(
         plain,
         denoiser=two,  # type: ignore[arg-type]  # it is called alike
+        bind_shared=None,  # it folds its adapters itself
         num_classes=two.num_classes,
         batch_size=min(plain.batch_size, len(seeds)),
     )

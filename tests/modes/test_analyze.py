@@ -189,7 +189,6 @@ def test_a_run_keeps_its_own_folder(loaded, workdir):
         analyze.analyze(loaded, workdir)
 
 
-@pytest.mark.slow
 def test_samples_at_the_ends_are_those_of_the_classes(workdir, tmp_path, monkeypatch):
     def halves(_, images):  # features: the mean of each half of an image
         x = jnp.asarray(images, jnp.float32).reshape(len(images), 2, -1).mean(axis=-1)

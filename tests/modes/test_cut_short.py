@@ -13,17 +13,22 @@ from tests.processes.test_processes import Job
 from tests.small import config_flags
 
 pytestmark = pytest.mark.slow
-# Sends a signal to itself, or none (0), before the third batch of samples of an evaluation.
+# Sends a signal to itself, or none (0), before the third batch of samples of an evaluation, once the
+# checkpoint that was begun before is there.
 PROGRAM = """
-import os, sys
+import os, sys, time
 from lora_diffusion_jax.modes import main, train
+from lora_diffusion_jax.training.checkpoint import saved_steps
 pause_point, batches = train.pause_point, iter(range(1, 10**6))
 def count():
     if next(batches) == 3 and number:
         print("in an evaluation", flush=True)
+        while not saved_steps(workdir):
+            time.sleep(0.01)
         os.kill(os.getpid(), number)
     pause_point()
 number, train.pause_point = int(sys.argv.pop()), count
+workdir = next(arg for arg in sys.argv if arg.startswith("--workdir=")).partition("=")[2]
 sys.exit(main.main(sys.argv[1:]))
 """
 SIZES = config_flags(

@@ -64,7 +64,7 @@ def random_variables(config: ConfigDict, denoiser: Denoiser) -> Any:
         mean = float(path[-1].key == "scale")
         return jnp.asarray(random.normal(mean, 1 / 20, leaf.shape), leaf.dtype)
 
-    shapes = jax.eval_shape(lambda: networks.init_variables(config, denoiser, jax.random.key(0)))
+    shapes = networks.variable_shapes(config, denoiser)
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
@@ -193,7 +193,7 @@ def peer(
 def parameters(config: ConfigDict) -> int:
     """The number of parameters of a config's network."""
     denoiser = networks.build_denoiser(config)
-    shapes = jax.eval_shape(lambda: networks.init_variables(config, denoiser, jax.random.key(0)))
+    shapes = networks.variable_shapes(config, denoiser)
     return sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
 
 
